@@ -1,0 +1,1 @@
+"""Counts money. Knows neither Ray nor HTTP."""

@@ -1,0 +1,183 @@
+"""What the ledger can be asked to do, and what it answers: plain values that cross processes.
+
+Every write is one command; every expected refusal is an answer, not an exception. Each command carries the id that its
+caller chose, so the same command again gives the same answer and no second row.
+
+    Reserve       -> Reserved | InsufficientCredits | KeyRefused
+    Settle        -> Settled | UnknownReservation
+    Heartbeat     -> HeartbeatDone
+    Grant         -> Granted | UnknownCustomer
+    CreateKey     -> KeyCreated
+    RevokeKey     -> KeyRevoked | UnknownKey
+    ExpireLeases  -> LeasesExpired
+"""
+
+from dataclasses import dataclass
+from typing import NewType
+
+from billing.money import Mils
+
+RequestId = NewType("RequestId", str)
+CustomerId = NewType("CustomerId", str)
+KeyId = NewType("KeyId", str)
+
+
+@dataclass(frozen=True, slots=True)
+class Reserve:
+    """Debit `frames * mils_per_frame` before any work, and hold it against `request_id` until it is settled."""
+
+    request_id: RequestId
+    key_id: KeyId
+    frames: int
+    mils_per_frame: Mils
+    detail: str
+    """What the customer reads in the transaction list, such as `predict · tiny-pusher · 49 frames`."""
+    lease_s: float
+    """An open reservation whose lease runs out is refunded by the sweeper; `Heartbeat` renews it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reserved:
+    request_id: RequestId
+    customer_id: CustomerId
+    amount_mils: Mils
+    balance_after_mils: Mils
+
+
+@dataclass(frozen=True, slots=True)
+class InsufficientCredits:
+    balance_mils: Mils
+    requested_mils: Mils
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRefused:
+    """The key is unknown or was revoked before this reservation reached the ledger."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settle:
+    """Close a reservation: keep the price of `frames_delivered`, refund the rest in the same commit.
+
+    The first settlement of a reservation is final; a later one, equal or not, changes nothing and is answered with what
+    was settled first (work that finishes after its lease was refunded is delivered free).
+    """
+
+    request_id: RequestId
+    frames_delivered: int
+    reason: str
+    """Why frames were not delivered, for the refund's detail; empty when all were."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    request_id: RequestId
+    captured_mils: Mils
+    refunded_mils: Mils
+    balance_after_mils: Mils
+
+
+@dataclass(frozen=True, slots=True)
+class UnknownReservation:
+    request_id: RequestId
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """Renew the leases of reservations whose work is still running."""
+
+    request_ids: tuple[RequestId, ...]
+    lease_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class HeartbeatDone:
+    renewed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """Credit a customer by an operator's decision. `public_id` is the row's id (`adm_...`) and makes it idempotent."""
+
+    customer_id: CustomerId
+    amount_mils: Mils
+    public_id: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Granted:
+    public_id: str
+    amount_mils: Mils
+    balance_after_mils: Mils
+
+
+@dataclass(frozen=True, slots=True)
+class UnknownCustomer:
+    customer: str
+
+
+@dataclass(frozen=True, slots=True)
+class CreateKey:
+    """Register a key by its hash. A customer of that name is created if there is none; many keys share its wallet."""
+
+    key_id: KeyId
+    sha256: str
+    """Hex digest of the whole token; the token itself never reaches the ledger."""
+    last4: str
+    customer_name: str
+    customer_id: CustomerId
+    """The id to use if the customer has to be created."""
+    initial_credits_mils: Mils
+    refill_per_s: float
+    burst: int
+
+
+@dataclass(frozen=True, slots=True)
+class KeyCreated:
+    key_id: KeyId
+    customer_id: CustomerId
+    balance_after_mils: Mils
+
+
+@dataclass(frozen=True, slots=True)
+class RevokeKey:
+    key_id: KeyId
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRevoked:
+    key_id: KeyId
+    revoked_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class UnknownKey:
+    key_id: KeyId
+
+
+@dataclass(frozen=True, slots=True)
+class ExpireLeases:
+    """Refund every open reservation whose lease has run out."""
+
+
+@dataclass(frozen=True, slots=True)
+class LeasesExpired:
+    request_ids: tuple[RequestId, ...]
+
+
+Command = Reserve | Settle | Heartbeat | Grant | CreateKey | RevokeKey | ExpireLeases
+Outcome = (
+    Reserved
+    | InsufficientCredits
+    | KeyRefused
+    | Settled
+    | UnknownReservation
+    | HeartbeatDone
+    | Granted
+    | UnknownCustomer
+    | KeyCreated
+    | KeyRevoked
+    | UnknownKey
+    | LeasesExpired
+)

@@ -1,0 +1,43 @@
+"""The unit of money and how it is shown.
+
+One mil is $0.0001, a hundredth of a cent (not the textbook $0.001): at the list price of $0.0005 a frame costs exactly
+5 mils, so no rollout ever needs rounding. Everything stored or computed is an integer number of mils; cents and dollars
+are for showing to a person and are never read back.
+"""
+
+from decimal import Decimal
+from typing import NewType
+
+Mils = NewType("Mils", int)
+
+MILS_PER_CENT = 100
+MILS_PER_USD = 10_000
+MICROS_PER_MIL = 100
+
+
+def cents(amount: Mils) -> int:
+    """Whole cents, half-up away from zero, so that a refund shows as the exact mirror of its debit."""
+    magnitude = (abs(amount) + MILS_PER_CENT // 2) // MILS_PER_CENT
+    return magnitude if amount >= 0 else -magnitude
+
+
+def cents_rounded_up(amount: Mils) -> int:
+    """The fewest whole cents that cover a non-negative `amount`."""
+    return -(-amount // MILS_PER_CENT)
+
+
+def usd(amount: Mils) -> float:
+    """Dollars for display; exact to the mil for any balance below 2**53 mils."""
+    return amount / MILS_PER_USD
+
+
+def mils_from_usd(dollars: Decimal) -> Mils:
+    """The exact number of mils in `dollars`.
+
+    Raises:
+        ValueError: `dollars` is not finite or is not a whole number of mils.
+    """
+    mils = dollars * MILS_PER_USD
+    if not mils.is_finite() or mils != mils.to_integral_value():
+        raise ValueError(f"{dollars} dollars is not a whole number of mils ($0.0001)")
+    return Mils(int(mils))

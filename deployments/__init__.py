@@ -1,0 +1,1 @@
+"""What runs on Ray, speaking in messages: ingress, scheduler, replica, ledger actor. Knows no HTTP."""

@@ -1,0 +1,1 @@
+"""HTTP and composition: routes, settings, and the one place that binds deployments."""
