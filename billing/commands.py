@@ -10,6 +10,7 @@ caller chose, so the same command again gives the same answer and no second row.
     CreateKey     -> KeyCreated
     RevokeKey     -> KeyRevoked | UnknownKey
     ExpireLeases  -> LeasesExpired
+    any of them   -> Rejected
 """
 
 from dataclasses import dataclass
@@ -166,6 +167,13 @@ class LeasesExpired:
     request_ids: tuple[RequestId, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """The command is malformed, or its id already names something else: a bug in the caller. Nothing was written."""
+
+    reason: str
+
+
 Command = Reserve | Settle | Heartbeat | Grant | CreateKey | RevokeKey | ExpireLeases
 Outcome = (
     Reserved
@@ -180,4 +188,5 @@ Outcome = (
     | KeyRevoked
     | UnknownKey
     | LeasesExpired
+    | Rejected
 )

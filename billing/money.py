@@ -14,6 +14,9 @@ MILS_PER_CENT = 100
 MILS_PER_USD = 10_000
 MICROS_PER_MIL = 100
 
+MAX_MILS = Mils(2**53 - 1)
+"""The largest amount or balance, about $900 billion: exact in every database, in JSON and in a float."""
+
 
 def cents(amount: Mils) -> int:
     """Whole cents, half-up away from zero, so that a refund shows as the exact mirror of its debit."""
@@ -41,3 +44,12 @@ def mils_from_usd(dollars: Decimal) -> Mils:
     if not mils.is_finite() or mils != mils.to_integral_value():
         raise ValueError(f"{dollars} dollars is not a whole number of mils ($0.0001)")
     return Mils(int(mils))
+
+
+def dollars(amount: Mils) -> str:
+    """`$25.00`, or as many as four decimals where cents are not enough: `$0.0245`."""
+    whole, rest = divmod(abs(amount), MILS_PER_USD)
+    decimals = f"{rest:04d}"
+    if decimals.endswith("00"):
+        decimals = decimals[:2]
+    return f"{'-' if amount < 0 else ''}${whole}.{decimals}"

@@ -1,0 +1,111 @@
+"""What a command must look like before the ledger reads it: whole mils, bounded numbers, ids that can be stored.
+
+Callers are our own processes, so a malformed command is a bug; it is refused alone and its neighbours are served.
+"""
+
+import math
+from typing import assert_never
+
+from billing.commands import Command, CreateKey, ExpireLeases, Grant, Heartbeat, Reserve, RevokeKey, Settle
+from billing.money import MAX_MILS
+
+MAX_ID_CHARS = 200
+MAX_DETAIL_CHARS = 300
+MAX_LEASE_S = 7 * 86_400
+
+
+def printable(text: str) -> str:
+    """`text` as one bounded line that any database can store.
+
+    Replaced and cut rather than refused: an odd character in a failure's reason must not stop the refund.
+    """
+    return "".join(symbol if symbol.isprintable() else "\ufffd" for symbol in text)[:MAX_DETAIL_CHARS]
+
+
+def malformed(command: Command) -> str | None:
+    """What is wrong with the command, or None."""
+    match command:
+        case Reserve():
+            return (
+                _not_id("request_id", command.request_id)
+                or _not_id("key_id", command.key_id)
+                or _not_whole("frames", command.frames, 1)
+                or _not_whole("mils_per_frame", command.mils_per_frame, 1)
+                or _not_whole("frames x mils_per_frame", command.frames * command.mils_per_frame, 1)
+                or _not_text("detail", command.detail)
+                or _not_lease(command.lease_s)
+            )
+        case Settle():
+            return (
+                _not_id("request_id", command.request_id)
+                or _not_whole("frames_delivered", command.frames_delivered, 0)
+                or _not_text("reason", command.reason)
+            )
+        case Heartbeat():
+            wrong_ids = (_not_id("request_ids", request_id) for request_id in command.request_ids)
+            return next(filter(None, wrong_ids), None) or _not_lease(command.lease_s)
+        case Grant():
+            return (
+                _not_id("customer_id", command.customer_id)
+                or _not_id("public_id", command.public_id)
+                or _not_whole("amount_mils", command.amount_mils, 1)
+                or _not_text("detail", command.detail)
+            )
+        case CreateKey():
+            return (
+                _not_id("key_id", command.key_id)
+                or _not_id("customer_id", command.customer_id)
+                or _not_id("customer_name", command.customer_name)
+                or _not_sha256(command.sha256)
+                or _not_last4(command.last4)
+                or _not_whole("initial_credits_mils", command.initial_credits_mils, 0)
+                or _not_whole("burst", command.burst, 1)
+                or _not_positive("refill_per_s", command.refill_per_s)
+            )
+        case RevokeKey():
+            return _not_id("key_id", command.key_id)
+        case ExpireLeases():
+            return None
+        case _:
+            assert_never(command)
+
+
+def _not_id(name: str, value: object) -> str | None:
+    if isinstance(value, str) and 1 <= len(value) <= MAX_ID_CHARS and value.isprintable() and value == value.strip():
+        return None
+    return f"{name} must be 1 to {MAX_ID_CHARS} printable characters without surrounding spaces"
+
+
+def _not_text(name: str, value: object) -> str | None:
+    return None if isinstance(value, str) else f"{name} must be text"
+
+
+def _not_whole(name: str, value: object, least: int) -> str | None:
+    # `type`, not `isinstance`: True is an int, and 245.0 == 245.
+    if type(value) is int and least <= value <= MAX_MILS:
+        return None
+    return f"{name} must be a whole number from {least} to {MAX_MILS}"
+
+
+def _not_positive(name: str, value: object) -> str | None:
+    if type(value) in (int, float) and math.isfinite(value) and value > 0:  # type: ignore[arg-type, operator]
+        return None
+    return f"{name} must be a positive number"
+
+
+def _not_lease(value: object) -> str | None:
+    if type(value) in (int, float) and 0 < value <= MAX_LEASE_S:  # type: ignore[operator]
+        return None
+    return f"lease_s must be more than 0 and at most {MAX_LEASE_S} seconds"
+
+
+def _not_sha256(value: object) -> str | None:
+    if isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef"):
+        return None
+    return "sha256 must be 64 lower-case hex digits"
+
+
+def _not_last4(value: object) -> str | None:
+    if isinstance(value, str) and len(value) == 4 and value.isascii() and value.isprintable():
+        return None
+    return "last4 must be 4 printable characters"

@@ -1,0 +1,359 @@
+"""What each command does to the money: a pure function of what was loaded, the command, the time and the epoch.
+
+`Book` is the part of the ledger that one batch of commands can see. `decide` answers one command and notes in the book
+what has to be written; it never touches a database, so a batch is decided in memory and written at once.
+"""
+
+from dataclasses import dataclass, field
+from typing import assert_never
+
+from billing.checks import malformed, printable
+from billing.commands import (
+    Command,
+    CreateKey,
+    CustomerId,
+    ExpireLeases,
+    Grant,
+    Granted,
+    Heartbeat,
+    HeartbeatDone,
+    InsufficientCredits,
+    KeyCreated,
+    KeyId,
+    KeyRefused,
+    KeyRevoked,
+    LeasesExpired,
+    Outcome,
+    Rejected,
+    RequestId,
+    Reserve,
+    Reserved,
+    RevokeKey,
+    Settle,
+    Settled,
+    UnknownCustomer,
+    UnknownKey,
+    UnknownReservation,
+)
+from billing.keys import initial_grant_id
+from billing.money import MAX_MILS, Mils, dollars
+
+LEASE_EXPIRED = "lease expired"
+ZERO = Mils(0)
+
+
+@dataclass(slots=True)
+class Wallet:
+    customer_id: CustomerId
+    name: str
+    seq: int
+    balance: Mils
+    created_at: float
+    is_new: bool = False
+    is_changed: bool = False
+
+
+@dataclass(slots=True)
+class Key:
+    key_id: KeyId
+    sha256: str
+    last4: str
+    customer_id: CustomerId
+    refill_per_s: float
+    burst: int
+    created_at: float
+    created_seq: int
+    balance_at_creation: Mils
+    revoked_at: float | None = None
+    revoked_seq: int | None = None
+    is_new: bool = False
+    is_changed: bool = False
+
+
+@dataclass(slots=True)
+class Reservation:
+    request_id: RequestId
+    customer_id: CustomerId
+    key_id: KeyId
+    frames: int
+    mils_per_frame: Mils
+    amount: Mils
+    lease_until: float
+    created_at: float
+    debit_seq: int
+    balance_after_debit: Mils
+    captured: Mils = ZERO
+    refunded: Mils = ZERO
+    state: str = "open"
+    reason: str = ""
+    settled_at: float | None = None
+    settled_seq: int | None = None
+    balance_after_settlement: Mils | None = None
+    is_new: bool = False
+    is_changed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    customer_id: CustomerId
+    seq: int
+    prev_seq: int | None
+    prev_balance: Mils
+    amount: Mils
+    balance_after: Mils
+    kind: str
+    public_id: str
+    reserved: Mils | None
+    ts: float
+    detail: str
+    epoch: int
+
+
+@dataclass(slots=True)
+class Book:
+    """What one batch may read, loaded beforehand; `entries` and the marked rows are what it has to write."""
+
+    now: float
+    """The clock, for leases."""
+    ts: float
+    """The clock, held back so that it never decreases from one entry to the next."""
+    epoch: int
+    wallets: dict[CustomerId, Wallet] = field(default_factory=dict)
+    customer_by_name: dict[str, CustomerId] = field(default_factory=dict)
+    keys: dict[KeyId, Key] = field(default_factory=dict)
+    key_by_sha256: dict[str, KeyId] = field(default_factory=dict)
+    reservations: dict[RequestId, Reservation] = field(default_factory=dict)
+    credits: dict[str, Entry] = field(default_factory=dict)
+    """Credits from outside by their public id."""
+    entries: list[Entry] = field(default_factory=list)
+    """New ones, in the order in which they chain."""
+
+    def add_wallet(self, wallet: Wallet) -> None:
+        self.wallets[wallet.customer_id] = wallet
+        self.customer_by_name[wallet.name] = wallet.customer_id
+
+    def add_key(self, key: Key) -> None:
+        self.keys[key.key_id] = key
+        self.key_by_sha256[key.sha256] = key.key_id
+
+    def open_wallet(self, customer_id: CustomerId, name: str) -> Wallet:
+        wallet = Wallet(customer_id, name, 0, ZERO, self.ts, is_new=True)
+        self.add_wallet(wallet)
+        self.entries.append(
+            Entry(customer_id, 0, None, ZERO, ZERO, ZERO, "opening", customer_id, None, self.ts, "", self.epoch)
+        )
+        return wallet
+
+    def move(
+        self, wallet: Wallet, kind: str, amount: Mils, public_id: str, detail: str, reserved: Mils | None = None
+    ) -> Entry:
+        """Append one entry to the wallet's chain."""
+        balance = Mils(wallet.balance + amount)
+        assert balance >= 0, f"{kind} of {amount} mils on a balance of {wallet.balance}"
+        entry = Entry(
+            customer_id=wallet.customer_id,
+            seq=wallet.seq + 1,
+            prev_seq=wallet.seq,
+            prev_balance=wallet.balance,
+            amount=amount,
+            balance_after=balance,
+            kind=kind,
+            public_id=public_id,
+            reserved=reserved,
+            ts=self.ts,
+            detail=detail,
+            epoch=self.epoch,
+        )
+        self.entries.append(entry)
+        wallet.seq, wallet.balance, wallet.is_changed = entry.seq, balance, True
+        return entry
+
+
+def decide(book: Book, command: Command) -> Outcome:
+    """Answer one command. A refusal leaves the book as it was."""
+    reason = malformed(command)
+    if reason is not None:
+        return Rejected(reason)
+    match command:
+        case Reserve():
+            return _reserve(book, command)
+        case Settle():
+            return _settle(book, command)
+        case Heartbeat():
+            return _heartbeat(book, command)
+        case Grant():
+            return _grant(book, command)
+        case CreateKey():
+            return _create_key(book, command)
+        case RevokeKey():
+            return _revoke_key(book, command)
+        case ExpireLeases():
+            return _expire_leases(book)
+        case _:
+            assert_never(command)
+
+
+def _reserve(book: Book, command: Reserve) -> Outcome:
+    earlier = book.reservations.get(command.request_id)
+    if earlier is not None:
+        same = (earlier.key_id, earlier.frames, earlier.mils_per_frame) == (
+            command.key_id,
+            command.frames,
+            command.mils_per_frame,
+        )
+        if not same:
+            return Rejected(f"{command.request_id} is already reserved for other work")
+        return Reserved(earlier.request_id, earlier.customer_id, earlier.amount, earlier.balance_after_debit)
+    key = book.keys.get(command.key_id)
+    if key is None or key.revoked_at is not None:
+        return KeyRefused()
+    wallet = book.wallets[key.customer_id]
+    amount = Mils(command.frames * command.mils_per_frame)
+    if amount > wallet.balance:
+        return InsufficientCredits(wallet.balance, amount)
+    debit = book.move(wallet, "debit", Mils(-amount), command.request_id, printable(command.detail), reserved=amount)
+    book.reservations[command.request_id] = Reservation(
+        request_id=command.request_id,
+        customer_id=wallet.customer_id,
+        key_id=key.key_id,
+        frames=command.frames,
+        mils_per_frame=command.mils_per_frame,
+        amount=amount,
+        lease_until=book.now + command.lease_s,
+        created_at=debit.ts,
+        debit_seq=debit.seq,
+        balance_after_debit=debit.balance_after,
+        is_new=True,
+    )
+    return Reserved(command.request_id, wallet.customer_id, amount, debit.balance_after)
+
+
+def _settle(book: Book, command: Settle) -> Outcome:
+    reservation = book.reservations.get(command.request_id)
+    if reservation is None:
+        return UnknownReservation(command.request_id)
+    if command.frames_delivered > reservation.frames:
+        return Rejected(
+            f"{command.request_id} reserved {reservation.frames} frames; {command.frames_delivered} were delivered"
+        )
+    if reservation.state == "open":
+        _close(book, reservation, command.frames_delivered, printable(command.reason))
+    assert reservation.balance_after_settlement is not None
+    return Settled(
+        reservation.request_id, reservation.captured, reservation.refunded, reservation.balance_after_settlement
+    )
+
+
+def _close(book: Book, reservation: Reservation, frames_delivered: int, reason: str) -> None:
+    """Keep the price of what was delivered and give the rest back, once."""
+    assert reservation.state == "open"
+    wallet = book.wallets[reservation.customer_id]
+    reservation.captured = Mils(frames_delivered * reservation.mils_per_frame)
+    reservation.refunded = Mils(reservation.amount - reservation.captured)
+    if reservation.refunded > 0:
+        missing = reservation.frames - frames_delivered
+        detail = f"refund · {missing} of {reservation.frames} frames not delivered" + (f" · {reason}" if reason else "")
+        book.move(wallet, "refund", reservation.refunded, reservation.request_id, detail, reserved=reservation.amount)
+    reservation.state = "settled"
+    reservation.reason = reason
+    reservation.settled_at = book.ts
+    reservation.settled_seq = wallet.seq
+    reservation.balance_after_settlement = wallet.balance
+    reservation.is_changed = True
+
+
+def _heartbeat(book: Book, command: Heartbeat) -> Outcome:
+    renewed = 0
+    for request_id in dict.fromkeys(command.request_ids):
+        reservation = book.reservations.get(request_id)
+        if reservation is None or reservation.state != "open":
+            continue
+        renewed += 1
+        lease_until = book.now + command.lease_s
+        if lease_until > reservation.lease_until:
+            reservation.lease_until = lease_until
+            reservation.is_changed = True
+    return HeartbeatDone(renewed)
+
+
+def _grant(book: Book, command: Grant) -> Outcome:
+    earlier = book.credits.get(command.public_id)
+    if earlier is not None:
+        if (earlier.customer_id, earlier.amount) != (command.customer_id, command.amount_mils):
+            return Rejected(f"{command.public_id} has already credited {earlier.amount} mils to {earlier.customer_id}")
+        return Granted(earlier.public_id, earlier.amount, earlier.balance_after)
+    wallet = book.wallets.get(command.customer_id)
+    if wallet is None:
+        return UnknownCustomer(command.customer_id)
+    if wallet.balance + command.amount_mils > MAX_MILS:
+        return Rejected(f"the balance would exceed {MAX_MILS} mils")
+    credit = _credit(book, wallet, command.amount_mils, command.public_id, printable(command.detail))
+    return Granted(credit.public_id, credit.amount, credit.balance_after)
+
+
+def _credit(book: Book, wallet: Wallet, amount: Mils, public_id: str, detail: str) -> Entry:
+    entry = book.move(wallet, "credit", amount, public_id, detail)
+    book.credits[public_id] = entry
+    return entry
+
+
+def _create_key(book: Book, command: CreateKey) -> Outcome:
+    earlier = book.keys.get(command.key_id)
+    if earlier is not None:
+        owner = book.wallets[earlier.customer_id]
+        if (earlier.sha256, owner.name) != (command.sha256, command.customer_name):
+            return Rejected(f"{command.key_id} is already another key")
+        return KeyCreated(earlier.key_id, earlier.customer_id, earlier.balance_at_creation)
+    if command.sha256 in book.key_by_sha256:
+        return Rejected("this token already has a key under another id")
+    customer_id = book.customer_by_name.get(command.customer_name)
+    if customer_id is None and command.customer_id in book.wallets:
+        return Rejected(f"{command.customer_id} is already another customer")
+    balance = 0 if customer_id is None else book.wallets[customer_id].balance
+    if balance + command.initial_credits_mils > MAX_MILS:
+        return Rejected(f"the balance would exceed {MAX_MILS} mils")
+
+    if customer_id is None:
+        wallet = book.open_wallet(command.customer_id, command.customer_name)
+    else:
+        wallet = book.wallets[customer_id]
+    if command.initial_credits_mils > 0:
+        detail = f"Initial credits · {dollars(command.initial_credits_mils)}"
+        _credit(book, wallet, command.initial_credits_mils, initial_grant_id(command.key_id), detail)
+    book.add_key(
+        Key(
+            key_id=command.key_id,
+            sha256=command.sha256,
+            last4=command.last4,
+            customer_id=wallet.customer_id,
+            refill_per_s=float(command.refill_per_s),
+            burst=command.burst,
+            created_at=book.ts,
+            created_seq=wallet.seq,
+            balance_at_creation=wallet.balance,
+            is_new=True,
+        )
+    )
+    return KeyCreated(command.key_id, wallet.customer_id, wallet.balance)
+
+
+def _revoke_key(book: Book, command: RevokeKey) -> Outcome:
+    key = book.keys.get(command.key_id)
+    if key is None:
+        return UnknownKey(command.key_id)
+    if key.revoked_at is None:
+        key.revoked_at = book.ts
+        key.revoked_seq = book.wallets[key.customer_id].seq
+        key.is_changed = True
+    return KeyRevoked(key.key_id, key.revoked_at)
+
+
+def _expire_leases(book: Book) -> Outcome:
+    expired = sorted(
+        (reservation.lease_until, reservation.request_id)
+        for reservation in book.reservations.values()
+        if reservation.state == "open" and reservation.lease_until <= book.now
+    )
+    for _, request_id in expired:
+        _close(book, book.reservations[request_id], 0, LEASE_EXPIRED)
+    return LeasesExpired(tuple(request_id for _, request_id in expired))

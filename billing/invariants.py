@@ -1,0 +1,160 @@
+"""What must be true of the ledger at every moment: each audit is one SQL statement that must return no row.
+
+The constraints make most of these impossible to break; the audits do not rely on that. They run in the tests after
+every step, and on a live database they read one snapshot and change nothing.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Engine, text
+
+MAX_ROWS_PER_AUDIT = 20
+"""A broken ledger can break everywhere; the first rows say where to look."""
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    name: str
+    claim: str
+    sql: str
+    """Finds what contradicts the claim."""
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    audit: str
+    claim: str
+    row: Mapping[str, Any]
+
+
+AUDITS = (
+    Audit(
+        "conservation",
+        "What came in is what can be spent, plus what open reservations hold, plus what was captured.",
+        """
+        SELECT credited, spendable, held, captured FROM (SELECT
+          (SELECT COALESCE(SUM(amount), 0) FROM entry WHERE kind = 'credit') AS credited,
+          (SELECT COALESCE(SUM(balance_mils), 0) FROM wallet) AS spendable,
+          (SELECT COALESCE(SUM(amount), 0) FROM reservation WHERE state = 'open') AS held,
+          (SELECT COALESCE(SUM(captured), 0) FROM reservation WHERE state = 'settled') AS captured) AS totals
+        WHERE credited <> spendable + held + captured
+        """,
+    ),
+    Audit(
+        "prefix_sum",
+        "Entries are numbered from 0 without a gap, and each balance is the sum of all amounts up to it.",
+        """
+        SELECT customer_id, seq, balance_after, expected_seq, expected_balance FROM (
+          SELECT customer_id, seq, balance_after, prev_balance, amount,
+            ROW_NUMBER() OVER (PARTITION BY customer_id ORDER BY seq) - 1 AS expected_seq,
+            SUM(amount) OVER (PARTITION BY customer_id ORDER BY seq) AS expected_balance
+          FROM entry) AS chain
+        WHERE seq <> expected_seq OR balance_after <> expected_balance OR prev_balance <> expected_balance - amount
+        """,
+    ),
+    Audit(
+        "wallet_is_its_tail",
+        "A wallet's sequence number and balance are those of its last entry.",
+        """
+        SELECT wallet.customer_id, wallet.seq, wallet.balance_mils, tail.seq AS tail_seq, tail.balance_after
+        FROM wallet LEFT JOIN entry AS tail ON tail.customer_id = wallet.customer_id
+          AND tail.seq = (SELECT MAX(seq) FROM entry WHERE entry.customer_id = wallet.customer_id)
+        WHERE tail.seq IS NULL OR wallet.seq <> tail.seq OR wallet.balance_mils <> tail.balance_after
+        """,
+    ),
+    Audit(
+        "no_negative_balance",
+        "No wallet is below zero, and none ever was.",
+        """
+        SELECT customer_id, NULL AS seq, balance_mils FROM wallet WHERE balance_mils < 0
+        UNION ALL SELECT customer_id, seq, balance_after FROM entry WHERE balance_after < 0
+        """,
+    ),
+    Audit(
+        "one_entry_per_id",
+        "A request is debited at most once and refunded at most once, and a payment is credited at most once.",
+        "SELECT kind, public_id, COUNT(*) AS times FROM entry GROUP BY kind, public_id HAVING COUNT(*) > 1",
+    ),
+    Audit(
+        "refund_follows_debit",
+        "A refund has an earlier debit of the same request in the same wallet, and is not larger.",
+        """
+        SELECT refund.customer_id, refund.seq, refund.public_id, refund.amount, debit.seq AS debit_seq,
+          debit.amount AS debited
+        FROM entry AS refund LEFT JOIN entry AS debit
+          ON debit.kind = 'debit' AND debit.public_id = refund.public_id AND debit.customer_id = refund.customer_id
+        WHERE refund.kind = 'refund' AND (debit.seq IS NULL OR debit.seq >= refund.seq OR refund.amount > -debit.amount)
+        """,
+    ),
+    Audit(
+        "debit_has_reservation",
+        "Every debit belongs to a reservation of exactly that amount in that wallet.",
+        """
+        SELECT debit.customer_id, debit.seq, debit.public_id, debit.amount
+        FROM entry AS debit LEFT JOIN reservation ON reservation.request_id = debit.public_id
+        WHERE debit.kind = 'debit' AND (reservation.request_id IS NULL
+          OR reservation.customer_id <> debit.customer_id OR reservation.amount <> -debit.amount)
+        """,
+    ),
+    Audit(
+        "reservation_has_debit",
+        "Every reservation was debited, by the entry that it names.",
+        """
+        SELECT reservation.request_id, reservation.customer_id, reservation.debit_seq
+        FROM reservation LEFT JOIN entry AS debit
+          ON debit.customer_id = reservation.customer_id AND debit.seq = reservation.debit_seq
+          AND debit.kind = 'debit' AND debit.public_id = reservation.request_id
+        WHERE debit.seq IS NULL
+        """,
+    ),
+    Audit(
+        "settled_arithmetic",
+        "Captured and refunded make up what was reserved, at the frozen price, and the refund is a row.",
+        """
+        SELECT reservation.request_id, state, reservation.amount, captured, refunded, refund.amount AS refund_row
+        FROM reservation LEFT JOIN entry AS refund
+          ON refund.kind = 'refund' AND refund.public_id = reservation.request_id
+          AND refund.customer_id = reservation.customer_id
+        WHERE reservation.amount <> frames * mils_per_frame
+          OR refunded <> COALESCE(refund.amount, 0)
+          OR (state = 'open' AND (captured <> 0 OR refunded <> 0))
+          OR (state = 'settled' AND (captured < 0 OR refunded < 0 OR captured + refunded <> reservation.amount
+            OR captured % mils_per_frame <> 0))
+        """,
+    ),
+    Audit(
+        "no_spending_by_revoked_key",
+        "A key debits nothing before it was made and nothing after it was revoked.",
+        """
+        SELECT reservation.request_id, api_key.key_id, debit_seq, created_seq, revoked_seq
+        FROM reservation JOIN api_key ON api_key.key_id = reservation.key_id
+        WHERE debit_seq <= created_seq OR debit_seq > revoked_seq OR api_key.customer_id <> reservation.customer_id
+        """,
+    ),
+    Audit(
+        "history_runs_forward",
+        "Along a wallet neither the time nor the writer's epoch decreases, and no epoch is newer than the fence.",
+        """
+        SELECT customer_id, seq, ts, epoch FROM (
+          SELECT customer_id, seq, ts, epoch,
+            LAG(ts) OVER (PARTITION BY customer_id ORDER BY seq) AS ts_before,
+            LAG(epoch) OVER (PARTITION BY customer_id ORDER BY seq) AS epoch_before
+          FROM entry) AS history
+        WHERE ts < ts_before OR epoch < epoch_before OR epoch > (SELECT epoch FROM writer_fence)
+        """,
+    ),
+)
+
+
+def audit(engine: Engine) -> list[Violation]:
+    """Run every audit on one snapshot. An empty list is a healthy ledger."""
+    if engine.dialect.name == "postgresql":  # SQLite's reading transactions are snapshots already
+        engine = engine.execution_options(isolation_level="REPEATABLE READ")
+    violations = []
+    with engine.connect() as connection:
+        for each in AUDITS:
+            rows = connection.execute(text(each.sql)).mappings().fetchmany(MAX_ROWS_PER_AUDIT)
+            violations += [Violation(each.name, each.claim, dict(row)) for row in rows]
+    return violations

@@ -1,0 +1,50 @@
+"""Secrets and names: how a token looks, what of it is stored, and how ids are made."""
+
+import hashlib
+import re
+import secrets
+
+from billing.commands import CustomerId, KeyId, RequestId
+
+TOKEN_PREFIX = "dre_"  # noqa: S105 - the public half of every token
+TOKEN_ALPHABET = "abcdefghijklmnopqrstuvwxyz234567"  # noqa: S105 - base32 in lower case
+TOKEN_LENGTH = 43
+"""Symbols after the prefix: 215 random bits."""
+
+_TOKEN = re.compile(rf"{TOKEN_PREFIX}[{TOKEN_ALPHABET}]{{{TOKEN_LENGTH}}}", re.ASCII)
+
+
+def mint_token() -> str:
+    """A new secret. Shown to its owner once; the ledger only ever sees its hash."""
+    return TOKEN_PREFIX + "".join(secrets.choice(TOKEN_ALPHABET) for _ in range(TOKEN_LENGTH))
+
+
+def is_token_shaped(text: str) -> bool:
+    """Whether `text` could be a token at all: checked before anything is hashed or looked up."""
+    return _TOKEN.fullmatch(text) is not None
+
+
+def token_sha256(token: str) -> str:
+    """Hex digest of the whole token, the prefix included. No salt is needed for 215 random bits."""
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
+def mint_key_id() -> KeyId:
+    return KeyId(f"key_{secrets.token_hex(16)}")
+
+
+def mint_customer_id() -> CustomerId:
+    return CustomerId(f"cus_{secrets.token_hex(16)}")
+
+
+def mint_grant_id() -> str:
+    return f"adm_{secrets.token_hex(16)}"
+
+
+def mint_request_id() -> RequestId:
+    return RequestId(f"req_{secrets.token_hex(16)}")
+
+
+def initial_grant_id(key_id: KeyId) -> str:
+    """The id of the credit that came with a key: the same for the same key, so that a retry cannot grant twice."""
+    return f"adm_{hashlib.sha256(f'initial credits of {key_id}'.encode()).hexdigest()[:32]}"

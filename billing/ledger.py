@@ -1,0 +1,97 @@
+"""The single writer: a list of commands in, one durable commit, a list of answers out.
+
+Callers gather what arrived while the last commit ran and hand it over at once; that is group commit, and it is what
+makes a synchronous disk affordable. Which writer is the single one is decided by an epoch in the database.
+"""
+
+from collections.abc import Callable, Sequence
+from threading import Lock
+
+from sqlalchemy import Engine
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
+
+from billing import store
+from billing.commands import Command, Outcome, Rejected
+from billing.core import decide
+from billing.database import writer
+from billing.errors import Fenced, LedgerUnavailable
+
+
+class Ledger:
+    """Owns every write. Safe to call from several threads, which take turns; meant to be fed whole batches by one.
+
+    `clock` gives POSIX seconds. It stamps entries and judges leases; tests inject it.
+    """
+
+    def __init__(self, engine: Engine, clock: Callable[[], float], takeover_grace_s: float = 30.0) -> None:
+        self._engine = writer(engine)
+        self._clock = clock
+        self._takeover_grace_s = takeover_grace_s
+        self._epoch = 0
+        self._newest_ts = 0.0
+        self._turn = Lock()
+
+    def take_over(self) -> int:
+        """Become the writer: every earlier one is fenced from here on. Returns the new epoch.
+
+        Open leases last at least `takeover_grace_s` from now, so that work which outlived the last writer has time to
+        send a heartbeat before the sweeper refunds it.
+
+        Raises:
+            LedgerUnavailable: the database failed; whether the epoch was taken is not known, take over again.
+        """
+        with self._turn:
+            now = self._clock()
+            try:
+                with self._engine.begin() as connection:
+                    epoch = store.take_fence(connection, now)
+                    store.extend_open_leases(connection, until=now + self._takeover_grace_s)
+                    newest_ts = store.newest_ts(connection)
+            except DBAPIError as error:
+                raise LedgerUnavailable(f"the database failed during take-over: {error.orig}") from error
+            self._epoch, self._newest_ts = epoch, newest_ts
+            return epoch
+
+    def apply(self, commands: Sequence[Command]) -> list[Outcome]:
+        """Carry out the commands in order, all in one transaction; answers come back in the same order.
+
+        When this returns, what the answers say is on disk. If the database refuses the batch, each command is carried
+        out in a transaction of its own, and the one at fault is answered `Rejected`.
+
+        Raises:
+            Fenced: another writer has taken over, or `take_over` was never called. Nothing was written.
+            LedgerUnavailable: the database failed. Whatever was not answered may or may not have been written; the
+                same commands may be sent again, to this ledger or its successor.
+        """
+        if not commands:
+            return []
+        with self._turn:
+            try:
+                return self._commit(commands)
+            except (IntegrityError, DataError):
+                return [self._commit_alone(command) for command in commands]
+
+    def _commit_alone(self, command: Command) -> Outcome:
+        try:
+            return self._commit([command])[0]
+        except (IntegrityError, DataError) as error:
+            return Rejected(f"the database refused it: {str(error.orig).splitlines()[0]}")
+
+    def _commit(self, commands: Sequence[Command]) -> list[Outcome]:
+        now = self._clock()
+        ts = max(now, self._newest_ts)  # a clock that steps back must not put a refund before its debit
+        try:
+            with self._engine.begin() as connection:
+                current_epoch = store.read_fence(connection)
+                if self._epoch == 0 or current_epoch != self._epoch:
+                    raise Fenced(self._epoch, current_epoch)
+                book = store.load(connection, commands, now, ts, self._epoch)
+                outcomes = [decide(book, command) for command in commands]
+                store.write(connection, book)
+        except (IntegrityError, DataError):
+            raise
+        except DBAPIError as error:
+            raise LedgerUnavailable(f"the database failed during a commit: {error.orig}") from error
+        self._newest_ts = ts
+        assert len(outcomes) == len(commands)
+        return outcomes

@@ -1,0 +1,193 @@
+"""Read-only questions about the ledger, for processes that never write it. Every answer is committed state."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from sqlalchemy import Engine, Row, bindparam, or_, select
+
+from billing.commands import CustomerId, KeyId, RequestId
+from billing.errors import UnknownWallet
+from billing.money import Mils
+from billing.tables import api_key, entry, reservation, wallet
+
+MAX_TRANSACTIONS = 200
+
+AnyRow = Row[*tuple[Any, ...]]
+EntryKind = Literal["debit", "credit", "refund"]
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRecord:
+    """What a request needs to know about its key."""
+
+    key_id: KeyId
+    customer_id: CustomerId
+    refill_per_s: float
+    burst: int
+    revoked: bool
+
+
+@dataclass(frozen=True, slots=True)
+class KeySummary:
+    """What an operator sees of a key."""
+
+    key_id: KeyId
+    last4: str
+    customer_id: CustomerId
+    customer_name: str
+    balance_mils: Mils
+    """The customer's, whichever of its keys is listed."""
+    refill_per_s: float
+    burst: int
+    created_at: float
+    revoked_at: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class EntryRecord:
+    """One row of a customer's transaction list."""
+
+    seq: int
+    public_id: str
+    ts: float
+    kind: EntryKind
+    amount_mils: Mils
+    """Signed: a debit is negative."""
+    balance_after_mils: Mils
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReservationRecord:
+    request_id: RequestId
+    customer_id: CustomerId
+    key_id: KeyId
+    frames: int
+    mils_per_frame: Mils
+    amount_mils: Mils
+    captured_mils: Mils
+    refunded_mils: Mils
+    state: Literal["open", "settled"]
+    reason: str
+    lease_until: float
+    created_at: float
+    settled_at: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class CustomerRecord:
+    customer_id: CustomerId
+    name: str
+    balance_mils: Mils
+    seq: int
+    """How many entries made this balance."""
+    created_at: float
+
+
+_KEY_BY_HASH = select(
+    api_key.c.key_id, api_key.c.customer_id, api_key.c.refill_per_s, api_key.c.burst, api_key.c.revoked_at
+).where(api_key.c.sha256 == bindparam("sha256"))
+_BALANCE = select(wallet.c.balance_mils).where(wallet.c.customer_id == bindparam("customer_id"))
+_TRANSACTIONS = (
+    select(
+        entry.c.seq,
+        entry.c.public_id,
+        entry.c.ts,
+        entry.c.kind,
+        entry.c.amount,
+        entry.c.balance_after,
+        entry.c.detail,
+    )
+    .where(entry.c.customer_id == bindparam("customer_id"), entry.c.seq > 0)
+    .order_by(entry.c.seq.desc())
+    .limit(bindparam("at_most"))
+)
+_KEYS = (
+    select(
+        api_key.c.key_id,
+        api_key.c.last4,
+        api_key.c.customer_id,
+        wallet.c.name,
+        wallet.c.balance_mils,
+        api_key.c.refill_per_s,
+        api_key.c.burst,
+        api_key.c.created_at,
+        api_key.c.revoked_at,
+    )
+    .join_from(api_key, wallet, wallet.c.customer_id == api_key.c.customer_id)
+    .order_by(api_key.c.created_at, api_key.c.key_id)
+)
+_RESERVATION = select(
+    reservation.c.request_id,
+    reservation.c.customer_id,
+    reservation.c.key_id,
+    reservation.c.frames,
+    reservation.c.mils_per_frame,
+    reservation.c.amount,
+    reservation.c.captured,
+    reservation.c.refunded,
+    reservation.c.state,
+    reservation.c.reason,
+    reservation.c.lease_until,
+    reservation.c.created_at,
+    reservation.c.settled_at,
+).where(reservation.c.request_id == bindparam("request_id"))
+_CUSTOMER = (
+    select(wallet.c.customer_id, wallet.c.name, wallet.c.balance_mils, wallet.c.seq, wallet.c.created_at)
+    .where(or_(wallet.c.customer_id == bindparam("name_or_id"), wallet.c.name == bindparam("name_or_id")))
+    # A customer may bear another one's id as its name; the id wins.
+    .order_by((wallet.c.customer_id == bindparam("name_or_id")).desc())
+    .limit(1)
+)
+
+
+class LedgerReader:
+    """Safe to share between threads and to use beside the writer, in its process or another.
+
+    Every method raises `sqlalchemy.exc.DBAPIError` when the database fails.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def key_by_token_hash(self, sha256: str) -> KeyRecord | None:
+        row = self._first(_KEY_BY_HASH, sha256=sha256)
+        if row is None:
+            return None
+        return KeyRecord(row.key_id, row.customer_id, row.refill_per_s, row.burst, row.revoked_at is not None)
+
+    def balance(self, customer_id: CustomerId) -> Mils:
+        """What can be spent now: what open reservations hold has already been debited.
+
+        Raises:
+            UnknownWallet: there is no such customer.
+        """
+        row = self._first(_BALANCE, customer_id=customer_id)
+        if row is None:
+            raise UnknownWallet(customer_id)
+        return Mils(row.balance_mils)
+
+    def transactions(self, customer_id: CustomerId, limit: int) -> list[EntryRecord]:
+        """The newest entries first, at least 1 and at most `MAX_TRANSACTIONS`; the opening entry is not one of them."""
+        at_most = max(1, min(limit, MAX_TRANSACTIONS))
+        return [EntryRecord(*row) for row in self._all(_TRANSACTIONS, customer_id=customer_id, at_most=at_most)]
+
+    def keys(self) -> list[KeySummary]:
+        """Every key, revoked ones too, in the order in which they were made."""
+        return [KeySummary(*row) for row in self._all(_KEYS)]
+
+    def reservation(self, request_id: RequestId) -> ReservationRecord | None:
+        row = self._first(_RESERVATION, request_id=request_id)
+        return None if row is None else ReservationRecord(*row)
+
+    def customer(self, name_or_id: str) -> CustomerRecord | None:
+        row = self._first(_CUSTOMER, name_or_id=name_or_id)
+        return None if row is None else CustomerRecord(*row)
+
+    def _first(self, statement: Any, **parameters: object) -> AnyRow | None:
+        with self._engine.connect() as connection:
+            return connection.execute(statement, parameters).first()
+
+    def _all(self, statement: Any, **parameters: object) -> list[AnyRow]:
+        with self._engine.connect() as connection:
+            return list(connection.execute(statement, parameters))

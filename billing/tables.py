@@ -1,0 +1,247 @@
+"""The five tables of the ledger, and every rule about them that a constraint can say.
+
+The rules that only a trigger can say are in `billing.triggers`. A deployed database is made by `billing.migrations`,
+never from here; a test holds the two equal.
+
+An entry points at its predecessor's sequence number *and* balance, and a wallet at its last entry's: a gap, a fork, a
+wrong sum or an edited past has no row to point at, so the database refuses it.
+"""
+
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    Column,
+    Double,
+    ForeignKeyConstraint,
+    Index,
+    Integer,
+    MetaData,
+    PrimaryKeyConstraint,
+    Text,
+    UniqueConstraint,
+    text,
+)
+from sqlalchemy.types import REAL, TypeEngine
+from sqlmodel import Field, SQLModel
+
+billing_metadata = MetaData()
+
+# SQLite's STRICT tables know INTEGER, REAL and TEXT; there an INTEGER column refuses 1.5.
+INT64: TypeEngine[int] = BigInteger().with_variant(Integer(), "sqlite")
+SECONDS: TypeEngine[float] = Double().with_variant(REAL(), "sqlite")
+STRICT = {"sqlite_strict": True}
+# Checked at COMMIT: rows that are born together point at each other. `use_alter` adds them after both tables exist.
+AT_COMMIT: dict[str, Any] = {"deferrable": True, "initially": "DEFERRED", "use_alter": True}
+
+
+class Table(SQLModel):
+    """Base of the ledger's tables, so that they share no metadata with anybody else's."""
+
+    metadata = billing_metadata
+
+
+class WriterFenceTable(Table, table=True):
+    """One row: the epoch of the only writer whose commits count."""
+
+    __tablename__ = "writer_fence"
+    __table_args__ = (
+        PrimaryKeyConstraint("fence_id", name="pk_writer_fence"),
+        CheckConstraint("fence_id = 1", name="ck_writer_fence_single"),
+        CheckConstraint("epoch >= 0", name="ck_writer_fence_epoch"),
+        STRICT,
+    )
+
+    fence_id: int = Field(sa_column=Column(INT64, nullable=False, autoincrement=False))
+    epoch: int = Field(sa_column=Column(INT64, nullable=False))
+    """0 until the first writer takes over."""
+    taken_at: float = Field(sa_column=Column(SECONDS, nullable=False))
+
+
+class WalletTable(Table, table=True):
+    """A customer and its money: a copy of the last entry, kept equal to it by a foreign key."""
+
+    __tablename__ = "wallet"
+    __table_args__ = (
+        PrimaryKeyConstraint("customer_id", name="pk_wallet"),
+        UniqueConstraint("name", name="uq_wallet_name"),
+        CheckConstraint("balance_mils >= 0", name="ck_wallet_balance"),
+        ForeignKeyConstraint(
+            ["customer_id", "seq", "balance_mils"],
+            ["entry.customer_id", "entry.seq", "entry.balance_after"],
+            name="fk_wallet_tail",
+            **AT_COMMIT,
+        ),
+        STRICT,
+    )
+
+    customer_id: str = Field(sa_column=Column(Text, nullable=False))
+    name: str = Field(sa_column=Column(Text, nullable=False))
+    seq: int = Field(sa_column=Column(INT64, nullable=False))
+    balance_mils: int = Field(sa_column=Column(INT64, nullable=False))
+    created_at: float = Field(sa_column=Column(SECONDS, nullable=False))
+
+
+class ApiKeyTable(Table, table=True):
+    """A key by its hash. Many keys spend from one wallet."""
+
+    __tablename__ = "api_key"
+    __table_args__ = (
+        PrimaryKeyConstraint("key_id", name="pk_api_key"),
+        UniqueConstraint("sha256", name="uq_api_key_sha256"),
+        UniqueConstraint("key_id", "customer_id", name="uq_api_key_customer"),
+        CheckConstraint("length(sha256) = 64", name="ck_api_key_sha256"),
+        CheckConstraint("length(last4) = 4", name="ck_api_key_last4"),
+        CheckConstraint("refill_per_s > 0 AND burst > 0", name="ck_api_key_limits"),
+        CheckConstraint("(revoked_at IS NULL) = (revoked_seq IS NULL)", name="ck_api_key_revoked"),
+        ForeignKeyConstraint(["customer_id"], ["wallet.customer_id"], name="fk_api_key_wallet"),
+        ForeignKeyConstraint(
+            ["customer_id", "created_seq"], ["entry.customer_id", "entry.seq"], name="fk_api_key_created", **AT_COMMIT
+        ),
+        ForeignKeyConstraint(
+            ["customer_id", "revoked_seq"], ["entry.customer_id", "entry.seq"], name="fk_api_key_revoked", **AT_COMMIT
+        ),
+        STRICT,
+    )
+
+    key_id: str = Field(sa_column=Column(Text, nullable=False))
+    sha256: str = Field(sa_column=Column(Text, nullable=False))
+    last4: str = Field(sa_column=Column(Text, nullable=False))
+    customer_id: str = Field(sa_column=Column(Text, nullable=False))
+    refill_per_s: float = Field(sa_column=Column(SECONDS, nullable=False))
+    burst: int = Field(sa_column=Column(INT64, nullable=False))
+    created_at: float = Field(sa_column=Column(SECONDS, nullable=False))
+    created_seq: int = Field(sa_column=Column(INT64, nullable=False))
+    """The wallet's sequence number when the key was made: orders keys with spending, whatever the clock does."""
+    revoked_at: float | None = Field(default=None, sa_column=Column(SECONDS, nullable=True))
+    revoked_seq: int | None = Field(default=None, sa_column=Column(INT64, nullable=True))
+
+
+class ReservationTable(Table, table=True):
+    """Money held for one request: debited when it opens, kept or given back when it settles, once."""
+
+    __tablename__ = "reservation"
+    __table_args__ = (
+        PrimaryKeyConstraint("request_id", name="pk_reservation"),
+        UniqueConstraint("request_id", "customer_id", "amount", name="uq_reservation_amount"),
+        CheckConstraint("frames > 0 AND mils_per_frame > 0", name="ck_reservation_price"),
+        CheckConstraint("amount = frames * mils_per_frame", name="ck_reservation_amount"),
+        CheckConstraint(
+            "(state = 'open' AND captured = 0 AND refunded = 0 AND settled_seq IS NULL AND settled_at IS NULL)"
+            " OR (state = 'settled' AND captured >= 0 AND refunded >= 0 AND captured + refunded = amount"
+            " AND settled_seq IS NOT NULL AND settled_at IS NOT NULL)",
+            name="ck_reservation_state",
+        ),
+        CheckConstraint("captured % mils_per_frame = 0", name="ck_reservation_whole_frames"),
+        # The key must be one of this wallet's.
+        ForeignKeyConstraint(
+            ["key_id", "customer_id"], ["api_key.key_id", "api_key.customer_id"], name="fk_reservation_key"
+        ),
+        ForeignKeyConstraint(
+            ["customer_id", "debit_seq"], ["entry.customer_id", "entry.seq"], name="fk_reservation_debit", **AT_COMMIT
+        ),
+        ForeignKeyConstraint(
+            ["customer_id", "settled_seq"],
+            ["entry.customer_id", "entry.seq"],
+            name="fk_reservation_settled",
+            **AT_COMMIT,
+        ),
+        Index(
+            "ix_reservation_open_lease",
+            "lease_until",
+            sqlite_where=text("state = 'open'"),
+            postgresql_where=text("state = 'open'"),
+        ),
+        STRICT,
+    )
+
+    request_id: str = Field(sa_column=Column(Text, nullable=False))
+    customer_id: str = Field(sa_column=Column(Text, nullable=False))
+    key_id: str = Field(sa_column=Column(Text, nullable=False))
+    frames: int = Field(sa_column=Column(INT64, nullable=False))
+    mils_per_frame: int = Field(sa_column=Column(INT64, nullable=False))
+    """The price when the work was reserved; what is captured later uses this one."""
+    amount: int = Field(sa_column=Column(INT64, nullable=False))
+    captured: int = Field(sa_column=Column(INT64, nullable=False))
+    refunded: int = Field(sa_column=Column(INT64, nullable=False))
+    state: str = Field(sa_column=Column(Text, nullable=False))
+    lease_until: float = Field(sa_column=Column(SECONDS, nullable=False))
+    reason: str = Field(sa_column=Column(Text, nullable=False))
+    created_at: float = Field(sa_column=Column(SECONDS, nullable=False))
+    debit_seq: int = Field(sa_column=Column(INT64, nullable=False))
+    settled_at: float | None = Field(default=None, sa_column=Column(SECONDS, nullable=True))
+    settled_seq: int | None = Field(default=None, sa_column=Column(INT64, nullable=True))
+    """The wallet's last entry once this was settled: the refund, if there was one."""
+
+
+class EntryTable(Table, table=True):
+    """One change of one wallet's balance. Written once, never touched again.
+
+    Entry 0 opens the wallet and moves nothing; it exists so that every other entry has a predecessor.
+    """
+
+    __tablename__ = "entry"
+    __table_args__ = (
+        PrimaryKeyConstraint("customer_id", "seq", name="pk_entry"),
+        UniqueConstraint("customer_id", "seq", "balance_after", name="uq_entry_balance"),
+        CheckConstraint("balance_after = prev_balance + amount", name="ck_entry_sum"),
+        CheckConstraint("balance_after >= 0", name="ck_entry_balance"),
+        CheckConstraint(
+            "(kind = 'opening' AND seq = 0 AND prev_seq IS NULL AND prev_balance = 0)"
+            " OR (kind <> 'opening' AND seq > 0 AND prev_seq IS NOT NULL AND prev_seq = seq - 1)",
+            name="ck_entry_chain",
+        ),
+        CheckConstraint(
+            "(kind = 'opening' AND amount = 0 AND reserved IS NULL)"
+            " OR (kind = 'credit' AND amount > 0 AND reserved IS NULL)"
+            " OR (kind = 'debit' AND amount < 0 AND reserved IS NOT NULL AND amount = -reserved)"
+            " OR (kind = 'refund' AND amount > 0 AND reserved IS NOT NULL AND amount <= reserved)",
+            name="ck_entry_kind",
+        ),
+        ForeignKeyConstraint(["customer_id"], ["wallet.customer_id"], name="fk_entry_wallet"),
+        ForeignKeyConstraint(
+            ["customer_id", "prev_seq", "prev_balance"],
+            ["entry.customer_id", "entry.seq", "entry.balance_after"],
+            name="fk_entry_previous",
+        ),
+        # `reserved` is null for money from outside, which belongs to no request.
+        ForeignKeyConstraint(
+            ["public_id", "customer_id", "reserved"],
+            ["reservation.request_id", "reservation.customer_id", "reservation.amount"],
+            name="fk_entry_reservation",
+        ),
+        *(
+            Index(
+                f"uq_entry_{kind}",
+                "public_id",
+                unique=True,
+                sqlite_where=text(f"kind = '{kind}'"),
+                postgresql_where=text(f"kind = '{kind}'"),
+            )
+            for kind in ("debit", "refund", "credit")
+        ),
+        STRICT,
+    )
+
+    customer_id: str = Field(sa_column=Column(Text, nullable=False))
+    seq: int = Field(sa_column=Column(INT64, nullable=False, autoincrement=False))
+    prev_seq: int | None = Field(default=None, sa_column=Column(INT64, nullable=True))
+    prev_balance: int = Field(sa_column=Column(INT64, nullable=False))
+    amount: int = Field(sa_column=Column(INT64, nullable=False))
+    balance_after: int = Field(sa_column=Column(INT64, nullable=False))
+    kind: str = Field(sa_column=Column(Text, nullable=False))
+    public_id: str = Field(sa_column=Column(Text, nullable=False))
+    """What the customer sees as `id`: the request's for a debit and its refund, the payment's for a credit."""
+    reserved: int | None = Field(default=None, sa_column=Column(INT64, nullable=True))
+    ts: float = Field(sa_column=Column(SECONDS, nullable=False))
+    detail: str = Field(sa_column=Column(Text, nullable=False))
+    epoch: int = Field(sa_column=Column(INT64, nullable=False))
+    """Which writer wrote it."""
+
+
+writer_fence = billing_metadata.tables["writer_fence"]
+wallet = billing_metadata.tables["wallet"]
+api_key = billing_metadata.tables["api_key"]
+reservation = billing_metadata.tables["reservation"]
+entry = billing_metadata.tables["entry"]

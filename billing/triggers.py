@@ -1,0 +1,151 @@
+"""The rules that no constraint can say: what is written stays written, and only the newest writer writes.
+
+Each is one trigger that refuses a row; none of them changes data. SQLite and PostgreSQL spell them differently.
+"""
+
+from sqlalchemy import Connection, MetaData, event, text
+
+from billing.tables import billing_metadata
+
+SQLITE = (
+    """
+CREATE TRIGGER tr_entry_epoch BEFORE INSERT ON entry
+WHEN NEW.epoch IS NOT (SELECT epoch FROM writer_fence)
+BEGIN SELECT RAISE(ABORT, 'tr_entry_epoch: this writer is fenced'); END
+""",
+    """
+CREATE TRIGGER tr_entry_refund BEFORE INSERT ON entry
+WHEN NEW.kind = 'refund' AND NOT EXISTS (
+  SELECT 1 FROM entry AS debit JOIN reservation ON reservation.request_id = debit.public_id
+  WHERE debit.kind = 'debit' AND debit.public_id = NEW.public_id AND debit.customer_id = NEW.customer_id
+    AND debit.seq < NEW.seq AND reservation.state = 'settled' AND reservation.refunded = NEW.amount)
+BEGIN SELECT RAISE(ABORT, 'tr_entry_refund: no earlier debit, or not what its settlement gives back'); END
+""",
+    """
+CREATE TRIGGER tr_entry_update BEFORE UPDATE ON entry
+BEGIN SELECT RAISE(ABORT, 'tr_entry_update: entries are never edited'); END
+""",
+    """
+CREATE TRIGGER tr_entry_delete BEFORE DELETE ON entry
+BEGIN SELECT RAISE(ABORT, 'tr_entry_delete: entries are never deleted'); END
+""",
+    """
+CREATE TRIGGER tr_wallet_update BEFORE UPDATE ON wallet
+WHEN NEW.customer_id <> OLD.customer_id OR NEW.seq < OLD.seq
+BEGIN SELECT RAISE(ABORT, 'tr_wallet_update: a wallet never goes back'); END
+""",
+    """
+CREATE TRIGGER tr_reservation_update BEFORE UPDATE ON reservation
+WHEN OLD.state = 'settled' OR NEW.request_id <> OLD.request_id OR NEW.customer_id <> OLD.customer_id
+  OR NEW.key_id <> OLD.key_id OR NEW.frames <> OLD.frames OR NEW.mils_per_frame <> OLD.mils_per_frame
+  OR NEW.amount <> OLD.amount OR NEW.debit_seq <> OLD.debit_seq OR NEW.created_at <> OLD.created_at
+BEGIN SELECT RAISE(ABORT, 'tr_reservation_update: a reservation settles once and its terms never change'); END
+""",
+    """
+CREATE TRIGGER tr_reservation_delete BEFORE DELETE ON reservation
+BEGIN SELECT RAISE(ABORT, 'tr_reservation_delete: reservations are never deleted'); END
+""",
+    """
+CREATE TRIGGER tr_api_key_update BEFORE UPDATE ON api_key
+WHEN OLD.revoked_at IS NOT NULL OR NEW.key_id <> OLD.key_id OR NEW.sha256 <> OLD.sha256
+  OR NEW.customer_id <> OLD.customer_id OR NEW.created_seq <> OLD.created_seq
+BEGIN SELECT RAISE(ABORT, 'tr_api_key_update: a key is revoked once and never becomes another'); END
+""",
+    """
+CREATE TRIGGER tr_api_key_delete BEFORE DELETE ON api_key
+BEGIN SELECT RAISE(ABORT, 'tr_api_key_delete: keys are revoked, never deleted'); END
+""",
+    """
+CREATE TRIGGER tr_writer_fence_update BEFORE UPDATE ON writer_fence
+WHEN NEW.epoch <= OLD.epoch
+BEGIN SELECT RAISE(ABORT, 'tr_writer_fence_update: the epoch only grows'); END
+""",
+    """
+CREATE TRIGGER tr_writer_fence_delete BEFORE DELETE ON writer_fence
+BEGIN SELECT RAISE(ABORT, 'tr_writer_fence_delete: the fence stays'); END
+""",
+)
+
+POSTGRESQL = (
+    """
+CREATE FUNCTION billing_refuse() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+  RAISE EXCEPTION USING MESSAGE = TG_NAME || ': ' || TG_ARGV[0], ERRCODE = 'integrity_constraint_violation';
+END $$
+""",
+    """
+CREATE FUNCTION billing_check_entry() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+  IF NEW.epoch IS DISTINCT FROM (SELECT epoch FROM writer_fence) THEN
+    RAISE EXCEPTION USING MESSAGE = 'tr_entry_insert: this writer is fenced',
+      ERRCODE = 'integrity_constraint_violation';
+  END IF;
+  IF NEW.kind = 'refund' AND NOT EXISTS (
+    SELECT 1 FROM entry AS debit JOIN reservation ON reservation.request_id = debit.public_id
+    WHERE debit.kind = 'debit' AND debit.public_id = NEW.public_id AND debit.customer_id = NEW.customer_id
+      AND debit.seq < NEW.seq AND reservation.state = 'settled' AND reservation.refunded = NEW.amount) THEN
+    RAISE EXCEPTION USING
+      MESSAGE = 'tr_entry_insert: no earlier debit, or not what its settlement gives back',
+      ERRCODE = 'integrity_constraint_violation';
+  END IF;
+  RETURN NEW;
+END $$
+""",
+    """
+CREATE TRIGGER tr_entry_insert BEFORE INSERT ON entry
+FOR EACH ROW EXECUTE FUNCTION billing_check_entry()
+""",
+    """
+CREATE TRIGGER tr_entry_update BEFORE UPDATE ON entry
+FOR EACH ROW EXECUTE FUNCTION billing_refuse('entries are never edited')
+""",
+    """
+CREATE TRIGGER tr_entry_delete BEFORE DELETE ON entry
+FOR EACH ROW EXECUTE FUNCTION billing_refuse('entries are never deleted')
+""",
+    """
+CREATE TRIGGER tr_entry_truncate BEFORE TRUNCATE ON entry
+FOR EACH STATEMENT EXECUTE FUNCTION billing_refuse('entries are never deleted')
+""",
+    """
+CREATE TRIGGER tr_wallet_update BEFORE UPDATE ON wallet FOR EACH ROW
+WHEN (NEW.customer_id <> OLD.customer_id OR NEW.seq < OLD.seq)
+EXECUTE FUNCTION billing_refuse('a wallet never goes back')
+""",
+    """
+CREATE TRIGGER tr_reservation_update BEFORE UPDATE ON reservation FOR EACH ROW
+WHEN (OLD.state = 'settled' OR NEW.request_id <> OLD.request_id OR NEW.customer_id <> OLD.customer_id
+  OR NEW.key_id <> OLD.key_id OR NEW.frames <> OLD.frames OR NEW.mils_per_frame <> OLD.mils_per_frame
+  OR NEW.amount <> OLD.amount OR NEW.debit_seq <> OLD.debit_seq OR NEW.created_at <> OLD.created_at)
+EXECUTE FUNCTION billing_refuse('a reservation settles once and its terms never change')
+""",
+    """
+CREATE TRIGGER tr_reservation_delete BEFORE DELETE ON reservation
+FOR EACH ROW EXECUTE FUNCTION billing_refuse('reservations are never deleted')
+""",
+    """
+CREATE TRIGGER tr_api_key_update BEFORE UPDATE ON api_key FOR EACH ROW
+WHEN (OLD.revoked_at IS NOT NULL OR NEW.key_id <> OLD.key_id OR NEW.sha256 <> OLD.sha256
+  OR NEW.customer_id <> OLD.customer_id OR NEW.created_seq <> OLD.created_seq)
+EXECUTE FUNCTION billing_refuse('a key is revoked once and never becomes another')
+""",
+    """
+CREATE TRIGGER tr_api_key_delete BEFORE DELETE ON api_key
+FOR EACH ROW EXECUTE FUNCTION billing_refuse('keys are revoked, never deleted')
+""",
+    """
+CREATE TRIGGER tr_writer_fence_update BEFORE UPDATE ON writer_fence FOR EACH ROW
+WHEN (NEW.epoch <= OLD.epoch) EXECUTE FUNCTION billing_refuse('the epoch only grows')
+""",
+    """
+CREATE TRIGGER tr_writer_fence_delete BEFORE DELETE ON writer_fence
+FOR EACH ROW EXECUTE FUNCTION billing_refuse('the fence stays')
+""",
+)
+
+
+@event.listens_for(billing_metadata, "after_create")
+def create_triggers(target: MetaData, connection: Connection, **_: object) -> None:
+    """Complete a schema made by `create_all`, so that a test can hold it against the migrated one."""
+    for statement in SQLITE if connection.dialect.name == "sqlite" else POSTGRESQL:
+        connection.execute(text(statement))

@@ -1,0 +1,90 @@
+"""The loop around the ledger: one thread that turns waiting commands into one transaction at a time.
+
+Group commit without a timer: whatever arrived while the last commit was being made durable goes into the next one, so
+light load means small batches and low latency, heavy load large batches. Between commits it sweeps expired leases.
+Knows no Ray: the actor is a shell around it, tests and tools run it in process.
+"""
+
+import queue
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from threading import Thread
+
+from billing.commands import Command, ExpireLeases, Outcome
+from billing.ledger import Ledger
+
+MAX_BATCH = 256
+"""Commands in one transaction."""
+SWEEP_EVERY_S = 5.0
+
+_Item = tuple[tuple[Command, ...], "Future[list[Outcome]]"]
+
+
+class LedgerWriter:
+    """Feeds a `Ledger` that has taken over. `on_death` is called once if the ledger raises: nothing is written after.
+
+    An exception from `Ledger.apply` means that the writer was fenced off or that a commit's outcome is unknown. Either
+    way its picture of the database can no longer be trusted, so it stops (crash-only) and its callers ask again.
+    """
+
+    def __init__(self, ledger: Ledger, on_death: Callable[[BaseException], None]) -> None:
+        self._ledger = ledger
+        self._on_death = on_death
+        self._waiting: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
+        self._thread = Thread(target=self._run, name="ledger-writer", daemon=True)
+        self._thread.start()
+
+    def submit(self, commands: Sequence[Command]) -> "Future[list[Outcome]]":
+        """Outcomes in command order, once they are durable."""
+        answer: Future[list[Outcome]] = Future()
+        self._waiting.put((tuple(commands), answer))
+        return answer
+
+    def stop(self) -> None:
+        """Write what is waiting, then end."""
+        self._waiting.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        next_sweep = time.monotonic() + SWEEP_EVERY_S
+        running = True
+        while running:
+            items, running = self._drain(max(0.0, next_sweep - time.monotonic()))
+            sweep = time.monotonic() >= next_sweep
+            try:
+                self._write(items)
+                if sweep:
+                    self._ledger.apply([ExpireLeases()])
+                    next_sweep = time.monotonic() + SWEEP_EVERY_S
+            except BaseException as error:
+                for _, answer in items:
+                    if not answer.done():
+                        answer.set_exception(error)
+                self._on_death(error)
+                return
+
+    def _drain(self, timeout_s: float) -> tuple[list[_Item], bool]:
+        """Everything that waits now, up to `MAX_BATCH` commands; waits only when there is nothing."""
+        items: list[_Item] = []
+        num_commands = 0
+        try:
+            item = self._waiting.get(timeout=timeout_s)
+            while True:
+                if item is None:
+                    return items, False
+                items.append(item)
+                num_commands += len(item[0])
+                if num_commands >= MAX_BATCH:
+                    break
+                item = self._waiting.get_nowait()
+        except queue.Empty:
+            pass
+        return items, True
+
+    def _write(self, items: list[_Item]) -> None:
+        if not items:
+            return
+        outcomes = iter(self._ledger.apply([command for commands, _ in items for command in commands]))
+        for commands, answer in items:
+            answer.set_result([next(outcomes) for _ in commands])
