@@ -138,15 +138,6 @@ class ReservationTable(Table, table=True):
         ForeignKeyConstraint(
             ["key_id", "customer_id"], ["api_key.key_id", "api_key.customer_id"], name="fk_reservation_key"
         ),
-        ForeignKeyConstraint(
-            ["customer_id", "debit_seq"], ["entry.customer_id", "entry.seq"], name="fk_reservation_debit", **AT_COMMIT
-        ),
-        ForeignKeyConstraint(
-            ["customer_id", "settled_seq"],
-            ["entry.customer_id", "entry.seq"],
-            name="fk_reservation_settled",
-            **AT_COMMIT,
-        ),
         Index(
             "ix_reservation_open_lease",
             "lease_until",
@@ -169,6 +160,7 @@ class ReservationTable(Table, table=True):
     lease_until: float = Field(sa_column=Column(SECONDS, nullable=False))
     reason: str = Field(sa_column=Column(Text, nullable=False))
     created_at: float = Field(sa_column=Column(SECONDS, nullable=False))
+    # No foreign keys on the next one and `settled_seq`: SQLite would scan this table for each entry that it inserts.
     debit_seq: int = Field(sa_column=Column(INT64, nullable=False))
     settled_at: float | None = Field(default=None, sa_column=Column(SECONDS, nullable=True))
     settled_seq: int | None = Field(default=None, sa_column=Column(INT64, nullable=True))

@@ -104,15 +104,6 @@ def upgrade() -> None:
         sa.ForeignKeyConstraint(
             ["key_id", "customer_id"], ["api_key.key_id", "api_key.customer_id"], name="fk_reservation_key"
         ),
-        sa.ForeignKeyConstraint(
-            ["customer_id", "debit_seq"], ["entry.customer_id", "entry.seq"], name="fk_reservation_debit", **AT_COMMIT
-        ),
-        sa.ForeignKeyConstraint(
-            ["customer_id", "settled_seq"],
-            ["entry.customer_id", "entry.seq"],
-            name="fk_reservation_settled",
-            **AT_COMMIT,
-        ),
         sqlite_strict=True,
     )
     op.create_table(
@@ -215,24 +206,6 @@ def upgrade() -> None:
             "api_key",
             "entry",
             ["customer_id", "revoked_seq"],
-            ["customer_id", "seq"],
-            deferrable=True,
-            initially="DEFERRED",
-        )
-        op.create_foreign_key(
-            "fk_reservation_debit",
-            "reservation",
-            "entry",
-            ["customer_id", "debit_seq"],
-            ["customer_id", "seq"],
-            deferrable=True,
-            initially="DEFERRED",
-        )
-        op.create_foreign_key(
-            "fk_reservation_settled",
-            "reservation",
-            "entry",
-            ["customer_id", "settled_seq"],
             ["customer_id", "seq"],
             deferrable=True,
             initially="DEFERRED",
