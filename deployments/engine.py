@@ -1,0 +1,186 @@
+"""The replica's engine: one thread that keeps the model busy with whatever rows are there.
+
+`step` tells the story: admit what has arrived, run one batched denoising step over all rows whatever their step, hand
+finished rows to the encoder. Rows join and leave between steps, so nobody waits for a batch to fill or to drain. A row
+that makes the model raise fails alone; a row whose caller is gone leaves at the next step.
+
+Knows neither Ray nor asyncio: callers get `concurrent.futures.Future`s.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from deployments.messages import ChunkDone, ChunkFailed, ChunkOutcome, ChunkReport, ChunkRow, Frame
+from deployments.video import encode_chunk
+
+
+class Model(Protocol):
+    """What a world model offers the engine. A row is the model's own object; the engine reads only its `done`."""
+
+    def start(self, inputs: Sequence[Any]) -> list[Any]:
+        """One row per input; an input has the fields of `ChunkRow`."""
+
+    def step(self, rows: Sequence[Any]) -> None:
+        """One denoising step of every row in one forward. Raising must leave the rows as they were."""
+
+    def finish(self, rows: Sequence[Any]) -> list[Frame]:
+        """uint8 (n, H, W, 3) per row: the frames after its start frame."""
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    rows: tuple[ChunkRow, ...]
+    report: Future[ChunkReport]
+    outcomes: list[ChunkOutcome | None]
+    started_at: float = 0.0
+
+
+@dataclass(slots=True, eq=False)
+class _Active:
+    job: _Job
+    index: int
+    row: Any
+
+
+class Engine:
+    """Runs chunk rows on one model. `submit` from any thread; everything else happens on the engine's own."""
+
+    def __init__(self, model: Model, resolution: tuple[int, int], fps: int, max_rows: int, encoders: int = 2) -> None:
+        self._model = model
+        self._resolution, self._fps = resolution, fps
+        self._max_rows = max_rows
+        self._arrived: deque[_Job] = deque()
+        self._active: list[_Active] = []
+        self._wake = threading.Condition()
+        self._stopping = False
+        self._encoders = ThreadPoolExecutor(encoders, thread_name_prefix="encode")
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, rows: Sequence[ChunkRow]) -> Future[ChunkReport]:
+        """Run `rows`; cancelling the future takes them out of the batch at the next step."""
+        job = _Job(tuple(rows), Future(), [None] * len(rows))
+        with self._wake:
+            if self._stopping:
+                raise RuntimeError("the engine is stopping")
+            self._arrived.append(job)
+            self._wake.notify()
+        return job.report
+
+    def healthy(self) -> bool:
+        return self._thread.is_alive()
+
+    def stop(self) -> None:
+        """Finish what is running, take nothing more."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        self._thread.join()
+        self._encoders.shutdown()
+
+    def _run(self) -> None:
+        while self._wait_for_work():
+            self._step()
+
+    def _wait_for_work(self) -> bool:
+        with self._wake:
+            while not self._arrived and not self._active:
+                if self._stopping:
+                    return False
+                self._wake.wait()
+        return True
+
+    def _step(self) -> None:
+        self._drop_cancelled()
+        self._admit()
+        self._advance([active for active in self._active if not active.row.done])
+        finished = [active for active in self._active if active.row.done]
+        self._active = [active for active in self._active if not active.row.done]
+        self._finish(finished)
+
+    def _drop_cancelled(self) -> None:
+        self._active = [active for active in self._active if not active.job.report.cancelled()]
+
+    def _admit(self) -> None:
+        """Take waiting jobs whole, in order, while they fit; a job wider than the engine runs when it is empty."""
+        while True:
+            with self._wake:
+                if not self._arrived:
+                    return
+                job = self._arrived[0]
+                if self._active and len(self._active) + len(job.rows) > self._max_rows:
+                    return
+                self._arrived.popleft()
+            if job.report.cancelled():
+                continue
+            job.started_at = time.perf_counter()
+            for index, started in enumerate(_each(self._model.start, job.rows)):
+                if isinstance(started, Exception):
+                    self._settle(job, index, ChunkFailed(_reason(started)))
+                else:
+                    self._active.append(_Active(job, index, started))
+
+    def _advance(self, active: list[_Active]) -> None:
+        if not active:
+            return
+        try:
+            self._model.step([each.row for each in active])
+        except Exception:
+            # One row may have poisoned the batch: find it by running each alone. Rows change only when a step succeeds.
+            for each in active:
+                try:
+                    self._model.step([each.row])
+                except Exception as error:
+                    self._active.remove(each)
+                    self._settle(each.job, each.index, ChunkFailed(_reason(error)))
+
+    def _finish(self, finished: list[_Active]) -> None:
+        for active, frames in zip(
+            finished, _each(self._model.finish, [active.row for active in finished]), strict=True
+        ):
+            if isinstance(frames, Exception):
+                self._settle(active.job, active.index, ChunkFailed(_reason(frames)))
+            else:
+                self._encoders.submit(self._encode, active, frames)
+
+    def _encode(self, active: _Active, frames: Frame) -> None:
+        row = active.job.rows[active.index]
+        clip = [row.start_frame, *frames] if row.chunk == 0 else list(frames)
+        try:
+            outcome: ChunkOutcome = ChunkDone(encode_chunk(clip, self._resolution, self._fps), np.array(frames[-1]))
+        except Exception as error:
+            outcome = ChunkFailed(_reason(error))
+        self._settle(active.job, active.index, outcome)
+
+    def _settle(self, job: _Job, index: int, outcome: ChunkOutcome) -> None:
+        """Called from the engine's thread and the encoders'; whoever settles the last row completes the job."""
+        with self._wake:
+            job.outcomes[index] = outcome
+            outcomes = tuple(outcome for outcome in job.outcomes if outcome is not None)
+        if len(outcomes) == len(job.outcomes) and job.report.set_running_or_notify_cancel():
+            job.report.set_result(ChunkReport(outcomes, (time.perf_counter() - job.started_at) * 1e3))
+
+
+def _each(function: Any, items: Sequence[Any]) -> list[Any]:
+    """`function` over all `items` at once, or one by one where that raises: results and exceptions in order."""
+    if not items:
+        return []
+    try:
+        results = list(function(items))
+    except Exception as error:
+        if len(items) == 1:
+            return [error]
+        return [result for item in items for result in _each(function, [item])]
+    assert len(results) == len(items), f"{function.__name__} answered {len(results)} of {len(items)} rows"
+    return results
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"

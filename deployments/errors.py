@@ -1,0 +1,57 @@
+"""What can go wrong with a rollout, in the engine's words; HTTP gives each its status in one table.
+
+RolloutError
+├── CreditsInsufficient   the balance does not cover the price; nothing was reserved
+├── KeyNotAccepted        the key was revoked before the reservation
+├── ModelOverloaded       the queue is full, or nothing could run the work in time; refunded
+├── EngineFailed          the model or its replica failed; refunded
+└── LedgerUnavailable     nothing runs unless it is reserved first
+"""
+
+from billing.money import Mils
+
+
+class RolloutError(Exception):
+    """Base of everything `Ingress.run` raises on purpose."""
+
+
+class CreditsInsufficient(RolloutError):
+    def __init__(self, balance_mils: Mils, requested_mils: Mils) -> None:
+        super().__init__(balance_mils, requested_mils)
+        self.balance_mils = balance_mils
+        self.requested_mils = requested_mils
+
+    def __str__(self) -> str:
+        return f"the balance is {self.balance_mils} mils and this request needs {self.requested_mils}; add credits"
+
+
+class KeyNotAccepted(RolloutError):
+    def __str__(self) -> str:
+        return "the API key was revoked"
+
+
+class ModelOverloaded(RolloutError):
+    def __init__(self, model: str, retry_after_s: int) -> None:
+        super().__init__(model, retry_after_s)
+        self.model = model
+        self.retry_after_s = retry_after_s
+
+    def __str__(self) -> str:
+        return f"{self.model} has no room right now; try again in {self.retry_after_s} s. Nothing was charged"
+
+
+class EngineFailed(RolloutError):
+    def __init__(self, model: str, reason: str) -> None:
+        super().__init__(model, reason)
+        self.model = model
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.model} failed: {self.reason}. The charge was refunded"
+
+
+class LedgerUnavailable(RolloutError):
+    retry_after_s = 2
+
+    def __str__(self) -> str:
+        return "the ledger cannot be reached, and nothing runs that is not paid for; try again shortly"

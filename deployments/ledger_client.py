@@ -1,0 +1,105 @@
+"""How a process talks to the ledger: the commands that wait together travel as one call.
+
+The calls are made by a task of its own, so a request that is cancelled never takes its ledger command with it, and
+commands reach the ledger in the order in which they were submitted.
+"""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import structlog
+
+from billing.commands import Command, Outcome
+from deployments.actors import ledger_handle
+from deployments.errors import LedgerUnavailable
+
+RETRY_FOR_S = 10.0
+"""How long a call that failed is repeated; every command is idempotent, so asking again is safe."""
+RETRY_EVERY_S = 0.25
+MAX_WAITING = 10_000
+MAX_BATCH = 256
+
+log = structlog.get_logger(__name__)
+
+
+class LedgerClient:
+    """`call` sends commands to the writer and returns their outcomes; it raises if the writer cannot be reached."""
+
+    def __init__(self, call: Callable[[list[Command]], Awaitable[list[Outcome]]]) -> None:
+        self._call = call
+        self._waiting: deque[tuple[Command, asyncio.Future[Outcome]]] = deque()
+        self._arrived = asyncio.Event()
+        self._sender: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin sending. Called outside any request: Ray would cancel calls made in a cancelled request's context."""
+        self._sender = asyncio.get_running_loop().create_task(self._send_forever())
+
+    async def stop(self) -> None:
+        """Send what is waiting, then end."""
+        while self._waiting:
+            await asyncio.wait([self._waiting[-1][1]])
+        if self._sender is not None:
+            self._sender.cancel()
+
+    def submit(self, command: Command) -> "asyncio.Future[Outcome]":
+        """The command's outcome to come. It is sent whether or not anybody waits.
+
+        Raises:
+            LedgerUnavailable: too many commands are waiting already.
+        """
+        if len(self._waiting) >= MAX_WAITING:
+            raise LedgerUnavailable()
+        answer: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self._waiting.append((command, answer))
+        self._arrived.set()
+        return answer
+
+    async def apply(self, command: Command) -> Outcome:
+        """The command's outcome; being cancelled while waiting does not take the command back.
+
+        Raises:
+            LedgerUnavailable: the writer could not be reached in time; the command may or may not have been applied.
+        """
+        return await asyncio.shield(self.submit(command))
+
+    async def _send_forever(self) -> None:
+        while True:
+            if not self._waiting:
+                self._arrived.clear()
+                await self._arrived.wait()
+            batch = [self._waiting.popleft() for _ in range(min(MAX_BATCH, len(self._waiting)))]
+            try:
+                outcomes = await self._send([command for command, _ in batch])
+            except LedgerUnavailable as error:
+                for _, answer in batch:
+                    answer.set_exception(error)
+                    answer.exception()  # a settlement that nobody waits for is not an unhandled error
+            else:
+                for (_, answer), outcome in zip(batch, outcomes, strict=True):
+                    answer.set_result(outcome)
+
+    async def _send(self, commands: list[Command]) -> list[Outcome]:
+        deadline = time.monotonic() + RETRY_FOR_S
+        while True:
+            try:
+                return await asyncio.wait_for(self._call(commands), RETRY_FOR_S)
+            except Exception as error:
+                log.warning("ledger_call_failed", error=type(error).__name__, commands=len(commands))
+                if time.monotonic() + RETRY_EVERY_S > deadline:
+                    raise LedgerUnavailable() from error
+                await asyncio.sleep(RETRY_EVERY_S)
+
+
+def connect() -> LedgerClient:
+    """A client of the cluster's ledger actor."""
+    actor: Any = ledger_handle()
+
+    async def call(commands: list[Command]) -> list[Outcome]:
+        outcomes: list[Outcome] = await actor.apply.remote(commands)
+        return outcomes
+
+    return LedgerClient(call)

@@ -1,0 +1,108 @@
+"""One model on one device, as a Serve replica: loads and warms it, announces itself to its scheduler, runs chunk jobs.
+
+Torch never runs on the event loop: a blocked loop would fail health checks and delay cancellation.
+"""
+
+import asyncio
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import structlog
+
+from deployments.actors import start_scheduler
+from deployments.engine import Engine, Model
+from deployments.messages import ChunkFailed, ChunkJob, ChunkReport, ChunkRow, ModelSpec, ReplicaId
+from deployments.scheduler import SchedulerLimits
+
+ANNOUNCE_EVERY_S = 1.0
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaConfig:
+    spec: ModelSpec
+    runner: str
+    """`module:callable` that makes the model from `checkpoint` and `device`."""
+    checkpoint: str
+    device: str
+    max_rows: int
+    """Rows in one forward."""
+    torch_threads: int
+    """Threads of one forward on a CPU; 0 leaves torch's own choice."""
+    scheduler_limits: SchedulerLimits
+    encoders: int = 2
+
+
+class Replica:
+    def __init__(self, config: ReplicaConfig) -> None:
+        from ray import serve
+
+        self._config = config
+        self._id = ReplicaId(serve.get_replica_context().replica_id.unique_id)
+        self._scheduler = start_scheduler(config.spec.slug, config.scheduler_limits)
+        if config.torch_threads:
+            import torch
+
+            torch.set_num_threads(config.torch_threads)
+        model = load_runner(config.runner)(Path(config.checkpoint), config.device)
+        spec = config.spec
+        self._engine = Engine(model, spec.resolution, spec.fps, config.max_rows, config.encoders)
+        warm_up(self._engine, spec)
+        log.info("replica_ready", model=spec.slug, replica=self._id)
+        self._announcing = asyncio.get_running_loop().create_task(self._announce())
+
+    async def run_chunk(self, job: ChunkJob) -> ChunkReport:
+        """Cancelling the call takes its rows out of the batch at the next denoising step."""
+        return await asyncio.wrap_future(self._engine.submit(job.rows))
+
+    def check_health(self) -> None:
+        if not self._engine.healthy():
+            raise RuntimeError("the engine's thread has died")
+
+    async def __del__(self) -> None:
+        self._announcing.cancel()
+        self._scheduler.replica_gone.remote(self._id)
+        await asyncio.to_thread(self._engine.stop)
+
+    async def _announce(self) -> None:
+        while True:
+            try:
+                await self._scheduler.replica_alive.remote(self._id, self._config.max_rows)
+            except Exception as error:
+                log.warning("scheduler_unreachable", model=self._config.spec.slug, error=type(error).__name__)
+            await asyncio.sleep(ANNOUNCE_EVERY_S)
+
+
+def load_runner(path: str) -> Callable[[Path, str], Model]:
+    """The callable named by `module:attribute`, such as `deployments.world_model.rollout:WorldModel.load`."""
+    module, _, attribute = path.partition(":")
+    found: Any = importlib.import_module(module)
+    for name in attribute.split("."):
+        found = getattr(found, name)
+    return found  # type: ignore[no-any-return]
+
+
+def warm_up(engine: Engine, spec: ModelSpec) -> None:
+    """Run one chunk before the replica counts as ready, so that no customer pays for compilation or a broken model.
+
+    Raises:
+        RuntimeError: the model cannot run a blank chunk of its own spec.
+    """
+    height, width = spec.resolution
+    row = ChunkRow(
+        start_frame=np.zeros((height, width, 3), np.uint8),
+        actions=np.zeros((spec.chunk_size, spec.action_dim), np.float32),
+        seed=0,
+        candidate=0,
+        chunk=0,
+        num_steps=1,
+        guidance=0.0,
+    )
+    outcome = engine.submit([row]).result().outcomes[0]
+    if isinstance(outcome, ChunkFailed):
+        raise RuntimeError(f"{spec.slug} cannot run: {outcome.reason}")

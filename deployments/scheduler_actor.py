@@ -1,0 +1,70 @@
+"""The scheduler as a Ray actor: turns its grants into answers to waiting callers.
+
+One per model. A caller that is cancelled while it waits is withdrawn. State is not durable: after a restart replicas
+announce themselves again within a heart-beat, and callers submit again what was lost.
+"""
+
+import asyncio
+import time
+
+from deployments.messages import ReplicaId, TicketId
+from deployments.scheduler import Grant, Overloaded, Scheduler, SchedulerLimits, SchedulerStatus, Ticket
+
+EXPIRE_EVERY_S = 1.0
+
+
+class SchedulerActor:
+    def __init__(self, limits: SchedulerLimits) -> None:
+        self._scheduler = Scheduler(time.monotonic, limits)
+        self._waiting: dict[TicketId, asyncio.Future[Grant]] = {}
+        self._expiry: asyncio.Task[None] | None = None
+
+    async def acquire(self, ticket: Ticket) -> Grant | Overloaded:
+        """Wait until a replica has room for `ticket`, or refuse it at once."""
+        refusal = self._scheduler.submit(ticket)
+        if refusal is not None:
+            return refusal
+        granted: asyncio.Future[Grant] = asyncio.get_running_loop().create_future()
+        self._waiting[ticket.ticket_id] = granted
+        self._dispatch()
+        try:
+            return await granted
+        except asyncio.CancelledError:
+            await self.withdraw(ticket.ticket_id)
+            raise
+        finally:
+            self._waiting.pop(ticket.ticket_id, None)
+
+    async def complete(self, ticket_id: TicketId) -> None:
+        self._scheduler.complete(ticket_id)
+        self._dispatch()
+
+    async def withdraw(self, ticket_id: TicketId) -> None:
+        self._scheduler.withdraw(ticket_id)
+        self._dispatch()
+
+    async def replica_alive(self, replica_id: ReplicaId, capacity_rows: int) -> None:
+        if self._expiry is None:
+            self._expiry = asyncio.get_running_loop().create_task(self._expire_forever())
+        self._scheduler.replica_alive(replica_id, capacity_rows)
+        self._dispatch()
+
+    async def replica_gone(self, replica_id: ReplicaId) -> None:
+        self._scheduler.replica_gone(replica_id)
+
+    async def status(self) -> SchedulerStatus:
+        return self._scheduler.status()
+
+    def _dispatch(self) -> None:
+        for grant in self._scheduler.dispatch():
+            waiting = self._waiting.get(grant.ticket_id)
+            if waiting is None or waiting.done():
+                self._scheduler.withdraw(grant.ticket_id)
+            else:
+                waiting.set_result(grant)
+
+    async def _expire_forever(self) -> None:
+        while True:
+            await asyncio.sleep(EXPIRE_EVERY_S)
+            self._scheduler.expire()
+            self._dispatch()

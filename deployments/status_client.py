@@ -1,0 +1,53 @@
+"""Reports finished requests to the status actor, a batch at a time and off the request's path."""
+
+import asyncio
+from collections import deque
+from typing import Any
+
+import structlog
+
+from deployments.actors import status_handle
+from deployments.status import ModelReport, Sample
+
+SEND_EVERY_S = 0.5
+MAX_WAITING = 10_000
+"""Samples kept while the actor cannot be reached; the oldest go first."""
+
+log = structlog.get_logger(__name__)
+
+
+class StatusClient:
+    def __init__(self) -> None:
+        self._actor: Any = status_handle()
+        self._waiting: deque[Sample] = deque(maxlen=MAX_WAITING)
+        self._sender: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self._sender = asyncio.get_running_loop().create_task(self._send_forever())
+
+    async def stop(self) -> None:
+        if self._sender is not None:
+            self._sender.cancel()
+
+    def add(self, sample: Sample) -> None:
+        self._waiting.append(sample)
+
+    async def report(self) -> tuple[float, dict[str, ModelReport]]:
+        await self._send()
+        report: tuple[float, dict[str, ModelReport]] = await self._actor.report.remote()
+        return report
+
+    async def _send_forever(self) -> None:
+        while True:
+            await asyncio.sleep(SEND_EVERY_S)
+            await self._send()
+
+    async def _send(self) -> None:
+        samples = list(self._waiting)
+        if not samples:
+            return
+        self._waiting.clear()
+        try:
+            await self._actor.add.remote(samples)
+        except Exception as error:
+            log.warning("status_report_lost", error=type(error).__name__, samples=len(samples))

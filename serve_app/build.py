@@ -1,0 +1,114 @@
+"""The only place that turns plain classes into Serve deployments and binds them."""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.config import AutoscalingConfig, RequestRouterConfig
+from ray.serve.handle import DeploymentHandle
+
+from billing.database import open_database
+from billing.reader import LedgerReader
+from deployments import actors, ledger_client
+from deployments.ingress import Ingress
+from deployments.model_client import ModelClient
+from deployments.replays import Replays
+from deployments.replica import Replica, ReplicaConfig
+from deployments.results import ResultStore
+from deployments.scheduler import SchedulerLimits
+from deployments.status_client import StatusClient
+from serve_app.api import create_api
+from serve_app.catalog import CATALOG, model_spec
+from serve_app.context import Services
+from serve_app.logs import configure_logs
+from serve_app.rate_limit import TokenBuckets
+from serve_app.settings import ClusterArgs, ModelArgs
+from serve_app.signing import LinkSigner, load_secret
+
+MAX_ONGOING_CHUNKS = 10_000
+"""Serve's own bound on a replica's calls, out of the way: the scheduler grants no more than a replica has room for."""
+
+
+@serve.ingress()
+class Gateway:
+    """The HTTP ingress replica: FastAPI in front of `Ingress`."""
+
+    def __init__(self, args: ClusterArgs, replicas: Mapping[str, DeploymentHandle[Any]]) -> None:
+        configure_logs()
+        self._args = args
+        self._replicas = replicas
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        args, limits = self._args, self._args.limits
+        actors.start_ledger(args.database_url)
+        actors.start_status([model.slug for model in args.models])
+        models = {}
+        for slug, handle in self._replicas.items():
+            actors.start_scheduler(slug, SchedulerLimits(max_queued_rows=limits.max_queued_rows))
+            models[slug] = ModelClient(
+                model_spec(CATALOG[slug]), handle, limits.queue_timeout_s, limits.chunk_timeout_s
+            )
+        status = StatusClient()
+        return create_api(
+            Services(
+                args=args,
+                ingress=Ingress(ledger_client.connect(), models, status),
+                models=models,
+                reader=LedgerReader(open_database(args.database_url)),
+                buckets=TokenBuckets(time.monotonic, share=1 / args.ingress_replicas),
+                replays=Replays(time.monotonic),
+                results=ResultStore(args.data_dir / "results", args.video_ttl_s),
+                signer=LinkSigner(load_secret(args.data_dir / "link-secret")),
+                status=status,
+            )
+        )
+
+
+def build(args: ClusterArgs) -> serve.Application:
+    """The whole cluster as one Serve application: an ingress deployment, and a replica deployment per model.
+
+    Raises:
+        ValueError: a model that is not in the catalog, or a default model that is not served.
+    """
+    slugs = [model.slug for model in args.models]
+    for slug in slugs:
+        if slug not in CATALOG:
+            raise ValueError(f"{slug!r} is not in the catalog; it has {', '.join(CATALOG)}")
+    if args.default_model not in slugs:
+        raise ValueError(f"the default model {args.default_model!r} is not served; {', '.join(slugs)} are")
+    gateway = serve.deployment(Gateway, name="ingress").options(
+        num_replicas=args.ingress_replicas,
+        max_ongoing_requests=args.limits.max_ongoing_requests,
+        ray_actor_options={"num_cpus": 0.1},
+    )
+    return gateway.bind(args, {model.slug: _replicas(model, args) for model in args.models})
+
+
+def _replicas(model: ModelArgs, args: ClusterArgs) -> serve.Application:
+    config = ReplicaConfig(
+        spec=model_spec(CATALOG[model.slug]),
+        runner=model.runner,
+        checkpoint=model.checkpoint,
+        device=model.device,
+        max_rows=model.max_rows,
+        torch_threads=model.torch_threads,
+        scheduler_limits=SchedulerLimits(max_queued_rows=args.limits.max_queued_rows),
+    )
+    deployment = serve.deployment(Replica, name=f"model-{model.slug}").options(
+        autoscaling_config=AutoscalingConfig(
+            min_replicas=model.min_replicas,
+            max_replicas=model.max_replicas,
+            target_ongoing_requests=1,
+        ),
+        max_ongoing_requests=MAX_ONGOING_CHUNKS,
+        request_router_config=RequestRouterConfig(
+            request_router_class="deployments.routing:GrantedReplicaRouter",
+        ),
+        ray_actor_options={"num_cpus": model.num_cpus, "num_gpus": model.num_gpus},
+        health_check_period_s=2,
+        health_check_timeout_s=10,
+        graceful_shutdown_timeout_s=10,
+    )
+    return deployment.bind(config)

@@ -1,0 +1,243 @@
+"""`dream-admin`: run the cluster, mint and revoke keys, grant credits, audit the ledger.
+
+Tables for people; `--json` on any command for machines. Safe while the cluster runs and while it does not.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from decimal import Decimal, InvalidOperation
+from typing import Annotated, Any
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+from rich.table import Table
+
+from billing import invariants
+from billing.commands import CreateKey, Grant, Granted, KeyCreated, KeyId, KeyRevoked, RevokeKey, UnknownKey
+from billing.errors import BillingError
+from billing.keys import mint_customer_id, mint_grant_id, mint_key_id, mint_token, token_sha256
+from billing.money import Mils, mils_from_usd, usd
+from billing.reader import LedgerReader
+from serve_app.admin import ledger_writer, open_migrated
+from serve_app.settings import Settings
+
+UNUSABLE = 2
+"""Exit code when the command could not be carried out; 1 is an audit that found something."""
+DEFAULT_REFILL_PER_S = 50.0
+DEFAULT_BURST = 200
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+keys = typer.Typer(no_args_is_help=True, help="API keys.")
+credits_app = typer.Typer(no_args_is_help=True, help="Prepaid credits.")
+ledger_app = typer.Typer(no_args_is_help=True, help="The ledger.")
+app.add_typer(keys, name="keys")
+app.add_typer(credits_app, name="credits")
+app.add_typer(ledger_app, name="ledger")
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON document instead of a table.")]
+
+
+@app.command()
+def serve() -> None:
+    """Run the whole cluster on this machine, in the foreground, until Ctrl-C."""
+    from serve_app.launch import run
+
+    with _one_clear_line():
+        settings = _settings()
+        run(settings, settings.cluster_args())
+
+
+@keys.command("create")
+def create_key(
+    customer: Annotated[str, typer.Option(help="The customer's name; one of that name is made if there is none.")],
+    initial_credits: Annotated[str, typer.Option(help="Dollars credited with the key, such as 25.00.")] = "0",
+    qps: Annotated[float, typer.Option(min=0.01, help="Requests per second that refill the bucket.")] = (
+        DEFAULT_REFILL_PER_S
+    ),
+    burst: Annotated[int, typer.Option(min=1, help="Requests that may come at once.")] = DEFAULT_BURST,
+    as_json: Json = False,
+) -> None:
+    """Mint a key. It is shown once: only its hash is stored."""
+    with _one_clear_line():
+        token = mint_token()
+        command = CreateKey(
+            key_id=mint_key_id(),
+            sha256=token_sha256(token),
+            last4=token[-4:],
+            customer_name=_name(customer),
+            customer_id=mint_customer_id(),
+            initial_credits_mils=_mils(initial_credits, at_least=0),
+            refill_per_s=qps,
+            burst=burst,
+        )
+        with ledger_writer(_settings()) as apply:
+            outcome = apply(command)
+        assert isinstance(outcome, KeyCreated)
+        _show(
+            [
+                {
+                    "key": token,
+                    "key_id": outcome.key_id,
+                    "customer": customer,
+                    "customer_id": outcome.customer_id,
+                    "balance_usd": usd(outcome.balance_after_mils),
+                }
+            ],
+            as_json,
+            single=True,
+        )
+
+
+@keys.command("list")
+def list_keys(as_json: Json = False) -> None:
+    """Every key, without its secret."""
+    with _one_clear_line():
+        summaries = LedgerReader(open_migrated(_settings())).keys()
+        _show(
+            [
+                {
+                    "key_id": key.key_id,
+                    "ends_in": key.last4,
+                    "customer": key.customer_name,
+                    "customer_id": key.customer_id,
+                    "balance_usd": usd(key.balance_mils),
+                    "qps": key.refill_per_s,
+                    "burst": key.burst,
+                    "created": _when(key.created_at),
+                    "revoked": _when(key.revoked_at),
+                }
+                for key in summaries
+            ],
+            as_json,
+        )
+
+
+@keys.command("revoke")
+def revoke_key(
+    key_id: Annotated[str, typer.Argument(help="key_..., as `keys list` shows it.")], as_json: Json = False
+) -> None:
+    """Revoke a key: no reservation that reaches the ledger later is accepted. Running work finishes and is charged."""
+    with _one_clear_line():
+        with ledger_writer(_settings()) as apply:
+            outcome = apply(RevokeKey(KeyId(key_id)))
+        match outcome:
+            case KeyRevoked():
+                _show([{"key_id": outcome.key_id, "revoked": _when(outcome.revoked_at)}], as_json, single=True)
+            case UnknownKey():
+                raise CannotDo(f"there is no key {key_id}; see `dream-admin keys list`")
+            case _:
+                raise AssertionError(outcome)
+
+
+@credits_app.command("grant")
+def grant_credits(
+    customer: Annotated[str, typer.Option(help="Name or cus_... id of an existing customer.")],
+    amount: Annotated[str, typer.Option(help="Dollars, such as 25.00.")],
+    note: Annotated[str, typer.Option(help="What the customer reads in the transaction list.")] = "Operator credit",
+    as_json: Json = False,
+) -> None:
+    """Add credit by an operator's decision."""
+    with _one_clear_line():
+        settings = _settings()
+        known = LedgerReader(open_migrated(settings)).customer(customer)
+        if known is None:
+            raise CannotDo(f"there is no customer {customer!r}; `dream-admin keys create` makes one")
+        command = Grant(known.customer_id, _mils(amount, at_least=1), mint_grant_id(), note)
+        with ledger_writer(settings) as apply:
+            outcome = apply(command)
+        assert isinstance(outcome, Granted)
+        _show(
+            [
+                {
+                    "id": outcome.public_id,
+                    "customer_id": known.customer_id,
+                    "amount_usd": usd(outcome.amount_mils),
+                    "balance_usd": usd(outcome.balance_after_mils),
+                }
+            ],
+            as_json,
+            single=True,
+        )
+
+
+@ledger_app.command("audit")
+def audit_ledger(as_json: Json = False) -> None:
+    """Check every invariant of the ledger. Exit code 1 if one is violated."""
+    with _one_clear_line():
+        started = time.perf_counter()
+        violations = invariants.audit(open_migrated(_settings()))
+        took_s = round(time.perf_counter() - started, 3)
+    if as_json:
+        print(json.dumps({"violations": [str(violation) for violation in violations], "took_s": took_s}))
+    else:
+        _show([{"violation": str(violation)} for violation in violations], as_json=False)
+        Console().print(f"{len(violations)} violations of {len(invariants.AUDITS)} invariants, {took_s} s")
+    if violations:
+        raise typer.Exit(1)
+
+
+class CannotDo(Exception):
+    """The command cannot be carried out; the message says why and what to do."""
+
+
+@contextmanager
+def _one_clear_line() -> Iterator[None]:
+    """Expected failures become one line on standard error and exit code 2."""
+    from serve_app.launch import CannotStart
+
+    try:
+        yield
+    except (CannotDo, CannotStart, BillingError) as error:
+        print(f"dream-admin: {error}", file=sys.stderr)
+        raise typer.Exit(UNUSABLE) from None
+
+
+def _settings() -> Settings:
+    try:
+        return Settings()
+    except ValidationError as error:
+        problem = error.errors(include_url=False, include_input=False)[0]
+        name = ".".join(str(part) for part in problem["loc"]).upper()
+        raise CannotDo(f"{name}: {problem['msg']}") from None
+
+
+def _mils(dollars: str, at_least: int) -> Mils:
+    try:
+        amount = mils_from_usd(Decimal(dollars))
+    except (InvalidOperation, ValueError):
+        raise CannotDo(f"{dollars!r} is not an amount of dollars with at most four decimals") from None
+    if amount < at_least:
+        raise CannotDo(f"{dollars} dollars is too little; at least {usd(Mils(at_least))} is accepted")
+    return amount
+
+
+def _name(customer: str) -> str:
+    if not 1 <= len(customer.strip()) <= 200:
+        raise CannotDo("a customer's name has 1 to 200 characters")
+    return customer.strip()
+
+
+def _when(seconds: float | None) -> str | None:
+    return None if seconds is None else datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
+
+
+def _show(rows: Sequence[dict[str, Any]], as_json: bool, single: bool = False) -> None:
+    if as_json:
+        print(json.dumps(rows[0] if single else rows))
+        return
+    table = Table()
+    for name in rows[0] if rows else ():
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*("" if value is None else str(value) for value in row.values()))
+    if rows:
+        Console().print(table)
+
+
+if __name__ == "__main__":
+    app()

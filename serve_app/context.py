@@ -1,0 +1,83 @@
+"""What the routes share, and the three questions each may ask: who calls, which model, and is there room."""
+
+import asyncio
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from billing.keys import is_token_shaped, token_sha256
+from billing.reader import KeyRecord, LedgerReader
+from deployments.ingress import Ingress
+from deployments.messages import ModelSpec
+from deployments.model_client import ModelClient
+from deployments.replays import Replays
+from deployments.results import ResultStore
+from deployments.status_client import StatusClient
+from serve_app.errors import ModelNotFound, NotAuthenticated, RateLimited
+from serve_app.rate_limit import TokenBuckets
+from serve_app.settings import ClusterArgs
+from serve_app.signing import LinkSigner
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """One ingress replica's parts; made once, passed to every request."""
+
+    args: ClusterArgs
+    ingress: Ingress
+    models: Mapping[str, ModelClient]
+    reader: LedgerReader
+    buckets: TokenBuckets
+    replays: Replays
+    results: ResultStore
+    signer: LinkSigner
+    status: StatusClient
+    started_at: float = field(default_factory=time.time)
+
+
+def services(request: Request) -> Services:
+    found = request.app.state.services
+    assert isinstance(found, Services)
+    return found
+
+
+async def authenticate(request: Request) -> KeyRecord:
+    """The caller's key, after its bucket gave a token. Runs before the body is read."""
+    parts = services(request)
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not token:
+        raise NotAuthenticated("send your API key as `Authorization: Bearer dre_...`")
+    if not is_token_shaped(token):
+        raise NotAuthenticated("the API key is malformed; keys are dre_ and 43 characters a-z, 2-7")
+    key = await asyncio.to_thread(parts.reader.key_by_token_hash, token_sha256(token))
+    if key is None:
+        raise NotAuthenticated("the API key is not known here")
+    if key.revoked:
+        raise NotAuthenticated("the API key was revoked")
+    retry_after_s = parts.buckets.take(key.key_id, key.refill_per_s, key.burst)
+    if retry_after_s is not None:
+        raise RateLimited(retry_after_s)
+    return key
+
+
+def active_slug(request: Request) -> str:
+    """The one model that is active under this base URL: the one in the path, else the deployment's default."""
+    slug: str = request.path_params.get("base_model") or services(request).args.default_model
+    return slug
+
+
+def active_model(request: Request) -> ModelSpec:
+    slug = active_slug(request)
+    model = services(request).models.get(slug)
+    if model is None:
+        raise ModelNotFound(f"{slug} is not served here; see /v1/models")
+    return model.spec
+
+
+Parts = Annotated[Services, Depends(services)]
+Caller = Annotated[KeyRecord, Depends(authenticate)]
+ActiveSlug = Annotated[str, Depends(active_slug)]
+ActiveModel = Annotated[ModelSpec, Depends(active_model)]

@@ -1,0 +1,173 @@
+"""Errors on the wire: what is refused before the engine sees it, and the one table from error to status.
+
+ApiError                     (status, code, message)
+├── NotAuthenticated    401  no key, or one that is malformed, unknown or revoked
+├── Forbidden           403  a signature that does not match
+├── RateLimited         429  the key's bucket is empty
+├── BodyTooLarge        413
+├── UnsupportedBody     415
+├── InvalidRequest      422  names the field, what was wrong and what is accepted
+├── NotFound            404  an unknown id
+├── Gone                410  an expired link
+└── ModelNotFound       404  in the catalog only: `POST /v1/rollouts` answers 422, since the public client takes a
+                             404 there for a missing route and sends the work again without its model
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import structlog
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from billing.money import Mils, cents, cents_rounded_up
+from deployments.errors import (
+    CreditsInsufficient,
+    EngineFailed,
+    KeyNotAccepted,
+    LedgerUnavailable,
+    ModelOverloaded,
+    RolloutError,
+)
+
+log = structlog.get_logger(__name__)
+
+
+class ApiError(Exception):
+    status = 500
+    code = "ENGINE_FAILED"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        return {}
+
+
+class NotAuthenticated(ApiError):
+    status, code = 401, "AUTHENTICATION_FAILED"
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        return {"WWW-Authenticate": "Bearer"}
+
+
+class Forbidden(ApiError):
+    status, code = 403, "AUTHENTICATION_FAILED"
+
+
+class RateLimited(ApiError):
+    status, code = 429, "RATE_LIMITED"
+
+    def __init__(self, retry_after_s: int) -> None:
+        super().__init__(f"this key's request rate is used up; try again in {retry_after_s} s")
+        self.retry_after_s = retry_after_s
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        return {"Retry-After": str(self.retry_after_s)}
+
+
+class BodyTooLarge(ApiError):
+    status, code = 413, "INVALID_REQUEST"
+
+    def __init__(self, max_body_bytes: int) -> None:
+        super().__init__(f"body: larger than the {max_body_bytes} bytes that are accepted")
+
+
+class UnsupportedBody(ApiError):
+    status, code = 415, "INVALID_REQUEST"
+
+
+class InvalidRequest(ApiError):
+    status, code = 422, "INVALID_REQUEST"
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"{field}: {problem}")
+        self.field = field
+
+
+class ModelRefused(InvalidRequest):
+    """A model that this base URL does not run, on a route where a 404 would be misread."""
+
+    code = "MODEL_NOT_FOUND"
+
+
+class NotFound(ApiError):
+    status, code = 404, "INVALID_REQUEST"
+
+
+class Gone(ApiError):
+    status, code = 410, "INVALID_REQUEST"
+
+
+class ModelNotFound(ApiError):
+    status, code = 404, "MODEL_NOT_FOUND"
+
+
+ROLLOUT_ERRORS: Mapping[type[RolloutError], tuple[int, str]] = {
+    CreditsInsufficient: (402, "INSUFFICIENT_BALANCE"),
+    KeyNotAccepted: (401, "AUTHENTICATION_FAILED"),
+    ModelOverloaded: (503, "OVERLOADED"),
+    LedgerUnavailable: (503, "OVERLOADED"),
+    EngineFailed: (500, "ENGINE_FAILED"),
+}
+
+
+def error_response(
+    status: int, code: str, message: str, *, detail: Any = None, headers: Mapping[str, str] | None = None
+) -> JSONResponse:
+    """One body with both shapes clients know; `detail` is the message unless a status needs an object there."""
+    kind = "invalid_request_error" if status < 500 else "api_error"
+    body = {
+        "detail": message if detail is None else detail,
+        "error": {"message": message, "type": kind, "code": code},
+    }
+    return JSONResponse(body, status_code=status, headers=dict(headers or {}))
+
+
+def insufficient_detail(balance: Mils, requested: Mils, message: str) -> dict[str, int | str]:
+    return {
+        "balance_mils": balance,
+        "requested_mils": requested,
+        "balance_cents": cents(balance),
+        "requested_cents": cents_rounded_up(requested),
+        "message": message,
+    }
+
+
+def install(app: FastAPI) -> None:
+    """Make every error that leaves `app` take the one shape."""
+
+    @app.exception_handler(ApiError)
+    async def api_error(_: Request, error: ApiError) -> JSONResponse:
+        return error_response(error.status, error.code, error.message, headers=error.headers)
+
+    @app.exception_handler(RolloutError)
+    async def rollout_error(_: Request, error: RolloutError) -> JSONResponse:
+        status, code = ROLLOUT_ERRORS[type(error)]
+        headers = {}
+        if isinstance(error, ModelOverloaded | LedgerUnavailable):
+            headers["Retry-After"] = str(error.retry_after_s)
+        detail = None
+        if isinstance(error, CreditsInsufficient):
+            detail = insufficient_detail(error.balance_mils, error.requested_mils, str(error))
+        return error_response(status, code, str(error), detail=detail, headers=headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def validation_error(_: Request, error: RequestValidationError) -> JSONResponse:
+        problems = "; ".join(f"{each['loc'][-1]}: {each['msg']}" for each in error.errors())
+        return error_response(422, "INVALID_REQUEST", problems)
+
+    @app.exception_handler(HTTPException)
+    async def http_exception(_: Request, error: HTTPException) -> JSONResponse:
+        return error_response(error.status_code, "INVALID_REQUEST", str(error.detail), headers=error.headers)
+
+    @app.exception_handler(Exception)
+    async def unexpected(request: Request, error: Exception) -> JSONResponse:
+        log.error("request_failed", path=request.url.path, error=repr(error), exc_info=error)
+        return error_response(500, "ENGINE_FAILED", "the server failed; nothing that was not delivered is charged")

@@ -1,0 +1,187 @@
+"""`make serve`: a whole cluster on one machine, in the foreground, with a funded development key.
+
+Progress goes to standard error; standard output gets one line, `ready URL key KEY`. Everything that it starts belongs
+to this process: its own Ray, with its own ports and its own directory, ends with it and nothing else does.
+"""
+
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from billing.commands import CreateKey, KeyCreated
+from billing.keys import is_token_shaped, mint_customer_id, mint_key_id, mint_token, token_sha256
+from billing.money import Mils
+from billing.reader import LedgerReader
+from serve_app.admin import ClusterFile, open_migrated
+from serve_app.settings import ClusterArgs, Settings
+
+DEV_CUSTOMER = "development"
+DEV_CREDITS_MILS = Mils(250_000)
+DEV_REFILL_PER_S, DEV_BURST = 50.0, 200
+OBJECT_STORE_BYTES = 256 * 2**20
+READY_TIMEOUT_S = 300.0
+
+RAY_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # Ray then takes 127.0.0.1 for this node's address, so nothing of it is reachable from outside.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    # HTTP is back 4 s after the proxy dies instead of 30 s.
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "2",
+}
+
+
+class CannotStart(Exception):
+    """What stands in the way, in one line."""
+
+
+def run(settings: Settings, args: ClusterArgs) -> None:
+    """Start the cluster of `args`, print the ready line, wait for SIGINT or SIGTERM, stop.
+
+    Raises:
+        CannotStart, billing.errors.DatabaseUnusable: before anything was left running.
+    """
+    stop = threading.Event()
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, lambda *_: stop.set())
+    data_dir = prepare_data_dir(settings.data_dir)
+    if ClusterFile.read(data_dir) is not None:
+        raise CannotStart(f"a cluster is already running on {data_dir}; stop it, or set DATA_DIR to another directory")
+    check_port(settings.host, settings.port)
+    open_migrated(settings).dispose()
+    with contextlib.ExitStack() as stack:
+        address = stack.enter_context(local_ray())
+        stack.callback(_progress, "stopping")
+        serve_application(settings, args)
+        ClusterFile(os.getpid(), address).write(data_dir)
+        stack.callback(ClusterFile.remove, data_dir)
+        token = development_key(settings)
+        print(f"ready http://{settings.host}:{settings.port} key {token}", flush=True)
+        while not stop.wait(1.0):
+            pass
+
+
+def prepare_data_dir(data_dir: Path) -> Path:
+    """The directory, made if need be, and really writable.
+
+    Raises:
+        CannotStart: it cannot be made or written.
+    """
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=data_dir):
+            pass
+    except OSError as error:
+        raise CannotStart(f"DATA_DIR {data_dir} cannot be written: {error.strerror}") from None
+    return data_dir
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises CannotStart unless `host:port` can be listened on now."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise CannotStart(f"cannot listen on {host}:{port}: {error.strerror}; set PORT or HOST") from None
+
+
+@contextlib.contextmanager
+def local_ray() -> Iterator[str]:
+    """A Ray of our own on free ports, in a directory of its own; yields its address."""
+    os.environ.update({name: value for name, value in RAY_ENVIRONMENT.items() if name not in os.environ})
+    os.environ.pop("RAY_ADDRESS", None)
+    _progress("starting Ray")
+    import ray
+
+    from deployments.actors import NAMESPACE
+
+    directory = tempfile.mkdtemp(prefix="dream-")  # short: it holds Unix sockets, whose paths are bounded
+    try:
+        context = ray.init(
+            address="local",
+            namespace=NAMESPACE,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            object_store_memory=OBJECT_STORE_BYTES,
+            _temp_dir=directory,
+        )
+        yield str(context.address_info["gcs_address"])
+    finally:
+        ray.shutdown()
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def serve_application(settings: Settings, args: ClusterArgs) -> None:
+    """Deploy the application and return when it answers.
+
+    Raises:
+        CannotStart: a deployment did not become healthy.
+    """
+    from ray import serve
+
+    from serve_app.build import build
+
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    _progress("starting Serve")
+    try:
+        application = build(args)
+    except ValueError as error:
+        raise CannotStart(str(error)) from None
+    serve.start(http_options={"host": settings.host, "port": settings.port, "request_timeout_s": None})
+    _progress(f"loading {', '.join(model.slug for model in args.models)}")
+    serve.run(application, name="dream-engine", route_prefix="/", blocking=False)
+
+
+def development_key(settings: Settings) -> str:
+    """The development customer's key: minted once, kept in `dev-key`, known to the ledger again if that is new."""
+    path = settings.data_dir / "dev-key"
+    token = path.read_text().strip() if path.exists() else ""
+    if not is_token_shaped(token):
+        token = mint_token()
+        partial = path.with_suffix(".partial")
+        partial.touch(mode=0o600)
+        partial.write_text(token + "\n")
+        partial.replace(path)
+    engine = open_migrated(settings)
+    known = LedgerReader(engine).key_by_token_hash(token_sha256(token))
+    engine.dispose()
+    if known is None:
+        outcome = _apply(
+            CreateKey(
+                key_id=mint_key_id(),
+                sha256=token_sha256(token),
+                last4=token[-4:],
+                customer_name=DEV_CUSTOMER,
+                customer_id=mint_customer_id(),
+                initial_credits_mils=DEV_CREDITS_MILS,
+                refill_per_s=DEV_REFILL_PER_S,
+                burst=DEV_BURST,
+            )
+        )
+        assert isinstance(outcome, KeyCreated)
+    return token
+
+
+def _apply(command: Any) -> Any:
+    import ray
+
+    from deployments.actors import ledger_handle
+
+    return ray.get(ledger_handle().apply.remote([command]), timeout=30)[0]
+
+
+def _progress(what: str) -> None:
+    print(f"[{time.strftime('%H:%M:%S')}] {what}", file=sys.stderr, flush=True)

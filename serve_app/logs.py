@@ -1,0 +1,19 @@
+"""One JSON object per line, to standard error of whichever process logs. Values are ids and numbers, never secrets."""
+
+import logging
+
+import structlog
+
+
+def configure_logs(level: int = logging.INFO) -> None:
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            structlog.processors.JSONRenderer(),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        cache_logger_on_first_use=True,
+    )

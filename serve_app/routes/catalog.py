@@ -1,0 +1,37 @@
+"""The models and their prices; no key needed."""
+
+from fastapi import APIRouter
+
+from billing.money import usd
+from serve_app.catalog import CATALOG, MILS_PER_FRAME
+from serve_app.context import ActiveSlug, Parts
+from serve_app.errors import ModelNotFound
+from serve_app.schemas import Catalog, CatalogEntry, SpecPrice, Specs
+
+router = APIRouter(tags=["catalog"])
+
+
+@router.get("/v1/models")
+async def list_models(parts: Parts, active: ActiveSlug) -> Catalog:
+    if active not in CATALOG:
+        raise ModelNotFound(f"{active} is not in the catalog; see /v1/models")
+    return Catalog(data=[_entry(parts, slug, active) for slug in CATALOG])
+
+
+@router.get("/v1/models/{slug}")
+async def get_model(slug: str, parts: Parts, active: ActiveSlug) -> CatalogEntry:
+    if slug not in CATALOG:
+        raise ModelNotFound(f"{slug} is not in the catalog; see /v1/models")
+    return _entry(parts, slug, active)
+
+
+@router.get("/v1/specs")
+async def list_specs() -> Specs:
+    return Specs(
+        specs=[SpecPrice(slug=slug, price_per_frame_usd=entry.price_per_frame_usd) for slug, entry in CATALOG.items()],
+        default_price_usd_per_frame=usd(MILS_PER_FRAME),
+    )
+
+
+def _entry(parts: Parts, slug: str, active: str) -> CatalogEntry:
+    return CATALOG[slug].model_copy(update={"active": slug == active and slug in parts.models})

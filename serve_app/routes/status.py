@@ -1,0 +1,70 @@
+"""Liveness, and what the cluster is doing and how fast; no key needed."""
+
+import asyncio
+import time
+from importlib.metadata import version
+from typing import Literal
+
+from fastapi import APIRouter
+
+from deployments.model_client import ModelClient
+from deployments.scheduler import SchedulerStatus
+from deployments.status import WINDOW_S, ModelReport, Percentiles
+from serve_app.context import ActiveSlug, Parts
+from serve_app.schemas import Health, LatencyPercentiles, ModelStatus, Status
+
+router = APIRouter(tags=["status"])
+
+
+@router.get("/healthz")
+async def healthz() -> Health:
+    return Health()
+
+
+@router.get("/v1/status")
+async def get_status(parts: Parts, active: ActiveSlug) -> Status:
+    """Counts and percentiles over the last 24 hours, since this cluster started; queues as of now."""
+    counting_since, reports = await parts.status.report()
+    queues = await asyncio.gather(*(_queue(model) for model in parts.models.values()))
+    return Status(
+        model=active,
+        models={slug: _model_status(reports[slug], queue) for slug, queue in zip(parts.models, queues, strict=True)},
+        uptime_s=round(time.time() - counting_since, 3),
+        window_s=WINDOW_S,
+        version=version("dream-engine-cluster"),
+    )
+
+
+async def _queue(model: ModelClient) -> SchedulerStatus | None:
+    try:
+        return await model.status()
+    except Exception:  # whatever ails it, its scheduler does not answer, and that is the status to show
+        return None
+
+
+def _model_status(report: ModelReport, queue: SchedulerStatus | None) -> ModelStatus:
+    state: Literal["ready", "starting", "unreachable"] = "ready"
+    if queue is None:
+        queue, state = SchedulerStatus(0, 0, 0, 0), "unreachable"
+    elif not queue.replicas:
+        state = "starting"
+    return ModelStatus(
+        state=state,
+        replicas=queue.replicas,
+        running_rows=queue.running_rows,
+        queued_rows=queue.queued_rows,
+        capacity_rows=queue.capacity_rows,
+        requests=report.requests,
+        frames=report.frames,
+        failed=report.failed,
+        canceled=report.canceled,
+        refused=report.refused,
+        error_rate=report.error_rate,
+        queue_ms=_percentiles(report.queue_ms),
+        infer_ms=_percentiles(report.infer_ms),
+        total_ms=_percentiles(report.total_ms),
+    )
+
+
+def _percentiles(values: Percentiles | None) -> LatencyPercentiles | None:
+    return None if values is None else LatencyPercentiles(p50=values.p50, p90=values.p90, p99=values.p99)

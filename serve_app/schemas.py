@@ -1,0 +1,213 @@
+"""The JSON bodies of the wire, in and out."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+MAX_NUM_STEPS = 100
+MAX_GUIDANCE = 20.0
+MAX_SEED = 2**63 - 1
+
+
+class UpstreamProvider(BaseModel):
+    key: str
+    name: str
+    short_name: str
+    logo_url: str | None = None
+    homepage: str | None = None
+    huggingface_org: str | None = None
+
+
+class CatalogSpec(BaseModel):
+    model_config = ConfigDict(protected_namespaces=())
+
+    model_size: str
+    embodiment: str
+    action_dim: int
+    chunk_size: int
+    resolution: tuple[int, int] = Field(description="[H, W]")
+    default_num_steps: int
+    default_guidance: float
+    runner: str
+    output_kind: str = "video"
+    encoder_name: str | None = None
+    temporal_compression: int | None = None
+    ckpt_repo: str | None = None
+    base_model: str | None = None
+    tokenizer: str | None = None
+
+
+class Benchmark(BaseModel):
+    """Measured figures only; a model without them has no block at all."""
+
+    version: str
+    run_id: str
+    vs_baseline: str
+    speedup_x: float
+    bench_wall_s: float
+    engine_wall_ms: float
+    psnr_db: float
+    psnr_delta_db: float
+    ssim: float
+    ssim_delta: float
+    lpips: float | None
+    lpips_delta: float | None
+    cost_per_rollout_usd: float
+    rollouts: int
+    notes: str
+
+
+class CatalogEntry(BaseModel):
+    slug: str
+    name: str
+    provider: str
+    upstream_provider: UpstreamProvider
+    category: str
+    summary: str
+    description: str
+    intended_use: str
+    training_data: str
+    license: str
+    links: dict[str, str]
+    price_per_frame_usd: float
+    is_flagship: bool = False
+    is_benchmarked: bool = False
+    active: bool = Field(False, description="Whether this base URL runs this model")
+    spec: CatalogSpec
+    benchmark: Benchmark | None = None
+
+
+class Catalog(BaseModel):
+    data: list[CatalogEntry]
+
+
+class SpecPrice(BaseModel):
+    slug: str
+    price_per_frame_usd: float
+
+
+class Specs(BaseModel):
+    specs: list[SpecPrice]
+    default_price_usd_per_frame: float
+
+
+class RolloutParams(BaseModel):
+    """The `params` field of `POST /v1/rollouts`. Unknown names are refused: a misspelt knob must not be ignored."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str
+    seed: int = Field(0, ge=0, le=MAX_SEED)
+    score: bool = False
+    num_steps: int | None = Field(None, ge=1, le=MAX_NUM_STEPS)
+    guidance: float | None = Field(None, ge=0.0, le=MAX_GUIDANCE, allow_inf_nan=False)
+    mode: Literal["sync", "async"] = "sync"
+    webhook_url: str | None = None
+
+
+class PredictParams(BaseModel):
+    """The form fields of `POST /v1/predict` and `/v1/predict/batch`, beside their files."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    seed: int = Field(0, ge=0, le=MAX_SEED)
+    num_steps: int | None = Field(None, ge=1, le=MAX_NUM_STEPS)
+    guidance: float | None = Field(None, ge=0.0, le=MAX_GUIDANCE, allow_inf_nan=False)
+
+
+class RolloutMetadata(BaseModel):
+    provider: str
+    provider_name: str
+    executed_model: str
+    upstream_id: str
+    cost: float = Field(description="USD, exact to the mil")
+    start_frame_resized: bool
+
+
+class RolloutEnvelope(BaseModel):
+    id: str
+    object: Literal["rollout"] = "rollout"
+    model: str
+    created: int
+    status: Literal["succeeded"]
+    frames: int
+    resolution: tuple[int, int] = Field(description="[H, W]")
+    engine_wall_ms: float
+    cost_usd: float
+    video_url: str
+    video_url_expires_at: int
+    seed: int
+    metadata: RolloutMetadata
+
+
+class Balance(BaseModel):
+    customer_id: str
+    balance_mils: int
+    balance_cents: int
+    balance_usd: float
+
+
+class Transaction(BaseModel):
+    id: str
+    ts: float
+    kind: Literal["debit", "credit", "refund"]
+    amount_mils: int
+    amount_cents: int
+    amount_usd: float
+    balance_after_mils: int
+    balance_after_cents: int
+    balance_after_usd: float
+    detail: str
+
+
+class Transactions(BaseModel):
+    customer_id: str
+    transactions: list[Transaction]
+
+
+class LatencyPercentiles(BaseModel):
+    p50: float
+    p90: float
+    p99: float
+
+
+class ModelStatus(BaseModel):
+    state: Literal["ready", "starting", "unreachable"]
+    replicas: int
+    running_rows: int
+    queued_rows: int
+    capacity_rows: int
+    requests: int
+    frames: int
+    failed: int
+    canceled: int
+    refused: int
+    error_rate: float
+    queue_ms: LatencyPercentiles | None
+    infer_ms: LatencyPercentiles | None
+    total_ms: LatencyPercentiles | None
+
+
+class Status(BaseModel):
+    model: str
+    models: dict[str, ModelStatus]
+    uptime_s: float
+    window_s: float
+    version: str
+
+
+class Health(BaseModel):
+    status: Literal["ok"] = "ok"
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    code: str
+
+
+class ErrorBody(BaseModel):
+    """Both shapes that clients know: FastAPI's `detail` and the gateway-style `error`."""
+
+    detail: str | dict[str, int | str]
+    error: ErrorDetail

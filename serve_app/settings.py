@@ -1,0 +1,108 @@
+"""Configuration, read once at the start and passed on as values. Every number carries its unit.
+
+`Settings` are what an operator sets in the environment; `ClusterArgs` is what a Serve application is built from, and
+what a Serve config file gives under `args`.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from serve_app.catalog import DEFAULT_MODEL, PACKAGED_CHECKPOINTS
+
+WORLD_MODEL_RUNNER = "deployments.world_model.rollout:WorldModel.load"
+
+
+class ModelArgs(BaseModel):
+    """One served model: a catalog entry with weights, and the replicas that run it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    slug: str
+    checkpoint: str
+    """Directory of a converted checkpoint."""
+    runner: str = WORLD_MODEL_RUNNER
+    device: str = "cpu"
+    num_cpus: float = Field(1.0, ge=0)
+    num_gpus: float = Field(0.0, ge=0)
+    min_replicas: int = Field(1, ge=1)
+    max_replicas: int = Field(1, ge=1)
+    max_rows: int = Field(16, ge=1)
+    """Candidates in one forward."""
+    torch_threads: int = Field(0, ge=0)
+    """CPU threads of the model; 0 leaves torch's default."""
+
+
+class Limits(BaseModel):
+    """Bounds on what one request and one process may take."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    max_body_bytes: int = 32 * 2**20
+    max_image_pixels: int = 4096 * 4096
+    max_actions: int = 1200
+    """Actions in one rollout."""
+    max_candidates: int = 64
+    max_queued_rows: int = 256
+    """Rows that wait for one model before requests are answered 503."""
+    queue_timeout_s: float = 60.0
+    chunk_timeout_s: float = 120.0
+    max_ongoing_requests: int = 200
+    """Requests that one ingress replica holds at a time."""
+
+
+class ClusterArgs(BaseModel):
+    """Everything `serve_app.build:build` needs."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    data_dir: Path
+    database_url: str
+    default_model: str = DEFAULT_MODEL
+    models: tuple[ModelArgs, ...]
+    ingress_replicas: int = Field(1, ge=1)
+    public_url: str = ""
+    """Base of absolute URLs in answers; empty takes it from each request's Host header."""
+    video_ttl_s: float = Field(24 * 3600.0, gt=0)
+    limits: Limits = Limits()
+
+
+class Settings(BaseSettings):
+    """The environment of `make serve` and `dream-admin`."""
+
+    model_config = SettingsConfigDict(extra="ignore", frozen=True)
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    data_dir: Path = Path(".data")
+    database_url: str = ""
+    """Empty means SQLite in the data directory."""
+    default_model: str = DEFAULT_MODEL
+    model_checkpoints: dict[str, str] = Field(default_factory=dict)
+    """JSON object from a catalog slug to its checkpoint directory; the packaged models need no entry."""
+    model_device: str = "cpu"
+    public_url: str = ""
+
+    @property
+    def ledger_url(self) -> str:
+        return self.database_url or f"sqlite:///{self.data_dir.resolve() / 'ledger.db'}"
+
+    def cluster_args(self) -> ClusterArgs:
+        checkpoints = {slug: str(path) for slug, path in PACKAGED_CHECKPOINTS.items()} | self.model_checkpoints
+        return ClusterArgs(
+            data_dir=self.data_dir.resolve(),
+            database_url=self.ledger_url,
+            default_model=self.default_model,
+            public_url=self.public_url,
+            models=tuple(
+                ModelArgs(
+                    slug=slug,
+                    checkpoint=checkpoint,
+                    device=self.model_device,
+                    num_gpus=1.0 if self.model_device.startswith("cuda") else 0.0,
+                )
+                for slug, checkpoint in checkpoints.items()
+            ),
+        )
