@@ -309,6 +309,8 @@ def _create_key(book: Book, command: CreateKey) -> Outcome:
     customer_id = book.customer_by_name.get(command.customer_name)
     if customer_id is None and command.customer_id in book.wallets:
         return Rejected(f"{command.customer_id} is already another customer")
+    if command.initial_credits_mils > 0 and initial_grant_id(command.key_id) in book.credits:
+        return Rejected(f"{initial_grant_id(command.key_id)} has already credited something else")
     balance = 0 if customer_id is None else book.wallets[customer_id].balance
     if balance + command.initial_credits_mils > MAX_MILS:
         return Rejected(f"the balance would exceed {MAX_MILS} mils")
