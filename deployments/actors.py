@@ -44,13 +44,5 @@ def ledger_handle() -> Any:
     return ray.get_actor(LEDGER, namespace=NAMESPACE)
 
 
-def status_handle() -> Any:
-    return ray.get_actor(STATUS, namespace=NAMESPACE)
-
-
-def scheduler_handle(model: str) -> Any:
-    return ray.get_actor(_scheduler_name(model), namespace=NAMESPACE)
-
-
 def _scheduler_name(model: str) -> str:
     return f"scheduler:{model}"

@@ -25,6 +25,8 @@ from deployments.status import Outcome, Sample
 from deployments.status_client import StatusClient
 from deployments.video import join_chunks
 
+RESTART_S = 15
+"""What clients are told to wait while this ingress stops."""
 LEASE_S = 30.0
 """An ingress that has not renewed its reservations for this long is gone; the ledger refunds them."""
 
@@ -39,6 +41,8 @@ class Ingress:
         self._models = models
         self._status = status
         self._open: set[RequestId] = set()
+        self._running: set[asyncio.Task[object]] = set()
+        self._draining = False
         self._heartbeat: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -52,6 +56,15 @@ class Ingress:
         await self._ledger.stop()
         await self._status.stop()
 
+    async def drain(self, timeout_s: float) -> None:
+        """Refuse new work, wait for what is running, and after `timeout_s` cancel and refund what is left."""
+        self._draining = True
+        if self._running:
+            _, left = await asyncio.wait(self._running, timeout=timeout_s)
+            for task in left:
+                task.cancel()
+        await self._ledger.flush()
+
     async def run(self, request: RolloutRequest) -> RolloutResult:
         """Reserve the price, roll out all candidates, settle.
 
@@ -60,6 +73,12 @@ class Ingress:
             ModelOverloaded, EngineFailed: what was reserved has been refunded.
             asyncio.CancelledError: the client left; what was reserved is being refunded.
         """
+        if self._draining:
+            raise ModelOverloaded(request.model, RESTART_S)
+        task = asyncio.current_task()
+        assert task is not None
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
         started = time.perf_counter()
         reserved = await self._reserve(request)
         try:

@@ -13,7 +13,6 @@ from typing import Any
 import structlog
 
 from billing.commands import Command, Outcome
-from deployments.actors import ledger_handle
 from deployments.errors import LedgerUnavailable
 
 RETRY_FOR_S = 10.0
@@ -31,6 +30,7 @@ class LedgerClient:
     def __init__(self, call: Callable[[list[Command]], Awaitable[list[Outcome]]]) -> None:
         self._call = call
         self._waiting: deque[tuple[Command, asyncio.Future[Outcome]]] = deque()
+        self._unanswered: set[asyncio.Future[Outcome]] = set()
         self._arrived = asyncio.Event()
         self._sender: asyncio.Task[None] | None = None
 
@@ -38,10 +38,14 @@ class LedgerClient:
         """Begin sending. Called outside any request: Ray would cancel calls made in a cancelled request's context."""
         self._sender = asyncio.get_running_loop().create_task(self._send_forever())
 
+    async def flush(self) -> None:
+        """Return once everything submitted so far has been answered."""
+        while self._unanswered:
+            await asyncio.wait(list(self._unanswered))
+
     async def stop(self) -> None:
         """Send what is waiting, then end."""
-        while self._waiting:
-            await asyncio.wait([self._waiting[-1][1]])
+        await self.flush()
         if self._sender is not None:
             self._sender.cancel()
 
@@ -51,9 +55,11 @@ class LedgerClient:
         Raises:
             LedgerUnavailable: too many commands are waiting already.
         """
-        if len(self._waiting) >= MAX_WAITING:
+        if len(self._unanswered) >= MAX_WAITING:
             raise LedgerUnavailable()
         answer: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self._unanswered.add(answer)
+        answer.add_done_callback(self._unanswered.discard)
         self._waiting.append((command, answer))
         self._arrived.set()
         return answer
@@ -94,9 +100,8 @@ class LedgerClient:
                 await asyncio.sleep(RETRY_EVERY_S)
 
 
-def connect() -> LedgerClient:
+def connect(actor: Any) -> LedgerClient:
     """A client of the cluster's ledger actor."""
-    actor: Any = ledger_handle()
 
     async def call(commands: list[Command]) -> list[Outcome]:
         outcomes: list[Outcome] = await actor.apply.remote(commands)

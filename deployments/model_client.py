@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import ray
 import structlog
 from ray.exceptions import RayActorError, RayError
 
-from deployments.actors import scheduler_handle
 from deployments.errors import EngineFailed, ModelOverloaded
 from deployments.messages import ChunkJob, ChunkReport, ChunkRow, ModelSpec, TicketId
 from deployments.scheduler import Grant, Overloaded, SchedulerStatus, Ticket
@@ -31,12 +31,14 @@ class ChunkTiming:
 
 
 class ModelClient:
-    """`replicas` is the Serve handle of the model's replica deployment."""
+    """`scheduler` is the model's scheduler actor, `replicas` the Serve handle of its replica deployment."""
 
-    def __init__(self, spec: ModelSpec, replicas: Any, queue_timeout_s: float, chunk_timeout_s: float) -> None:
+    def __init__(
+        self, spec: ModelSpec, scheduler: Any, replicas: Any, queue_timeout_s: float, chunk_timeout_s: float
+    ) -> None:
         self.spec = spec
+        self._scheduler = scheduler
         self._replicas = replicas
-        self._scheduler = scheduler_handle(spec.slug)
         self._queue_timeout_s = queue_timeout_s
         self._chunk_timeout_s = chunk_timeout_s
 
@@ -108,8 +110,6 @@ async def _answer(response: Any) -> ChunkReport:
 
 async def _as_future(reference: Any) -> Any:
     """Await an actor call such that cancelling the waiter cancels the call in the actor as well."""
-    import ray
-
     try:
         return await reference
     except asyncio.CancelledError:

@@ -6,7 +6,6 @@ from typing import Any
 
 import structlog
 
-from deployments.actors import status_handle
 from deployments.status import ModelReport, Sample
 
 SEND_EVERY_S = 0.5
@@ -17,8 +16,10 @@ log = structlog.get_logger(__name__)
 
 
 class StatusClient:
-    def __init__(self) -> None:
-        self._actor: Any = status_handle()
+    """`actor` is the cluster's status actor."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
         self._waiting: deque[Sample] = deque(maxlen=MAX_WAITING)
         self._sender: asyncio.Task[None] | None = None
 

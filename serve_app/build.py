@@ -40,21 +40,29 @@ class Gateway:
         self._args = args
         self._replicas = replicas
 
+    async def drain(self, timeout_s: float) -> None:
+        """Take no new work; return when what is running has been answered, or refunded after `timeout_s`."""
+        await self._ingress.drain(timeout_s)
+
     def __serve_build_asgi_app__(self) -> FastAPI:
         args, limits = self._args, self._args.limits
-        actors.start_ledger(args.database_url)
-        actors.start_status([model.slug for model in args.models])
-        models = {}
-        for slug, handle in self._replicas.items():
-            actors.start_scheduler(slug, SchedulerLimits(max_queued_rows=limits.max_queued_rows))
-            models[slug] = ModelClient(
-                model_spec(CATALOG[slug]), handle, limits.queue_timeout_s, limits.chunk_timeout_s
+        ledger = ledger_client.connect(actors.start_ledger(args.database_url))
+        status = StatusClient(actors.start_status([model.slug for model in args.models]))
+        models = {
+            slug: ModelClient(
+                model_spec(CATALOG[slug]),
+                actors.start_scheduler(slug, scheduler_limits(args)),
+                replicas,
+                limits.queue_timeout_s,
+                limits.chunk_timeout_s,
             )
-        status = StatusClient()
+            for slug, replicas in self._replicas.items()
+        }
+        self._ingress = Ingress(ledger, models, status)
         return create_api(
             Services(
                 args=args,
-                ingress=Ingress(ledger_client.connect(), models, status),
+                ingress=self._ingress,
                 models=models,
                 reader=LedgerReader(open_database(args.database_url)),
                 buckets=TokenBuckets(time.monotonic, share=1 / args.ingress_replicas),
@@ -94,7 +102,7 @@ def _replicas(model: ModelArgs, args: ClusterArgs) -> serve.Application:
         device=model.device,
         max_rows=model.max_rows,
         torch_threads=model.torch_threads,
-        scheduler_limits=SchedulerLimits(max_queued_rows=args.limits.max_queued_rows),
+        scheduler_limits=scheduler_limits(args),
     )
     deployment = serve.deployment(Replica, name=f"model-{model.slug}").options(
         autoscaling_config=AutoscalingConfig(
@@ -112,3 +120,7 @@ def _replicas(model: ModelArgs, args: ClusterArgs) -> serve.Application:
         graceful_shutdown_timeout_s=10,
     )
     return deployment.bind(config)
+
+
+def scheduler_limits(args: ClusterArgs) -> SchedulerLimits:
+    return SchedulerLimits(max_queued_rows=args.limits.max_queued_rows, grant_timeout_s=args.limits.chunk_timeout_s)

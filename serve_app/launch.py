@@ -28,6 +28,8 @@ from serve_app.settings import ClusterArgs, Settings
 DEV_CUSTOMER = "development"
 DEV_CREDITS_MILS = Mils(250_000)
 DEV_REFILL_PER_S, DEV_BURST = 50.0, 200
+APPLICATION = "dream-engine"
+DRAIN_TIMEOUT_S = 20.0
 OBJECT_STORE_BYTES = 256 * 2**20
 READY_TIMEOUT_S = 300.0
 
@@ -51,9 +53,6 @@ def run(settings: Settings, args: ClusterArgs) -> None:
     Raises:
         CannotStart, billing.errors.DatabaseUnusable: before anything was left running.
     """
-    stop = threading.Event()
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, lambda *_: stop.set())
     data_dir = prepare_data_dir(settings.data_dir)
     if ClusterFile.read(data_dir) is not None:
         raise CannotStart(f"a cluster is already running on {data_dir}; stop it, or set DATA_DIR to another directory")
@@ -61,6 +60,7 @@ def run(settings: Settings, args: ClusterArgs) -> None:
     open_migrated(settings).dispose()
     with contextlib.ExitStack() as stack:
         address = stack.enter_context(local_ray())
+        stop = stop_signals()
         stack.callback(_progress, "stopping")
         serve_application(settings, args)
         ClusterFile(os.getpid(), address).write(data_dir)
@@ -69,6 +69,35 @@ def run(settings: Settings, args: ClusterArgs) -> None:
         print(f"ready http://{settings.host}:{settings.port} key {token}", flush=True)
         while not stop.wait(1.0):
             pass
+        _progress("finishing what is running; Ctrl-C again to refund it instead")
+        drain()
+
+
+def stop_signals() -> threading.Event:
+    """Set by the first SIGINT or SIGTERM. A second one ends the wait for running work, which is then refunded."""
+    stop = threading.Event()
+
+    def on_signal(*_: object) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, on_signal)
+    return stop
+
+
+def drain() -> None:
+    """Let every ingress replica finish or refund what it runs, so that clients are answered before the port closes."""
+    from ray import serve
+
+    try:
+        responses = serve.get_app_handle(APPLICATION).broadcast("drain", DRAIN_TIMEOUT_S)
+        responses.results(timeout_s=DRAIN_TIMEOUT_S + 5)
+    except KeyboardInterrupt:
+        pass
+    except Exception as error:  # stopping goes on; what was not settled is refunded when its lease runs out
+        _progress(f"could not finish running work: {type(error).__name__}")
 
 
 def prepare_data_dir(data_dir: Path) -> Path:
@@ -121,7 +150,16 @@ def local_ray() -> Iterator[str]:
         yield str(context.address_info["gcs_address"])
     finally:
         ray.shutdown()
+        remove_directory(directory)
+
+
+def remove_directory(directory: str) -> None:
+    """Ray's last processes may still write their logs while they end."""
+    for _ in range(20):
         shutil.rmtree(directory, ignore_errors=True)
+        if not os.path.exists(directory):
+            return
+        time.sleep(0.1)
 
 
 def serve_application(settings: Settings, args: ClusterArgs) -> None:
@@ -142,7 +180,7 @@ def serve_application(settings: Settings, args: ClusterArgs) -> None:
         raise CannotStart(str(error)) from None
     serve.start(http_options={"host": settings.host, "port": settings.port, "request_timeout_s": None})
     _progress(f"loading {', '.join(model.slug for model in args.models)}")
-    serve.run(application, name="dream-engine", route_prefix="/", blocking=False)
+    serve.run(application, name=APPLICATION, route_prefix="/", blocking=False)
 
 
 def development_key(settings: Settings) -> str:

@@ -1,0 +1,179 @@
+"""The whole request path in one process: the real API, ingress, scheduler, engine and ledger, without Ray.
+
+Only the hops are replaced: where the cluster calls an actor or a replica, these call the same object directly.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+from fastapi import FastAPI
+from sqlalchemy import Engine as Database
+
+from billing.commands import Command, CreateKey, CustomerId, KeyCreated, Outcome
+from billing.database import migrate, open_database
+from billing.keys import mint_customer_id, mint_key_id, mint_token, token_sha256
+from billing.ledger import Ledger
+from billing.money import Mils
+from billing.reader import LedgerReader
+from billing.writer import LedgerWriter
+from deployments.engine import Engine
+from deployments.ingress import Ingress
+from deployments.ledger_client import LedgerClient
+from deployments.messages import ChunkReport, ChunkRow, ModelSpec
+from deployments.model_client import ChunkTiming
+from deployments.replays import Replays
+from deployments.results import ResultStore
+from deployments.scheduler import SchedulerStatus
+from deployments.status import StatusActor
+from deployments.status_client import StatusClient
+from serve_app.api import create_api
+from serve_app.catalog import CATALOG, model_spec
+from serve_app.context import Services
+from serve_app.rate_limit import TokenBuckets
+from serve_app.settings import ClusterArgs, Limits, ModelArgs
+from serve_app.signing import LinkSigner
+from tests.support.models import StandInModel
+
+SLUG = "tiny-pusher"
+
+
+class LocalModel:
+    """A `ModelClient` whose replica is an engine in this process."""
+
+    def __init__(self, spec: ModelSpec, model: Any) -> None:
+        self.spec = spec
+        self.model = model
+        self.engine = Engine(model, spec.resolution, spec.fps, max_rows=16)
+
+    async def run_chunk(self, ticket_prefix: str, rows: Sequence[ChunkRow]) -> tuple[ChunkReport, ChunkTiming]:
+        report = await asyncio.wrap_future(self.engine.submit(rows))
+        return report, ChunkTiming(0.0, report.infer_ms)
+
+    async def status(self) -> SchedulerStatus:
+        return SchedulerStatus(replicas=1, capacity_rows=16, running_rows=0, queued_rows=0)
+
+
+class _Method:
+    """`actor.method.remote(...)` on a plain object."""
+
+    def __init__(self, method: Any) -> None:
+        self.remote = method
+
+
+class LocalActor:
+    def __init__(self, target: Any) -> None:
+        self._target = target
+
+    def __getattr__(self, name: str) -> _Method:
+        return _Method(getattr(self._target, name))
+
+
+@dataclass
+class Ledgered:
+    """A real ledger on a real database, with its writer's thread."""
+
+    database: Database
+    writer: LedgerWriter
+    deaths: list[BaseException]
+
+    @property
+    def reader(self) -> LedgerReader:
+        return LedgerReader(self.database)
+
+    def apply(self, command: Command) -> Outcome:
+        return self.writer.submit([command]).result(timeout=30)[0]
+
+    def create_key(self, credits_mils: int, refill_per_s: float = 1000.0, burst: int = 1000) -> tuple[str, CustomerId]:
+        """A new customer's token and id."""
+        token = mint_token()
+        outcome = self.apply(
+            CreateKey(
+                key_id=mint_key_id(),
+                sha256=token_sha256(token),
+                last4=token[-4:],
+                customer_name=f"customer of {token[-8:]}",
+                customer_id=mint_customer_id(),
+                initial_credits_mils=Mils(credits_mils),
+                refill_per_s=refill_per_s,
+                burst=burst,
+            )
+        )
+        assert isinstance(outcome, KeyCreated)
+        return token, outcome.customer_id
+
+    def rows(self, customer_id: CustomerId) -> list[tuple[str, int]]:
+        """(kind, amount) of every entry, oldest first."""
+        return [(row.kind, row.amount_mils) for row in reversed(self.reader.transactions(customer_id, 200))]
+
+
+@contextlib.contextmanager
+def ledgered(url: str) -> Iterator[Ledgered]:
+    database = open_database(url)
+    migrate(database)
+    ledger = Ledger(database, time.time)
+    ledger.take_over()
+    deaths: list[BaseException] = []
+    writer = LedgerWriter(ledger, deaths.append)
+    try:
+        yield Ledgered(database, writer, deaths)
+    finally:
+        writer.stop()
+        database.dispose()
+
+
+@dataclass
+class App:
+    """The API in this process, and what a test may look behind it at."""
+
+    api: FastAPI
+    http: httpx.AsyncClient
+    ledger: Ledgered
+    model: LocalModel
+    services: Services
+
+    def key(self, credits_mils: int = 1_000_000, **bucket: Any) -> tuple[dict[str, str], CustomerId]:
+        """Headers of a new customer with that balance, and the customer's id."""
+        token, customer_id = self.ledger.create_key(credits_mils, **bucket)
+        return {"Authorization": f"Bearer {token}"}, customer_id
+
+
+@contextlib.asynccontextmanager
+async def running_app(data_dir: Path, model: Any = None, limits: Limits | None = None) -> AsyncIterator[App]:
+    """An application with its lifespan running, over a new SQLite ledger in `data_dir`."""
+    with ledgered(f"sqlite:///{data_dir / 'ledger.db'}") as ledger:
+
+        async def call(commands: list[Command]) -> list[Outcome]:
+            return await asyncio.wrap_future(ledger.writer.submit(commands))
+
+        local = LocalModel(model_spec(CATALOG[SLUG]), model or StandInModel(Path(), "cpu"))
+        status = StatusClient(LocalActor(StatusActor([SLUG])))
+        services = Services(
+            args=ClusterArgs(
+                data_dir=data_dir,
+                database_url="",
+                models=(ModelArgs(slug=SLUG, checkpoint=""),),
+                limits=limits or Limits(),
+            ),
+            ingress=Ingress(LedgerClient(call), {SLUG: local}, status),  # type: ignore[dict-item]
+            models={SLUG: local},  # type: ignore[dict-item]
+            reader=ledger.reader,
+            buckets=TokenBuckets(time.monotonic),
+            replays=Replays(time.monotonic),
+            results=ResultStore(data_dir / "results", ttl_s=3600),
+            signer=LinkSigner(b"0" * 32),
+            status=status,
+        )
+        api = create_api(services)
+        transport = httpx.ASGITransport(api, raise_app_exceptions=False)
+        async with (
+            api.router.lifespan_context(api),
+            httpx.AsyncClient(transport=transport, base_url="http://cluster.test") as http,
+        ):
+            yield App(api, http, ledger, local, services)
+        local.engine.stop()

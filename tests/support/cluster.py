@@ -1,0 +1,91 @@
+"""A whole cluster in a process of its own, on a free port, with its own data directory."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import dream
+import httpx
+
+ROOT = Path(__file__).resolve().parents[2]
+SERVE = (str(Path(sys.executable).with_name("dream-admin")), "serve")
+SERVE_STAND_IN = (sys.executable, "-m", "tests.support.serve_stand_in")
+
+
+@dataclass(frozen=True)
+class Cluster:
+    base_url: str
+    key: str
+    data_dir: Path
+    process: subprocess.Popen[str]
+
+    def client(self, **options: object) -> dream.Client:
+        """The public client; every test that uses it closes it, since warnings are errors."""
+        return dream.Client(api_key=self.key, base_url=self.base_url, **options)  # type: ignore[arg-type]
+
+    def http(self) -> httpx.Client:
+        return httpx.Client(base_url=self.base_url, headers={"Authorization": f"Bearer {self.key}"}, timeout=60.0)
+
+    def admin(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """`dream-admin`, as an operator runs it beside this cluster."""
+        return subprocess.run(
+            [str(Path(sys.executable).with_name("dream-admin")), *arguments],
+            env=environment(self.data_dir, port=1),
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    def stop(self) -> int:
+        """Ctrl-C, and wait."""
+        self.process.send_signal(signal.SIGINT)
+        return self.process.wait(timeout=60)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def environment(data_dir: Path, port: int) -> dict[str, str]:
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "DREAM_"))}
+    return inherited | {
+        "DATA_DIR": str(data_dir),
+        "PORT": str(port),
+        "HOST": "127.0.0.1",
+        "PYTHONPATH": str(ROOT),
+    }
+
+
+@contextlib.contextmanager
+def running_cluster(data_dir: Path, command: Sequence[str] = SERVE) -> Iterator[Cluster]:
+    """Start `command`, wait for its ready line, stop it at the end unless the test did."""
+    port = free_port()
+    log = data_dir.parent / f"{data_dir.name}.stderr"
+    with log.open("w") as stderr:
+        process = subprocess.Popen(
+            command, env=environment(data_dir, port), cwd=ROOT, stdout=subprocess.PIPE, stderr=stderr, text=True
+        )
+    assert process.stdout is not None
+    try:
+        ready = process.stdout.readline().split()
+        assert ready[:1] == ["ready"], f"the cluster did not start:\n{log.read_text()}"
+        yield Cluster(base_url=ready[1], key=ready[3], data_dir=data_dir, process=process)
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            try:
+                process.wait(timeout=60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        process.stdout.close()
