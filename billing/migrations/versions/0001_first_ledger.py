@@ -285,7 +285,7 @@ END $$
 CREATE FUNCTION billing_check_entry() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
   IF NEW.epoch IS DISTINCT FROM (SELECT epoch FROM writer_fence) THEN
-    RAISE EXCEPTION USING MESSAGE = 'tr_entry_insert: this writer is fenced',
+    RAISE EXCEPTION USING MESSAGE = 'tr_entry_epoch: this writer is fenced',
       ERRCODE = 'integrity_constraint_violation';
   END IF;
   IF NEW.kind = 'refund' AND NOT EXISTS (
@@ -293,7 +293,7 @@ BEGIN
     WHERE debit.kind = 'debit' AND debit.public_id = NEW.public_id AND debit.customer_id = NEW.customer_id
       AND debit.seq < NEW.seq AND reservation.state = 'settled' AND reservation.refunded = NEW.amount) THEN
     RAISE EXCEPTION USING
-      MESSAGE = 'tr_entry_insert: no earlier debit, or not what its settlement gives back',
+      MESSAGE = 'tr_entry_refund: no earlier debit, or not what its settlement gives back',
       ERRCODE = 'integrity_constraint_violation';
   END IF;
   RETURN NEW;

@@ -1,0 +1,708 @@
+"""Raw SQL against the migrated schema: what the database itself refuses, whoever asks and whatever the code forgets.
+
+Each attack is one transaction that keeps every rule but the one it is aimed at. `by` names the rule: a constraint, an
+index or a trigger. SQLite names neither foreign keys nor unique indexes in its errors, PostgreSQL names all.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import pytest
+from sqlalchemy import Engine, text
+from sqlalchemy.exc import DataError, IntegrityError
+
+from billing.commands import Rejected, RequestId, Reserved, RevokeKey
+from billing.database import writer
+from billing.invariants import audit
+from billing.keys import initial_grant_id
+from billing.tables import billing_metadata
+from billing.triggers import POSTGRESQL, SQLITE
+from tests.billing.conftest import Clock, Databases, Desk
+
+
+class Attack(NamedTuple):
+    name: str
+    by: str
+    statements: Sequence[str]
+    only: str = ""
+    """On this kind of database only: the other has no such statement, or rounds where this one refuses."""
+
+
+def entry(
+    kind: str,
+    amount: object,
+    *,
+    customer: str = ":ann",
+    seq: object = ":next",
+    prev_seq: object = ":tail",
+    prev_balance: object = ":balance",
+    balance_after: object = None,
+    public_id: str = "'new'",
+    reserved: object = "NULL",
+    epoch: object = ":epoch",
+) -> str:
+    """An entry at the end of Ann's chain, right in all that is not said."""
+    if balance_after is None:
+        balance_after = f"{prev_balance} + ({amount})"
+    return (
+        "INSERT INTO entry (customer_id, seq, prev_seq, prev_balance, amount, balance_after, kind, public_id, reserved,"
+        f" ts, detail, epoch) VALUES ({customer}, {seq}, {prev_seq}, {prev_balance}, {amount}, {balance_after},"
+        f" '{kind}', {public_id}, {reserved}, 2000000000, '', {epoch})"
+    )
+
+
+def reservation(
+    request_id: str = "'new'",
+    *,
+    customer: str = ":ann",
+    key: str = ":ann_key",
+    frames: object = 10,
+    rate: object = 5,
+    amount: object = 50,
+    captured: object = 0,
+    refunded: object = 0,
+    state: str = "open",
+    settled: object = "NULL",
+    debit_seq: object = ":next",
+) -> str:
+    return (
+        "INSERT INTO reservation (request_id, customer_id, key_id, frames, mils_per_frame, amount, captured, refunded,"
+        f" state, lease_until, reason, created_at, debit_seq, settled_at, settled_seq) VALUES ({request_id},"
+        f" {customer}, {key}, {frames}, {rate}, {amount}, {captured}, {refunded}, '{state}', 2000000000, '', 1,"
+        f" {debit_seq}, {settled}, {settled})"
+    )
+
+
+def wallet(change: str) -> str:
+    return f"UPDATE wallet SET seq = seq + 1, balance_mils = balance_mils + ({change}) WHERE customer_id = :ann"
+
+
+def settle(request: str, captured: int, refunded: int) -> str:
+    return (
+        f"UPDATE reservation SET state = 'settled', captured = {captured}, refunded = {refunded}, settled_at = 1,"
+        f" settled_seq = 1 WHERE request_id = {request}"
+    )
+
+
+FENCED = "tr_entry_epoch"
+REFUND = "tr_entry_refund"
+
+# Ann: credit 1000; `part`, 49 frames at 5 mils, 12 delivered; `held`, 10 frames, open; `kept`, 2 frames, delivered.
+# Bob: credit 500; `bobs`, 10 frames, open.
+ATTACKS = [
+    # The chain.
+    Attack("a sum that is wrong", "ck_entry_sum", [entry("credit", 10, balance_after=":balance + 11"), wallet("11")]),
+    Attack(
+        "a lie about the balance before",
+        "fk_entry_previous",
+        [entry("credit", 10, prev_balance="(:balance + 100)"), wallet("110")],
+    ),
+    Attack("a gap", "ck_entry_chain", [entry("credit", 10, seq=":next + 1")]),
+    Attack(
+        "a gap with a predecessor that is none",
+        "fk_entry_previous",
+        [
+            entry("credit", 10, seq=":next + 1", prev_seq=":next"),
+        ],
+    ),
+    Attack(
+        "a second writer at the same place",
+        "pk_entry",
+        [
+            entry("credit", 10, seq=":tail", prev_seq=":tail - 1", prev_balance=":balance_before_tail"),
+        ],
+    ),
+    Attack("a chain that starts anew", "ck_entry_chain", [entry("credit", 10, prev_seq="NULL", prev_balance=0)]),
+    Attack("a second opening", "pk_entry", [entry("opening", 0, seq=0, prev_seq="NULL", prev_balance=0)]),
+    Attack(
+        "an opening with money",
+        "ck_entry_kind",
+        [
+            "INSERT INTO wallet VALUES ('cus_eve', 'eve', 0, 99, 1)",
+            entry("opening", 99, customer="'cus_eve'", seq=0, prev_seq="NULL", prev_balance=0),
+        ],
+    ),
+    Attack(
+        "an opening with a past",
+        "ck_entry_chain",
+        [
+            "INSERT INTO wallet VALUES ('cus_eve', 'eve', 0, 99, 1)",
+            entry("opening", 0, customer="'cus_eve'", seq=0, prev_seq="NULL", prev_balance=99),
+        ],
+    ),
+    Attack(
+        "an entry in nobody's wallet",
+        "fk_entry_wallet",
+        [
+            entry("opening", 0, customer="'cus_nobody'", seq=0, prev_seq="NULL", prev_balance=0),
+        ],
+    ),
+    # The wallet.
+    Attack(
+        "money from nowhere",
+        "fk_wallet_tail",
+        [
+            "UPDATE wallet SET balance_mils = balance_mils + 1 WHERE customer_id = :ann",
+        ],
+    ),
+    Attack("a wallet ahead of its entries", "fk_wallet_tail", [wallet("0")]),
+    Attack(
+        "a wallet that points at an older entry",
+        "tr_wallet_update",
+        [
+            "UPDATE wallet SET seq = 1, balance_mils = 1000 WHERE customer_id = :ann",
+        ],
+    ),
+    Attack(
+        "a wallet that changes hands",
+        "tr_wallet_update",
+        [
+            "UPDATE wallet SET customer_id = 'cus_eve' WHERE customer_id = :ann",
+        ],
+    ),
+    Attack(
+        "a wallet without an opening",
+        "fk_wallet_tail",
+        [
+            "INSERT INTO wallet VALUES ('cus_eve', 'eve', 0, 0, 1)",
+        ],
+    ),
+    Attack(
+        "a wallet below zero",
+        "ck_wallet_balance",
+        [
+            "UPDATE wallet SET balance_mils = -1 WHERE customer_id = :ann",
+        ],
+    ),
+    Attack(
+        "two customers of one name",
+        "uq_wallet_name",
+        [
+            "INSERT INTO wallet VALUES ('cus_eve', 'ann', 0, 0, 1)",
+            entry("opening", 0, customer="'cus_eve'", seq=0, prev_seq="NULL", prev_balance=0),
+        ],
+    ),
+    Attack("two wallets of one id", "pk_wallet", ["INSERT INTO wallet VALUES (:ann, 'eve', 0, 0, 1)"]),
+    Attack("deleting a wallet", "fk_entry_wallet|fk_api_key_wallet", ["DELETE FROM wallet WHERE customer_id = :ann"]),
+    # Debits.
+    Attack(
+        "spending more than there is",
+        "ck_entry_balance",
+        [
+            reservation(frames=1000, amount=5000),
+            entry("debit", -5000, reserved=5000),
+        ],
+    ),
+    Attack(
+        "a second debit for a request",
+        "uq_entry_debit",
+        [
+            entry("debit", -50, public_id="'held'", reserved=50),
+            wallet("-50"),
+        ],
+    ),
+    Attack("a debit without a reservation", "fk_entry_reservation", [entry("debit", -50, reserved=50), wallet("-50")]),
+    Attack(
+        "a debit that names no reserved amount",
+        "ck_entry_kind",
+        [
+            reservation(),
+            entry("debit", -50),
+            wallet("-50"),
+        ],
+    ),
+    Attack(
+        "a debit larger than its reservation",
+        "ck_entry_kind",
+        [
+            reservation(),
+            entry("debit", -51, reserved=50),
+            wallet("-51"),
+        ],
+    ),
+    Attack(
+        "a debit smaller than its reservation",
+        "ck_entry_kind",
+        [
+            reservation(),
+            entry("debit", -49, reserved=50),
+            wallet("-49"),
+        ],
+    ),
+    Attack(
+        "a debit that lies about its reservation",
+        "fk_entry_reservation",
+        [
+            reservation(),
+            entry("debit", -40, reserved=40),
+            wallet("-40"),
+        ],
+    ),
+    Attack(
+        "a debit for another customer's request",
+        "fk_entry_reservation",
+        [
+            reservation(customer=":bob", key=":bob_key"),
+            entry("debit", -50, reserved=50),
+            wallet("-50"),
+        ],
+    ),
+    # Refunds.
+    Attack(
+        "a second refund",
+        "uq_entry_refund",
+        [
+            entry("refund", 185, public_id="'part'", reserved=245),
+            wallet("185"),
+        ],
+    ),
+    Attack(
+        "a refund larger than the debit",
+        REFUND,
+        [
+            settle("'held'", 0, 50),
+            entry("refund", 51, public_id="'held'", reserved=50),
+            wallet("51"),
+        ],
+    ),
+    Attack(
+        "a refund while the work is open",
+        REFUND,
+        [
+            entry("refund", 50, public_id="'held'", reserved=50),
+            wallet("50"),
+        ],
+    ),
+    Attack(
+        "a refund of more than the settlement gives back",
+        REFUND,
+        [
+            settle("'held'", 25, 25),
+            entry("refund", 50, public_id="'held'", reserved=50),
+            wallet("50"),
+        ],
+    ),
+    Attack(
+        "a refund of work that was delivered",
+        REFUND,
+        [
+            entry("refund", 10, public_id="'kept'", reserved=10),
+            wallet("10"),
+        ],
+    ),
+    Attack(
+        "a refund that claims a larger reservation",
+        "fk_entry_reservation",
+        [
+            settle("'held'", 0, 50),
+            entry("refund", 50, public_id="'held'", reserved=500),
+            wallet("50"),
+        ],
+    ),
+    Attack(
+        "a refund of another customer's work",
+        REFUND,
+        [
+            settle("'bobs'", 0, 50),
+            entry("refund", 50, public_id="'bobs'", reserved=50),
+            wallet("50"),
+        ],
+    ),
+    Attack(
+        "a refund without a debit",
+        REFUND,
+        [
+            reservation(refunded=50, state="settled", settled=1),
+            entry("refund", 50, reserved=50),
+            wallet("50"),
+        ],
+    ),
+    Attack("a refund of nothing at all", REFUND, [entry("refund", 50, reserved=50), wallet("50")]),
+    # Kinds and amounts.
+    Attack("one payment credited twice", "uq_entry_credit", [entry("credit", 10, public_id=":credit"), wallet("10")]),
+    Attack(
+        "a payment credited to two customers",
+        "uq_entry_credit",
+        [
+            entry("credit", 10, public_id=":bob_credit"),
+            wallet("10"),
+        ],
+    ),
+    Attack("a debit that gives", "ck_entry_kind", [reservation(), entry("debit", 50, reserved=50), wallet("50")]),
+    Attack("a credit that takes", "ck_entry_kind", [entry("credit", -10), wallet("-10")]),
+    Attack(
+        "a credit that belongs to a request",
+        "ck_entry_kind",
+        [
+            entry("credit", 50, public_id="'held'", reserved=50),
+            wallet("50"),
+        ],
+    ),
+    Attack("an entry that moves nothing", "ck_entry_kind", [entry("credit", 0), wallet("0")]),
+    Attack("a kind that does not exist", "ck_entry_kind", [entry("bonus", 10), wallet("10")]),
+    Attack("half a mil", "REAL value in INTEGER column", [entry("credit", "0.5"), wallet("0.5")], only="sqlite"),
+    Attack(
+        "words for money",
+        "TEXT value in INTEGER column|invalid input syntax",
+        [
+            entry("credit", "'ten'", balance_after=":balance"),
+        ],
+    ),
+    Attack(
+        "more than 64 bits",
+        "REAL value in INTEGER column|out of range",
+        [
+            entry("credit", "9223372036854775807"),
+            wallet("9223372036854775807"),
+        ],
+    ),
+    # Reservations.
+    Attack("keeping more than was reserved", "ck_reservation_state", [settle("'held'", 55, 0)]),
+    Attack("keeping and giving back the same money", "ck_reservation_state", [settle("'held'", 50, 50)]),
+    Attack("keeping less than nothing", "ck_reservation_state", [settle("'held'", -5, 55)]),
+    Attack("settling with nothing", "ck_reservation_state", [settle("'held'", 0, 0)]),
+    Attack(
+        "keeping while open",
+        "ck_reservation_state",
+        [
+            "UPDATE reservation SET captured = 50 WHERE request_id = 'held'",
+        ],
+    ),
+    Attack(
+        "a state that does not exist",
+        "ck_reservation_state",
+        [
+            "UPDATE reservation SET state = 'lost' WHERE request_id = 'held'",
+        ],
+    ),
+    Attack(
+        "a settlement without its place in history",
+        "ck_reservation_state",
+        [
+            "UPDATE reservation SET state = 'settled', captured = 50 WHERE request_id = 'held'",
+        ],
+    ),
+    Attack("keeping a part of a frame", "ck_reservation_whole_frames", [settle("'held'", 12, 38)]),
+    Attack("settling again", "tr_reservation_update", [settle("'part'", 245, 0)]),
+    Attack(
+        "opening again",
+        "tr_reservation_update",
+        [
+            "UPDATE reservation SET state = 'open', captured = 0, refunded = 0, settled_at = NULL, settled_seq = NULL"
+            " WHERE request_id = 'kept'",
+        ],
+    ),
+    Attack(
+        "another price afterwards",
+        "tr_reservation_update",
+        [
+            "UPDATE reservation SET mils_per_frame = 4, amount = 40 WHERE request_id = 'held'",
+        ],
+    ),
+    Attack(
+        "another key afterwards",
+        "tr_reservation_update",
+        [
+            "UPDATE reservation SET key_id = :bob_key, customer_id = :bob WHERE request_id = 'held'",
+        ],
+    ),
+    Attack(
+        "a price that does not add up",
+        "ck_reservation_amount",
+        [
+            reservation(amount=45),
+            entry("debit", -45, reserved=45),
+            wallet("-45"),
+        ],
+    ),
+    Attack("work for nothing", "ck_reservation_price", [reservation(rate=0, amount=0)]),
+    Attack("no frames", "ck_reservation_price", [reservation(frames=0, amount=0)]),
+    Attack(
+        "spending with another customer's key",
+        "fk_reservation_key",
+        [
+            reservation(key=":bob_key"),
+            entry("debit", -50, reserved=50),
+            wallet("-50"),
+        ],
+    ),
+    Attack("the same request twice", "pk_reservation", [reservation("'held'")]),
+    Attack("deleting a reservation", "tr_reservation_delete", ["DELETE FROM reservation WHERE request_id = 'held'"]),
+    # History.
+    Attack(
+        "deleting the last entry",
+        "tr_entry_delete",
+        [
+            "DELETE FROM entry WHERE customer_id = :ann AND seq = :tail",
+        ],
+    ),
+    Attack("deleting an entry inside", "tr_entry_delete", ["DELETE FROM entry WHERE customer_id = :ann AND seq = 2"]),
+    Attack("deleting everything", "tr_entry_delete", ["DELETE FROM entry"]),
+    Attack("emptying the table", "tr_entry_truncate", ["TRUNCATE entry CASCADE"], only="postgresql"),
+    Attack(
+        "replacing a row",
+        "tr_entry_delete",
+        [
+            entry("credit", 2000, seq=1, prev_seq=0, prev_balance=0, public_id=":credit").replace(
+                "INSERT", "INSERT OR REPLACE"
+            ),
+        ],
+        only="sqlite",
+    ),
+    Attack(
+        "editing an amount",
+        "tr_entry_update",
+        [
+            "UPDATE entry SET amount = 2000, balance_after = 2000 WHERE customer_id = :ann AND seq = 1",
+        ],
+    ),
+    Attack(
+        "editing the last amount and the wallet with it",
+        "tr_entry_update",
+        [
+            "UPDATE entry SET amount = -5, balance_after = balance_after + 5 WHERE customer_id = :ann AND seq = :tail",
+            "UPDATE wallet SET balance_mils = balance_mils + 5 WHERE customer_id = :ann",
+        ],
+    ),
+    Attack(
+        "editing what the customer reads",
+        "tr_entry_update",
+        [
+            "UPDATE entry SET detail = 'gift' WHERE customer_id = :ann AND seq = 2",
+        ],
+    ),
+    Attack("editing an id", "tr_entry_update", ["UPDATE entry SET public_id = 'x' WHERE customer_id = :ann"]),
+    Attack("editing a time", "tr_entry_update", ["UPDATE entry SET ts = ts + 1 WHERE customer_id = :ann"]),
+    # Keys.
+    Attack(
+        "one token, two keys",
+        "uq_api_key_sha256",
+        [
+            "INSERT INTO api_key SELECT 'key_new', sha256, last4, customer_id, refill_per_s, burst, created_at,"
+            " created_seq, NULL, NULL FROM api_key WHERE key_id = :ann_key",
+        ],
+    ),
+    Attack(
+        "a key of nobody",
+        "fk_api_key_wallet",
+        [
+            "INSERT INTO api_key SELECT 'key_new', replace(sha256, substr(sha256, 1, 8), 'aaaaaaaa'), last4,"
+            " 'cus_nobody', refill_per_s, burst, created_at, created_seq, NULL, NULL FROM api_key WHERE key_id = :ann_key",
+        ],
+    ),
+    Attack(
+        "a key from the future",
+        "fk_api_key_created",
+        [
+            "INSERT INTO api_key SELECT 'key_new', replace(sha256, substr(sha256, 1, 8), 'aaaaaaaa'), last4,"
+            " customer_id, refill_per_s, burst, created_at, 99, NULL, NULL FROM api_key WHERE key_id = :ann_key",
+        ],
+    ),
+    Attack(
+        "a token instead of its hash",
+        "ck_api_key_sha256|tr_api_key_update",
+        [
+            "INSERT INTO api_key SELECT 'key_new', 'dre_secret', last4, customer_id, refill_per_s, burst, created_at,"
+            " created_seq, NULL, NULL FROM api_key WHERE key_id = :ann_key",
+        ],
+    ),
+    Attack(
+        "more than four of a token's symbols",
+        "ck_api_key_last4",
+        [
+            "UPDATE api_key SET last4 = 'dre_secret' WHERE key_id = :ann_key",
+        ],
+    ),
+    Attack(
+        "a bucket that never refills",
+        "ck_api_key_limits",
+        [
+            "UPDATE api_key SET refill_per_s = 0 WHERE key_id = :ann_key",
+        ],
+    ),
+    Attack(
+        "a revocation without its place in history",
+        "ck_api_key_revoked",
+        [
+            "UPDATE api_key SET revoked_at = 1 WHERE key_id = :ann_key",
+        ],
+    ),
+    Attack(
+        "a revocation in the future",
+        "fk_api_key_revoked",
+        [
+            "UPDATE api_key SET revoked_at = 1, revoked_seq = 99 WHERE key_id = :ann_key",
+        ],
+    ),
+    Attack(
+        "bringing a revoked key back",
+        "tr_api_key_update",
+        [
+            "UPDATE api_key SET revoked_at = NULL, revoked_seq = NULL WHERE key_id = :revoked_key",
+        ],
+    ),
+    Attack(
+        "another secret for a key",
+        "tr_api_key_update",
+        [
+            "UPDATE api_key SET sha256 = replace(sha256, substr(sha256, 1, 8), 'aaaaaaaa') WHERE key_id = :ann_key",
+        ],
+    ),
+    Attack(
+        "a key that changes hands",
+        "tr_api_key_update",
+        [
+            "UPDATE api_key SET customer_id = :bob WHERE key_id = :revoked_key OR key_id = :ann_key",
+        ],
+    ),
+    Attack(
+        "two keys of one id",
+        "pk_api_key|uq_api_key_customer",
+        [
+            "INSERT INTO api_key SELECT key_id, replace(sha256, substr(sha256, 1, 8), 'aaaaaaaa'), last4, customer_id,"
+            " refill_per_s, burst, created_at, created_seq, NULL, NULL FROM api_key WHERE key_id = :ann_key",
+        ],
+    ),
+    Attack("deleting a key", "tr_api_key_delete", ["DELETE FROM api_key WHERE key_id = :revoked_key"]),
+    # The fence.
+    Attack("writing after somebody took over", FENCED, [entry("credit", 10, epoch=":epoch - 1"), wallet("10")]),
+    Attack("writing for an epoch that nobody holds", FENCED, [entry("credit", 10, epoch=":epoch + 1"), wallet("10")]),
+    Attack("turning the epoch back", "tr_writer_fence_update", ["UPDATE writer_fence SET epoch = epoch - 1"]),
+    Attack("taking over without a new epoch", "tr_writer_fence_update", ["UPDATE writer_fence SET taken_at = 5"]),
+    Attack("a second fence", "ck_writer_fence_single", ["INSERT INTO writer_fence VALUES (2, 99, 1)"]),
+    Attack("an epoch before the first", "ck_writer_fence_epoch", ["INSERT INTO writer_fence VALUES (1, -1, 1)"]),
+    Attack("a fence in the fence's place", "pk_writer_fence", ["INSERT INTO writer_fence VALUES (1, 99, 1)"]),
+    Attack("no fence", "tr_writer_fence_delete", ["DELETE FROM writer_fence"]),
+]
+
+
+IMPLIED = {"uq_api_key_customer", "uq_entry_balance", "uq_reservation_amount"}
+"""Unique because a primary key inside them is; they exist for foreign keys to point at."""
+
+
+class History(NamedTuple):
+    engine: Engine
+    names: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def history(databases: Databases) -> Iterator[History]:
+    """One history for all attacks: since each is refused, none of them spoils it for the next."""
+    with databases.migrated() as engine:
+        desk = Desk(engine, Clock())
+        ann, bob = desk.account(1000, name="ann"), desk.account(500, name="bob")
+        revoked = desk.account(0, name="ann")
+        desk.ledger.apply([RevokeKey(revoked.key.key_id)])
+        for account, request_id, frames in ((ann, "part", 49), (ann, "kept", 2), (ann, "held", 10), (bob, "bobs", 10)):
+            assert isinstance(desk.do(desk.reserve(account, frames, RequestId(request_id))), Reserved)
+        desk.settle(RequestId("kept"), 2)
+        desk.settle(RequestId("part"), 12)
+        tail, before_tail = desk.reader.transactions(ann.customer_id, 2)
+        yield History(
+            engine,
+            {
+                "ann": ann.customer_id,
+                "bob": bob.customer_id,
+                "ann_key": ann.key.key_id,
+                "bob_key": bob.key.key_id,
+                "revoked_key": revoked.key.key_id,
+                "credit": initial_grant_id(ann.key.key_id),
+                "bob_credit": initial_grant_id(bob.key.key_id),
+                "tail": tail.seq,
+                "next": tail.seq + 1,
+                "balance": tail.balance_after_mils,
+                "balance_before_tail": before_tail.balance_after_mils,
+                "epoch": 1,
+            },
+        )
+        assert audit(engine) == []
+
+
+def run(history: History, statements: Sequence[str]) -> None:
+    with writer(history.engine).begin() as connection:
+        for statement in statements:
+            connection.execute(text(statement), history.names)
+
+
+def everything(engine: Engine) -> dict[str, list[Any]]:
+    with engine.connect() as connection:
+        return {
+            table.name: sorted(map(tuple, connection.execute(table.select())))
+            for table in billing_metadata.sorted_tables
+        }
+
+
+def assert_refused(history: History, attack: Attack) -> None:
+    before = everything(history.engine)
+    with pytest.raises((IntegrityError, DataError)) as refusal:
+        run(history, attack.statements)
+    if history.engine.dialect.name == "postgresql" or attack.by.startswith(("ck_", "tr_")) or " " in attack.by:
+        assert re.search(attack.by, str(refusal.value.orig))
+    assert everything(history.engine) == before
+
+
+def on(kind: str) -> Any:
+    attacks = [attack for attack in ATTACKS if attack.only == kind]
+    return pytest.mark.parametrize("attack", attacks, ids=lambda attack: attack.name)
+
+
+@on("")
+def test_the_database_refuses(history: History, attack: Attack):
+    assert_refused(history, attack)
+
+
+@on("sqlite")
+@pytest.mark.parametrize("databases", ["sqlite"], indirect=True)
+def test_sqlite_refuses(history: History, attack: Attack):
+    assert_refused(history, attack)
+
+
+@on("postgresql")
+@pytest.mark.parametrize("databases", ["postgresql"], indirect=True)
+def test_postgresql_refuses(history: History, attack: Attack):
+    assert_refused(history, attack)
+
+
+def test_the_same_statements_are_accepted_when_they_are_right(databases: Databases):
+    """Or every refusal above could be a typing error."""
+    with databases.migrated() as engine:
+        desk = Desk(engine, Clock())
+        account = desk.account(1000)
+        names = {"ann": account.customer_id, "ann_key": account.key.key_id, "epoch": 1}
+        run(
+            History(engine, names | {"tail": 1, "next": 2, "balance": 1000}),
+            [entry("credit", 10, public_id="'adm_raw'"), wallet("10")],
+        )
+        run(
+            History(engine, names | {"tail": 2, "next": 3, "balance": 1010}),
+            [reservation(), entry("debit", -50, reserved=50), wallet("-50")],
+        )
+        run(
+            History(engine, names | {"tail": 3, "next": 4, "balance": 960}),
+            [settle("'new'", 25, 25), entry("refund", 25, reserved=50), wallet("25")],
+        )
+        assert desk.balance(account) == 985
+        assert audit(engine) == []
+
+
+def test_every_rule_of_the_schema_is_attacked():
+    rules = {str(constraint.name) for table in billing_metadata.sorted_tables for constraint in table.constraints} | {
+        str(index.name) for table in billing_metadata.sorted_tables for index in table.indexes if index.unique
+    }
+    for statement in (*SQLITE, *POSTGRESQL):
+        rules.update(re.findall(r"CREATE TRIGGER (\w+)", statement))
+    # On PostgreSQL one trigger checks both rules of a new entry.
+    rules.remove("tr_entry_insert")
+    aimed_at = {rule for attack in ATTACKS for rule in attack.by.split("|") if " " not in rule}
+    assert rules - IMPLIED == aimed_at - IMPLIED
+
+
+def test_fractions_of_a_mil_never_reach_a_postgresql_row_either(desk: Desk):
+    """A PostgreSQL BIGINT would round half a mil; the ledger refuses it before."""
+    account = desk.account(1000)
+    for frames, rate in ((1.0, 5), (1, 0.5)):
+        outcome = desk.do(replace(desk.reserve(account), frames=frames, mils_per_frame=rate))
+        assert isinstance(outcome, Rejected)
+    assert desk.balance(account) == 1000
