@@ -1,0 +1,176 @@
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from deployments.engine import Engine
+from deployments.messages import ChunkDone, ChunkFailed, ChunkRow
+from deployments.video import join_chunks
+from tests.support.models import RAISE, StandInModel, StandInRow
+from tests.support.video import decode
+
+RESOLUTION, FPS = (64, 64), 10
+
+
+class SteppedModel(StandInModel):
+    """Each step waits for the test's permission, so a test decides what arrives in between."""
+
+    def __init__(self) -> None:
+        super().__init__(Path(), "cpu")
+        self.entered = threading.Semaphore(0)
+        self.permits = threading.Semaphore(0)
+        self.batches: list[int] = []
+
+    def step(self, rows: Sequence[StandInRow]) -> None:
+        self.entered.release()
+        assert self.permits.acquire(timeout=10)
+        self.batches.append(len(rows))
+        super().step(rows)
+
+
+@pytest.fixture
+def model() -> StandInModel:
+    return StandInModel(Path(), "cpu")
+
+
+@pytest.fixture
+def engine(model: StandInModel) -> Iterator[Engine]:
+    running = Engine(model, RESOLUTION, FPS, max_rows=8)
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def stepped() -> Iterator[tuple[Engine, SteppedModel]]:
+    model = SteppedModel()
+    running = Engine(model, RESOLUTION, FPS, max_rows=4)
+    yield running, model
+    model.permits.release(1000)
+    running.stop()
+
+
+def row(candidate: int = 0, chunk: int = 0, num_steps: int = 1, poisoned: bool = False, length: int = 12) -> ChunkRow:
+    actions = np.zeros((length, 8), np.float32)
+    actions[0, RAISE] = poisoned
+    return ChunkRow(
+        start_frame=np.full((*RESOLUTION, 3), 100, np.uint8),
+        actions=actions,
+        seed=0,
+        candidate=candidate,
+        chunk=chunk,
+        num_steps=num_steps,
+        guidance=0.0,
+    )
+
+
+def test_candidates_of_one_job_share_one_forward(engine: Engine, model: StandInModel) -> None:
+    report = engine.submit([row(candidate) for candidate in range(8)]).result(10)
+    assert model.largest_batch == 8
+    assert all(isinstance(outcome, ChunkDone) for outcome in report.outcomes)
+
+
+def test_outcomes_come_in_row_order_and_carry_the_next_start_frame(engine: Engine) -> None:
+    report = engine.submit([row(length=3), row(length=5)]).result(10)
+    last = [outcome.last_frame for outcome in report.outcomes if isinstance(outcome, ChunkDone)]
+    assert [int(frame[0, 0, 0]) for frame in last] == [103, 105]
+
+
+def test_chunk_zero_begins_with_the_start_frame_and_later_chunks_do_not(engine: Engine) -> None:
+    clips = []
+    for chunk in (0, 1):
+        (outcome,) = engine.submit([row(chunk=chunk)]).result(10).outcomes
+        assert isinstance(outcome, ChunkDone)
+        clips.append(outcome.video)
+    assert len(decode(join_chunks(clips[:1], FPS))) == 13
+    assert len(decode(join_chunks(clips[1:], FPS))) == 12
+
+
+def test_a_poisoned_candidate_fails_alone(engine: Engine) -> None:
+    report = engine.submit([row(candidate, poisoned=candidate == 3) for candidate in range(8)]).result(10)
+    failed = [isinstance(outcome, ChunkFailed) for outcome in report.outcomes]
+    assert failed == [candidate == 3 for candidate in range(8)]
+    assert report.outcomes[3] == ChunkFailed("ValueError: the input is poisoned")
+
+
+def test_a_job_of_one_poisoned_row_fails_and_the_engine_lives_on(engine: Engine) -> None:
+    assert isinstance(engine.submit([row(poisoned=True)]).result(10).outcomes[0], ChunkFailed)
+    assert isinstance(engine.submit([row()]).result(10).outcomes[0], ChunkDone)
+    assert engine.healthy()
+
+
+@pytest.mark.parametrize("stage", ["start", "finish"])
+def test_a_model_that_raises_outside_its_steps_fails_only_that_row(
+    engine: Engine, model: StandInModel, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    works = getattr(model, stage)
+
+    def raises_for_candidate_one(items: Sequence[Any]) -> Any:
+        if any(getattr(item, "chunk_input", item).candidate == 1 for item in items):
+            raise RuntimeError("candidate one")
+        return works(items)
+
+    monkeypatch.setattr(model, stage, raises_for_candidate_one)
+    outcomes = engine.submit([row(0), row(1), row(2)]).result(10).outcomes
+    assert [type(outcome) for outcome in outcomes] == [ChunkDone, ChunkFailed, ChunkDone]
+
+
+def test_a_row_that_arrives_during_a_step_joins_the_next_one(stepped: tuple[Engine, SteppedModel]) -> None:
+    engine, model = stepped
+    first = engine.submit([row(num_steps=3)])
+    model.entered.acquire(timeout=10)
+    second = engine.submit([row(num_steps=1)])
+    model.permits.release(10)
+    first.result(10), second.result(10)
+    assert model.batches == [1, 2, 1]
+
+
+def test_a_job_waits_until_it_fits_whole(stepped: tuple[Engine, SteppedModel]) -> None:
+    engine, model = stepped
+    first = engine.submit([row(candidate) for candidate in range(3)])
+    model.entered.acquire(timeout=10)
+    second = engine.submit([row(candidate) for candidate in range(2)])
+    model.permits.release(10)
+    first.result(10), second.result(10)
+    assert model.batches == [3, 2]
+
+
+def test_a_job_wider_than_the_engine_runs_when_it_is_empty(engine: Engine, model: StandInModel) -> None:
+    assert len(engine.submit([row(candidate) for candidate in range(20)]).result(10).outcomes) == 20
+    assert model.largest_batch == 20
+
+
+def test_a_cancelled_job_leaves_the_batch_at_the_next_step(stepped: tuple[Engine, SteppedModel]) -> None:
+    engine, model = stepped
+    leaves, stays = engine.submit([row(num_steps=50)]), engine.submit([row(num_steps=4)])
+    model.entered.acquire(timeout=10)
+    model.permits.release()
+    model.entered.acquire(timeout=10)
+    assert leaves.cancel()
+    model.permits.release(100)
+    stays.result(10)
+    assert model.batches[-1] == 1
+    assert sum(model.batches) <= 4 + 2
+
+
+def test_a_job_cancelled_before_its_turn_never_runs(stepped: tuple[Engine, SteppedModel]) -> None:
+    engine, model = stepped
+    running = engine.submit([row(candidate) for candidate in range(4)])
+    model.entered.acquire(timeout=10)
+    waiting = engine.submit([row()])
+    assert waiting.cancel()
+    model.permits.release(10)
+    running.result(10)
+    engine.submit([row()]).result(10)
+    assert model.batches == [4, 1]
+
+
+def test_stopping_finishes_what_runs_and_takes_nothing_more(model: StandInModel) -> None:
+    engine = Engine(model, RESOLUTION, FPS, max_rows=8)
+    report = engine.submit([row(num_steps=5)])
+    engine.stop()
+    assert isinstance(report.result(0).outcomes[0], ChunkDone)
+    with pytest.raises(RuntimeError, match="stopping"):
+        engine.submit([row()])

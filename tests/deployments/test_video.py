@@ -1,0 +1,54 @@
+import io
+
+import av
+import numpy as np
+import pytest
+
+from deployments.messages import Frame
+from deployments.video import encode_chunk, join_chunks
+from tests.support.video import decode
+
+FPS = 10
+
+
+def moving_gradient(num_frames: int, height: int, width: int) -> list[Frame]:
+    """Grey, since H.264's 4:2:0 halves the resolution of colour and that would be all a small picture measures."""
+    across = 127 + 127 * np.sin(2 * np.pi * np.arange(width) / width)[None, :]
+    down = 127 + 127 * np.sin(2 * np.pi * np.arange(height) / height)[:, None]
+    grey = ((across + down) / 2).astype(np.uint8)
+    picture = np.repeat(grey[:, :, None], 3, axis=2)
+    return [np.roll(picture, index, axis=1) for index in range(num_frames)]
+
+
+def psnr(one: list[Frame], other: list[Frame]) -> float:
+    error = np.mean((np.stack(one).astype(float) - np.stack(other).astype(float)) ** 2)
+    return float(10 * np.log10(255**2 / error))
+
+
+@pytest.mark.parametrize("resolution", [(64, 64), (480, 640), (16, 16)])
+def test_chunks_encoded_apart_join_into_one_video_of_all_frames_in_order(resolution: tuple[int, int]) -> None:
+    frames = moving_gradient(49, *resolution)
+    pieces = [frames[:13], frames[13:25], frames[25:37], frames[37:]]
+    video = join_chunks([encode_chunk(piece, resolution, FPS) for piece in pieces], FPS)
+    decoded = decode(video)
+    assert len(decoded) == 49
+    assert psnr(frames, decoded) > 35
+
+
+def test_the_mp4_says_its_true_rate_and_length() -> None:
+    frames = moving_gradient(49, 64, 64)
+    video = join_chunks([encode_chunk(frames[:13], (64, 64), FPS), encode_chunk(frames[13:], (64, 64), FPS)], FPS)
+    with av.open(io.BytesIO(video), "r") as container:
+        stream = container.streams.video[0]
+        assert stream.codec_context.name == "h264"
+        assert stream.codec_context.pix_fmt == "yuv420p"
+        assert "Baseline" in str(stream.codec_context.profile)
+        assert stream.average_rate == FPS
+        assert container.duration == 4_900_000
+        stamps = [frame.time for frame in container.decode(stream)]
+    assert np.allclose(stamps, np.arange(49) / FPS)
+
+
+def test_the_same_frames_give_the_same_bytes() -> None:
+    frames = moving_gradient(13, 64, 64)
+    assert encode_chunk(frames, (64, 64), FPS) == encode_chunk(frames, (64, 64), FPS)
