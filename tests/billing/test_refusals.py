@@ -489,7 +489,8 @@ ATTACKS = [
         "fk_api_key_wallet",
         [
             "INSERT INTO api_key SELECT 'key_new', replace(sha256, substr(sha256, 1, 8), 'aaaaaaaa'), last4,"
-            " 'cus_nobody', refill_per_s, burst, created_at, created_seq, NULL, NULL FROM api_key WHERE key_id = :ann_key",
+            " 'cus_nobody', refill_per_s, burst, created_at, created_seq, NULL, NULL FROM api_key"
+            " WHERE key_id = :ann_key",
         ],
     ),
     Attack(
