@@ -15,6 +15,7 @@ import httpx
 from fastapi import FastAPI
 from sqlalchemy import Engine as Database
 
+from billing import invariants
 from billing.commands import Command, CreateKey, CustomerId, KeyCreated, Outcome
 from billing.database import migrate, open_database
 from billing.keys import mint_customer_id, mint_key_id, mint_token, token_sha256
@@ -145,7 +146,7 @@ class App:
 
 @contextlib.asynccontextmanager
 async def running_app(data_dir: Path, model: Any = None, limits: Limits | None = None) -> AsyncIterator[App]:
-    """An application with its lifespan running, over a new SQLite ledger in `data_dir`."""
+    """An application with its lifespan running over a new SQLite ledger, which must audit clean at the end."""
     with ledgered(f"sqlite:///{data_dir / 'ledger.db'}") as ledger:
 
         async def call(commands: list[Command]) -> list[Outcome]:
@@ -177,3 +178,4 @@ async def running_app(data_dir: Path, model: Any = None, limits: Limits | None =
         ):
             yield App(api, http, ledger, local, services)
         local.engine.stop()
+        assert invariants.audit(ledger.database) == []

@@ -1,0 +1,239 @@
+"""A request's whole life, with the real ledger and engine, and only the hops between processes left out."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from billing.commands import CustomerId, RevokeKey
+from billing.keys import mint_request_id, token_sha256
+from billing.reader import KeyRecord
+from deployments.errors import CreditsInsufficient, EngineFailed, KeyNotAccepted, ModelOverloaded
+from deployments.ingress import Ingress
+from deployments.messages import RolloutRequest
+from tests.support.app import SLUG, App, running_app
+from tests.support.models import RAISE, StandInModel, StandInRow
+from tests.support.payloads import actions
+from tests.support.video import decode
+
+RATE = 5
+
+
+class HeldModel(StandInModel):
+    """Its steps wait until the test opens the gate."""
+
+    def __init__(self) -> None:
+        super().__init__(Path(), "cpu")
+        self.entered = threading.Semaphore(0)
+        self.gate = threading.Event()
+
+    def step(self, rows: Sequence[StandInRow]) -> None:
+        self.entered.release()
+        assert self.gate.wait(timeout=10)
+        super().step(rows)
+
+
+@pytest.fixture
+async def held(tmp_path: Path) -> AsyncIterator[App]:
+    model = HeldModel()
+    async with running_app(tmp_path, model) as app:
+        yield app
+        model.gate.set()
+
+
+def customer(app: App, credits_mils: int) -> KeyRecord:
+    token, _ = app.ledger.create_key(credits_mils)
+    key = app.ledger.reader.key_by_token_hash(token_sha256(token))
+    assert key is not None
+    return key
+
+
+def request_of(key: KeyRecord, *candidates: Any) -> RolloutRequest:
+    return RolloutRequest(
+        request_id=mint_request_id(),
+        customer_id=key.customer_id,
+        key_id=key.key_id,
+        model=SLUG,
+        start_frame=np.full((64, 64, 3), 100, np.uint8),
+        candidates=candidates or (actions(),),
+        seed=0,
+        num_steps=1,
+        guidance=0.0,
+    )
+
+
+def ingress(app: App) -> Ingress:
+    return app.services.ingress
+
+
+def balance(app: App, customer_id: CustomerId) -> int:
+    return app.ledger.reader.balance(customer_id)
+
+
+async def test_48_actions_give_49_frames_for_245_mils(app: App) -> None:
+    key = customer(app, 1_000)
+    result = await ingress(app).run(request_of(key))
+    assert (result.num_frames, result.cost_mils) == (49, 245)
+    assert len(decode(result.videos[0])) == 49
+    assert app.ledger.rows(key.customer_id) == [("credit", 1_000), ("debit", -245)]
+
+
+async def test_eight_candidates_are_one_reservation_of_1960_mils_and_one_forward_per_chunk(app: App) -> None:
+    key = customer(app, 10_000)
+    result = await ingress(app).run(request_of(key, *(actions(seed=seed) for seed in range(8))))
+    assert (len(result.videos), result.num_frames, result.cost_mils) == (8, 392, 1_960)
+    assert app.ledger.rows(key.customer_id) == [("credit", 10_000), ("debit", -1_960)]
+    assert app.model.model.largest_batch == 8
+
+
+async def test_each_chunk_starts_from_the_last_frame_of_the_one_before(app: App) -> None:
+    """The stand-in brightens each frame by one level, so a chunk that started elsewhere would show."""
+    result = await ingress(app).run(request_of(customer(app, 1_000)))
+    brightness = [float(frame.mean()) for frame in decode(result.videos[0])]
+    assert np.allclose(brightness, 100 + np.arange(49), atol=1.5)
+
+
+@pytest.mark.parametrize("num_actions", [1, 11, 12, 13, 25])
+async def test_a_short_last_chunk_is_trimmed_and_only_returned_frames_are_charged(app: App, num_actions: int) -> None:
+    key = customer(app, 1_000)
+    result = await ingress(app).run(request_of(key, actions(num_actions)))
+    assert len(decode(result.videos[0])) == 1 + num_actions
+    assert app.ledger.rows(key.customer_id)[-1] == ("debit", -RATE * (1 + num_actions))
+
+
+async def test_candidates_may_have_different_lengths(app: App) -> None:
+    result = await ingress(app).run(request_of(customer(app, 1_000), actions(5), actions(30), actions(12)))
+    assert [len(decode(video)) for video in result.videos] == [6, 31, 13]
+    assert result.cost_mils == RATE * (6 + 31 + 13)
+
+
+async def test_a_balance_of_exactly_the_price_is_enough_and_one_mil_less_is_refused_unrun(app: App) -> None:
+    exact, short = customer(app, 245), customer(app, 244)
+    await ingress(app).run(request_of(exact))
+    assert balance(app, exact.customer_id) == 0
+    with pytest.raises(CreditsInsufficient) as refusal:
+        await ingress(app).run(request_of(short))
+    assert (refusal.value.balance_mils, refusal.value.requested_mils) == (244, 245)
+    assert app.ledger.rows(short.customer_id) == [("credit", 244)]
+
+
+async def test_a_refused_request_never_reaches_the_model(held: App) -> None:
+    with pytest.raises(CreditsInsufficient):
+        await ingress(held).run(request_of(customer(held, 1)))
+    assert not held.model.model.entered.acquire(blocking=False)
+
+
+async def test_a_key_revoked_after_it_was_read_reserves_nothing(app: App) -> None:
+    key = customer(app, 1_000)
+    app.ledger.apply(RevokeKey(key.key_id))
+    with pytest.raises(KeyNotAccepted):
+        await ingress(app).run(request_of(key))
+    assert app.ledger.rows(key.customer_id) == [("credit", 1_000)]
+
+
+async def test_one_poisoned_candidate_of_eight_refunds_the_whole_batch(app: App) -> None:
+    key = customer(app, 10_000)
+    candidates = [actions(seed=seed) for seed in range(8)]
+    candidates[3][24, RAISE] = 1
+    with pytest.raises(EngineFailed, match="chunk 2 of candidate 3"):
+        await ingress(app).run(request_of(key, *candidates))
+    assert app.ledger.rows(key.customer_id) == [("credit", 10_000), ("debit", -1_960), ("refund", 1_960)]
+    await ingress(app).run(request_of(key, actions()))
+
+
+async def test_the_refund_is_durable_before_the_failure_is_answered(app: App) -> None:
+    key = customer(app, 245)
+    poisoned = actions()
+    poisoned[0, RAISE] = 1
+    with pytest.raises(EngineFailed):
+        await ingress(app).run(request_of(key, poisoned))
+    assert balance(app, key.customer_id) == 245
+    await ingress(app).run(request_of(key))
+
+
+async def test_an_overloaded_model_refunds_and_says_when_to_come_back(
+    app: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def overloaded(*_: object) -> None:
+        raise ModelOverloaded(SLUG, 7)
+
+    monkeypatch.setattr(app.model, "run_chunk", overloaded)
+    key = customer(app, 1_000)
+    with pytest.raises(ModelOverloaded) as refusal:
+        await ingress(app).run(request_of(key))
+    assert refusal.value.retry_after_s == 7
+    assert balance(app, key.customer_id) == 1_000
+
+
+async def test_an_unexpected_error_refunds_too(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def broken(*_: object) -> None:
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(app.model, "run_chunk", broken)
+    key = customer(app, 1_000)
+    with pytest.raises(KeyError):
+        await ingress(app).run(request_of(key))
+    assert balance(app, key.customer_id) == 1_000
+
+
+async def test_a_client_that_leaves_during_a_step_is_refunded_and_its_rows_leave_the_batch(held: App) -> None:
+    key = customer(held, 1_000)
+    running = asyncio.create_task(ingress(held).run(request_of(key)))
+    await asyncio.to_thread(held.model.model.entered.acquire)
+    assert balance(held, key.customer_id) == 755
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    held.model.model.gate.set()
+    await held.services.ingress._ledger.flush()
+    assert held.ledger.rows(key.customer_id) == [("credit", 1_000), ("debit", -245), ("refund", 245)]
+
+
+async def test_a_client_that_leaves_during_the_reservation_is_refunded(app: App) -> None:
+    key = customer(app, 1_000)
+    running = asyncio.create_task(ingress(app).run(request_of(key)))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    await app.services.ingress._ledger.flush()
+    assert balance(app, key.customer_id) == 1_000
+
+
+async def test_draining_lets_running_work_finish_and_refuses_new_work_unreserved(held: App) -> None:
+    early, late = customer(held, 245), customer(held, 245)
+    running = asyncio.create_task(ingress(held).run(request_of(early)))
+    await asyncio.to_thread(held.model.model.entered.acquire)
+    draining = asyncio.create_task(ingress(held).drain(timeout_s=10))
+    await asyncio.sleep(0)
+    with pytest.raises(ModelOverloaded):
+        await ingress(held).run(request_of(late))
+    held.model.model.gate.set()
+    assert (await running).num_frames == 49
+    await draining
+    assert balance(held, late.customer_id) == 245
+
+
+async def test_draining_refunds_what_does_not_finish_in_time(held: App) -> None:
+    key = customer(held, 245)
+    running = asyncio.create_task(ingress(held).run(request_of(key)))
+    await asyncio.to_thread(held.model.model.entered.acquire)
+    await ingress(held).drain(timeout_s=0)
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    await held.services.ingress._ledger.flush()
+    assert balance(held, key.customer_id) == 245
+
+
+async def test_concurrent_rollouts_spend_exactly_the_balance_and_not_a_mil_more(app: App) -> None:
+    key = customer(app, 245 * 5)
+    outcomes = await asyncio.gather(
+        *(ingress(app).run(request_of(key, actions(seed=seed))) for seed in range(12)), return_exceptions=True
+    )
+    assert sum(isinstance(outcome, CreditsInsufficient) for outcome in outcomes) == 7
+    assert balance(app, key.customer_id) == 0
