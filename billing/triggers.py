@@ -1,11 +1,8 @@
 """The rules that no constraint can say: what is written stays written, and only the newest writer writes.
 
-Each is one trigger that refuses a row; none of them changes data. SQLite and PostgreSQL spell them differently.
+Each is one trigger that refuses a row; none of them changes data. SQLite and PostgreSQL spell them differently. Like
+`billing.tables` this is the declaration; `billing.migrations` makes them, and a test holds the two equal.
 """
-
-from sqlalchemy import Connection, MetaData, event, text
-
-from billing.tables import billing_metadata
 
 SQLITE = (
     """
@@ -142,10 +139,3 @@ CREATE TRIGGER tr_writer_fence_delete BEFORE DELETE ON writer_fence
 FOR EACH ROW EXECUTE FUNCTION billing_refuse('the fence stays')
 """,
 )
-
-
-@event.listens_for(billing_metadata, "after_create")
-def create_triggers(target: MetaData, connection: Connection, **_: object) -> None:
-    """Complete a schema made by `create_all`, so that a test can hold it against the migrated one."""
-    for statement in SQLITE if connection.dialect.name == "sqlite" else POSTGRESQL:
-        connection.execute(text(statement))

@@ -1,0 +1,78 @@
+"""Commands that the ledger refuses to read."""
+
+import math
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from billing.checks import MAX_DETAIL_CHARS, MAX_ID_CHARS, MAX_LEASE_S, malformed, printable
+from billing.commands import Command, CreateKey, ExpireLeases, Grant, Heartbeat, Reserve, RevokeKey, Settle
+from billing.money import MAX_MILS, Mils
+
+RESERVE = Reserve("req_1", "key_1", 49, Mils(5), "predict", 60.0)
+SETTLE = Settle("req_1", 49, "")
+HEARTBEAT = Heartbeat(("req_1", "req_2"), 60.0)
+GRANT = Grant("cus_1", Mils(1), "adm_1", "")
+CREATE_KEY = CreateKey("key_1", "0" * 64, "abcd", "ann", "cus_1", Mils(0), 50.0, 200)
+REVOKE_KEY = RevokeKey("key_1")
+
+NOT_IDS = ["", " ", " padded", "a\nb", "a\x00b", "\ud800", "x" * (MAX_ID_CHARS + 1), None, 7]
+NOT_COUNTS = [-1, 1.0, True, "1", None, math.nan, MAX_MILS + 1]
+NOT_LEASES = [0, -1.0, math.nan, math.inf, MAX_LEASE_S + 1, "60", None, True]
+
+
+@pytest.mark.parametrize("command", [RESERVE, SETTLE, HEARTBEAT, GRANT, CREATE_KEY, REVOKE_KEY, ExpireLeases()])
+def test_a_right_command_passes(command: Command):
+    assert malformed(command) is None
+
+
+WRONG = (
+    [(RESERVE, "request_id", value) for value in NOT_IDS]
+    + [(RESERVE, "key_id", value) for value in NOT_IDS]
+    + [(RESERVE, "frames", value) for value in [0, *NOT_COUNTS]]
+    + [(RESERVE, "mils_per_frame", value) for value in [0, *NOT_COUNTS]]
+    + [(RESERVE, "detail", None)]
+    + [(RESERVE, "lease_s", value) for value in NOT_LEASES]
+    + [(SETTLE, "request_id", value) for value in NOT_IDS]
+    + [(SETTLE, "frames_delivered", value) for value in NOT_COUNTS]
+    + [(SETTLE, "reason", None)]
+    + [(HEARTBEAT, "request_ids", ("req_1", value)) for value in NOT_IDS]
+    + [(HEARTBEAT, "lease_s", value) for value in NOT_LEASES]
+    + [(GRANT, "customer_id", value) for value in NOT_IDS]
+    + [(GRANT, "public_id", value) for value in NOT_IDS]
+    + [(GRANT, "amount_mils", value) for value in [0, *NOT_COUNTS]]
+    + [(CREATE_KEY, "customer_name", value) for value in NOT_IDS]
+    + [(CREATE_KEY, "customer_id", value) for value in NOT_IDS]
+    + [(CREATE_KEY, "initial_credits_mils", value) for value in NOT_COUNTS]
+    + [(CREATE_KEY, "sha256", value) for value in ["", "0" * 63, "0" * 65, "G" * 64, "A" * 64, None]]
+    + [(CREATE_KEY, "last4", value) for value in ["", "abc", "abcde", "ab\nc", "äöüß", None]]
+    + [(CREATE_KEY, "refill_per_s", value) for value in [0, -1, math.nan, math.inf, None, True]]
+    + [(CREATE_KEY, "burst", value) for value in [0, *NOT_COUNTS]]
+    + [(REVOKE_KEY, "key_id", value) for value in NOT_IDS]
+)
+
+
+@pytest.mark.parametrize(("command", "field", "value"), WRONG)
+def test_a_wrong_field_is_named(command: Command, field: str, value: object):
+    reason = malformed(replace(command, **{field: value}))
+    assert reason is not None
+    assert reason.startswith(field)
+
+
+def test_a_price_that_overflows_is_refused_though_its_factors_are_fine():
+    assert malformed(replace(RESERVE, frames=2**30, mils_per_frame=Mils(2**30))) is not None
+    assert malformed(replace(RESERVE, frames=1, mils_per_frame=MAX_MILS)) is None
+
+
+@given(st.text(max_size=1000))
+def test_printable_text_is_one_bounded_line_that_can_be_stored(text: str):
+    line = printable(text)
+    assert line.isprintable()
+    assert len(line) <= MAX_DETAIL_CHARS
+    line.encode()
+
+
+def test_printable_keeps_what_people_write():
+    assert printable("predict · tiny-pusher · 49 frames") == "predict · tiny-pusher · 49 frames"
