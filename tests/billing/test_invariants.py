@@ -1,0 +1,170 @@
+"""Each audit finds the damage it is for, on tables that have the rows but none of the rules that prevent it."""
+
+from collections.abc import Iterator
+
+import pytest
+from sqlalchemy import Column, Engine, MetaData, Table, text
+
+from billing.commands import RevokeKey
+from billing.database import open_database, writer
+from billing.invariants import AUDITS, MAX_ROWS_PER_AUDIT, Violation, audit
+from billing.tables import billing_metadata
+from tests.billing.conftest import Clock, Databases, Desk
+
+
+@pytest.fixture(scope="module")
+def unruled(databases: Databases) -> Iterator[Engine]:
+    """A healthy history copied into tables without any constraint, index or trigger."""
+    bare = MetaData()
+    for table in billing_metadata.sorted_tables:
+        Table(table.name, bare, *(Column(column.name, column.type) for column in table.columns))
+    with databases.migrated() as ruled, databases.empty() as url:
+        desk = Desk(ruled, Clock())
+        ann, bob = desk.account(1000, name="ann"), desk.account(500, name="bob")
+        desk.settle(desk.reserved(ann, 49), 12, "engine_failed")
+        desk.reserved(ann, 10)
+        desk.settle(desk.reserved(ann, 2), 2)
+        desk.settle(desk.reserved(bob, 20), 0)
+        desk.do(RevokeKey(bob.key.key_id))
+        desk.ledger = desk.new_ledger()
+        desk.settle(desk.reserved(ann, 5), 4)
+        engine = open_database(url)
+        with writer(engine).begin() as connection, ruled.connect() as source:
+            bare.create_all(connection)
+            for table in bare.sorted_tables:
+                rows = [dict(row) for row in source.execute(table.select()).mappings()]
+                connection.execute(table.insert(), rows)
+        yield engine
+        engine.dispose()
+
+
+TABLES = tuple(billing_metadata.tables)
+ANN = "(SELECT customer_id FROM wallet WHERE name = 'ann')"
+BOB = "(SELECT customer_id FROM wallet WHERE name = 'bob')"
+COPY = "customer_id, seq + 100, prev_seq, prev_balance, amount, balance_after"
+
+DAMAGE = [
+    ("money from nowhere", "conservation", "UPDATE wallet SET balance_mils = balance_mils + 1 WHERE name = 'ann'"),
+    ("captured money that nobody paid", "conservation", "UPDATE reservation SET captured = captured + 5"),
+    ("a lost reservation", "conservation", "DELETE FROM reservation WHERE state = 'open'"),
+    ("an edited amount", "prefix_sum", f"UPDATE entry SET amount = 2000 WHERE customer_id = {ANN} AND seq = 1"),
+    ("an edited balance", "prefix_sum", f"UPDATE entry SET balance_after = 9 WHERE customer_id = {ANN} AND seq = 2"),
+    ("an edited predecessor", "prefix_sum", f"UPDATE entry SET prev_balance = 9 WHERE customer_id = {ANN} AND seq = 2"),
+    ("a missing entry", "prefix_sum", f"DELETE FROM entry WHERE customer_id = {ANN} AND seq = 2"),
+    ("a wallet that lags", "wallet_is_its_tail", "UPDATE wallet SET seq = seq - 1 WHERE name = 'ann'"),
+    ("a wallet with another balance", "wallet_is_its_tail", "UPDATE wallet SET balance_mils = 1 WHERE name = 'ann'"),
+    ("a wallet without entries", "wallet_is_its_tail", f"DELETE FROM entry WHERE customer_id = {BOB}"),
+    ("a wallet below zero", "no_negative_balance", "UPDATE wallet SET balance_mils = -1 WHERE name = 'ann'"),
+    ("a past below zero", "no_negative_balance", f"UPDATE entry SET balance_after = -1 WHERE customer_id = {ANN}"),
+    *(
+        (
+            f"a doubled {kind}",
+            "one_entry_per_id",
+            f"INSERT INTO entry SELECT {COPY}, kind, public_id, reserved, ts, detail, epoch FROM entry"
+            f" WHERE kind = '{kind}'",
+        )
+        for kind in ("debit", "refund", "credit")
+    ),
+    ("a refund without a debit", "refund_follows_debit", "DELETE FROM entry WHERE kind = 'debit'"),
+    ("a refund before its debit", "refund_follows_debit", "UPDATE entry SET seq = 0 WHERE kind = 'refund'"),
+    ("a refund larger than its debit", "refund_follows_debit", "UPDATE entry SET amount = 246 WHERE kind = 'refund'"),
+    (
+        "a refund in another wallet",
+        "refund_follows_debit",
+        f"UPDATE entry SET customer_id = {BOB} WHERE kind = 'refund' AND customer_id = {ANN}",
+    ),
+    ("a debit without a reservation", "debit_has_reservation", "DELETE FROM reservation"),
+    ("a debit of another amount", "debit_has_reservation", "UPDATE reservation SET amount = amount + 5"),
+    ("a debit for another customer", "debit_has_reservation", f"UPDATE reservation SET customer_id = {BOB}"),
+    ("a reservation that was not debited", "reservation_has_debit", "DELETE FROM entry WHERE kind = 'debit'"),
+    ("a reservation that names another entry", "reservation_has_debit", "UPDATE reservation SET debit_seq = 1"),
+    ("a settlement that keeps too much", "settled_arithmetic", "UPDATE reservation SET captured = captured + 5"),
+    ("a settlement by another price", "settled_arithmetic", "UPDATE reservation SET mils_per_frame = 4"),
+    ("a refund that never became a row", "settled_arithmetic", "DELETE FROM entry WHERE kind = 'refund'"),
+    ("an open reservation that kept money", "settled_arithmetic", "UPDATE reservation SET state = 'open'"),
+    (
+        "a part of a frame",
+        "settled_arithmetic",
+        "UPDATE reservation SET captured = captured - 1, refunded = refunded + 1",
+    ),
+    ("spending after revocation", "no_spending_by_revoked_key", "UPDATE api_key SET revoked_seq = 1"),
+    ("spending before the key was made", "no_spending_by_revoked_key", "UPDATE api_key SET created_seq = 50"),
+    (
+        "spending with another customer's key",
+        "no_spending_by_revoked_key",
+        f"UPDATE api_key SET customer_id = {BOB} WHERE customer_id = {ANN}",
+    ),
+    ("time that runs back", "history_runs_forward", f"UPDATE entry SET ts = 0 WHERE customer_id = {ANN} AND seq = 3"),
+    (
+        "a stale writer's entry",
+        "history_runs_forward",
+        "UPDATE entry SET epoch = 0 WHERE seq = (SELECT MAX(seq) FROM entry)",
+    ),
+    ("an entry from the future", "history_runs_forward", "UPDATE writer_fence SET epoch = 1"),
+]
+
+
+def test_a_healthy_history_has_no_violation(unruled: Engine):
+    assert audit(unruled) == []
+
+
+@pytest.mark.parametrize(("name", "finder", "damage"), DAMAGE, ids=[name for name, _, _ in DAMAGE])
+def test_an_audit_finds(unruled: Engine, name: str, finder: str, damage: str):
+    with unruled.connect() as connection:
+        kept = {table: connection.execute(text(f"SELECT * FROM {table}")).mappings().all() for table in TABLES}
+    try:
+        with writer(unruled).begin() as connection:
+            assert connection.execute(text(damage)).rowcount > 0
+        violations = audit(unruled)
+        assert finder in {violation.audit for violation in violations}
+        assert all(violation.row for violation in violations)
+    finally:
+        with writer(unruled).begin() as connection:
+            for table, rows in kept.items():
+                connection.execute(text(f"DELETE FROM {table}"))
+                connection.execute(billing_metadata.tables[table].insert(), [dict(row) for row in rows])
+
+
+def test_every_audit_is_shown_to_find_something():
+    assert {finder for _, finder, _ in DAMAGE} == {each.name for each in AUDITS}
+
+
+def test_audits_have_one_name_each_and_say_what_they_claim():
+    assert len({each.name for each in AUDITS}) == len(AUDITS)
+    assert all(each.claim.endswith(".") for each in AUDITS)
+
+
+def test_an_empty_ledger_is_healthy(engine: Engine):
+    assert audit(engine) == []
+
+
+def test_an_entry_that_its_wallet_does_not_know_is_found_and_stops_only_that_wallet(engine: Engine, clock: Clock):
+    """The one wrong write that the schema accepts: it cannot see a row that nothing points at."""
+    desk = Desk(engine, clock)
+    ann, bob = desk.account(1000), desk.account(1000)
+    with writer(engine).begin() as connection:
+        connection.execute(
+            text(
+                "INSERT INTO entry VALUES (:ann, 2, 1, 1000, 7, 1007, 'credit', 'adm_stray', NULL, 2000000000, '', 1)"
+            ),
+            {"ann": ann.customer_id},
+        )
+    assert {violation.audit for violation in audit(engine)} == {"conservation", "wallet_is_its_tail"}
+    refused, served = desk.ledger.apply([desk.reserve(ann), desk.reserve(bob)])
+    assert type(refused).__name__ == "Rejected"
+    assert type(served).__name__ == "Reserved"
+    assert desk.balance(ann) == 1000
+
+
+def test_a_ledger_broken_everywhere_reports_a_bounded_number_of_rows(engine: Engine, clock: Clock):
+    desk = Desk(engine, clock)
+    accounts = [desk.account(10) for _ in range(MAX_ROWS_PER_AUDIT + 5)]
+    with writer(engine).begin() as connection:
+        for account in accounts:
+            connection.execute(
+                text("INSERT INTO entry VALUES (:of, 2, 1, 10, 7, 17, 'credit', :id, NULL, 2000000000, '', 1)"),
+                {"of": account.customer_id, "id": f"adm_{account.customer_id}"},
+            )
+    violations = audit(engine)
+    assert [violation.audit for violation in violations].count("wallet_is_its_tail") == MAX_ROWS_PER_AUDIT
+    assert isinstance(violations[0], Violation)
