@@ -23,11 +23,13 @@ from billing.errors import BillingError
 from billing.keys import mint_customer_id, mint_grant_id, mint_key_id, mint_token, token_sha256
 from billing.money import Mils, mils_from_usd, usd
 from billing.reader import LedgerReader
-from serve_app.admin import ledger_writer, open_migrated
+from serve_app.admin import ClusterUnreachable, ledger_writer, open_migrated
 from serve_app.settings import Settings
 
 UNUSABLE = 2
 """Exit code when the command could not be carried out; 1 is an audit that found something."""
+PIPE_WIDTH = 200
+"""Columns of a table that no terminal bounds."""
 DEFAULT_REFILL_PER_S = 50.0
 DEFAULT_BURST = 200
 
@@ -192,7 +194,7 @@ def _one_clear_line() -> Iterator[None]:
 
     try:
         yield
-    except (CannotDo, CannotStart, BillingError) as error:
+    except (CannotDo, CannotStart, ClusterUnreachable, BillingError) as error:
         print(f"dream-admin: {error}", file=sys.stderr)
         raise typer.Exit(UNUSABLE) from None
 
@@ -227,16 +229,18 @@ def _when(seconds: float | None) -> str | None:
 
 
 def _show(rows: Sequence[dict[str, Any]], as_json: bool, single: bool = False) -> None:
+    """A list as a table; a single record as one line per field, so that a secret can be copied whole."""
     if as_json:
         print(json.dumps(rows[0] if single else rows))
         return
-    table = Table()
-    for name in rows[0] if rows else ():
+    table = Table(show_header=not single)
+    names = ("", "") if single else tuple(rows[0] if rows else ())
+    for name in names:
         table.add_column(name, overflow="fold")
-    for row in rows:
-        table.add_row(*("" if value is None else str(value) for value in row.values()))
+    for values in rows[0].items() if single else (row.values() for row in rows):
+        table.add_row(*("" if value is None else str(value) for value in values))
     if rows:
-        Console().print(table)
+        Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from billing.keys import is_token_shaped, mint_customer_id, mint_key_id, mint_to
 from billing.money import Mils
 from billing.reader import LedgerReader
 from serve_app.admin import ClusterFile, open_migrated
+from serve_app.local_ray import prepare_ray_environment
 from serve_app.settings import ClusterArgs, Settings
 
 DEV_CUSTOMER = "development"
@@ -32,15 +33,6 @@ APPLICATION = "dream-engine"
 DRAIN_TIMEOUT_S = 20.0
 OBJECT_STORE_BYTES = 256 * 2**20
 READY_TIMEOUT_S = 300.0
-
-RAY_ENVIRONMENT = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    # Ray then takes 127.0.0.1 for this node's address, so nothing of it is reachable from outside.
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    # HTTP is back 4 s after the proxy dies instead of 30 s.
-    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
-    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "2",
-}
 
 
 class CannotStart(Exception):
@@ -59,7 +51,7 @@ def run(settings: Settings, args: ClusterArgs) -> None:
     check_port(settings.host, settings.port)
     open_migrated(settings).dispose()
     with contextlib.ExitStack() as stack:
-        address = stack.enter_context(local_ray())
+        address = stack.enter_context(local_ray(data_dir))
         stop = stop_signals()
         stack.callback(_progress, "stopping")
         serve_application(settings, args)
@@ -127,10 +119,9 @@ def check_port(host: str, port: int) -> None:
 
 
 @contextlib.contextmanager
-def local_ray() -> Iterator[str]:
+def local_ray(data_dir: Path) -> Iterator[str]:
     """A Ray of our own on free ports, in a directory of its own; yields its address."""
-    os.environ.update({name: value for name, value in RAY_ENVIRONMENT.items() if name not in os.environ})
-    os.environ.pop("RAY_ADDRESS", None)
+    prepare_ray_environment(data_dir)
     _progress("starting Ray")
     import ray
 

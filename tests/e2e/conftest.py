@@ -1,0 +1,26 @@
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.cluster import SERVE_STAND_IN, Cluster, running_cluster
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """What `make serve` runs: the packaged model on a real Ray Serve cluster."""
+    with running_cluster(tmp_path_factory.mktemp("cluster") / "data") as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def stand_in_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A real cluster whose models are stand-ins, which fail when a test's actions ask them to."""
+    with running_cluster(tmp_path_factory.mktemp("stand-in") / "data", SERVE_STAND_IN) as running:
+        yield running
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker("e2e")
