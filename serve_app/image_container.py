@@ -75,7 +75,7 @@ def _bare_jpeg(data: bytes, field: str) -> BareImage:
         if kind == _JPEG_SOS:
             num_scans += 1
             if num_scans > MAX_JPEG_SCANS:
-                raise InvalidRequest(field, f"has more than {MAX_JPEG_SCANS} scans; at most so many are accepted")
+                raise InvalidRequest(field, f"is a JPEG of more scans than the {MAX_JPEG_SCANS} that are accepted")
         if kind in _JPEG_KEPT:
             kept.append(data[marker.start() : offset])
         elif kind == _JPEG_APP1 and data.startswith(_EXIF, body):

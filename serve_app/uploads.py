@@ -11,45 +11,61 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
 
 from deployments.messages import Actions, Frame
 from serve_app.errors import InvalidRequest
+from serve_app.image_container import bare_image
 
 _NPY_MAGIC = b"\x93NUMPY"
 _NPY_HEADER = re.compile(
     rb"\{\s*'descr':\s*'(?P<descr>[^']{1,8})',\s*'fortran_order':\s*(?P<fortran>True|False),"
     rb"\s*'shape':\s*\((?P<shape>[0-9, ]{0,64})\),?\s*\}\s*"
 )
+_MAX_HEADER_BYTES = 4096
 _DTYPES: dict[bytes, np.dtype[Any]] = {b"<f4": np.dtype("<f4"), b"<f2": np.dtype("<f2")}
 _ACCEPTED_ACTIONS = "a .npy file, gzipped or not, of float32 or float16"
-_IMAGE_MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"})
+_IMAGE_MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA", "CMYK"})
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What undoes each EXIF orientation."""
 
 
 def decode_start_frame(data: bytes, field: str, resolution: tuple[int, int], max_pixels: int) -> tuple[Frame, bool]:
     """The image as uint8 (H, W, 3) RGB at `resolution`, and whether it had to be resized.
 
     A PNG or JPEG of another size is cropped about its centre to the model's aspect ratio and resized (bilinear,
-    antialiased), as the DreamDojo data was prepared. EXIF orientation is applied; transparency is put on black.
+    antialiased), as the DreamDojo data was prepared. EXIF orientation is applied; transparency is put on black; colour
+    of 16 bits per channel keeps its upper 8, while 16-bit grey, which is rarely a picture, is refused.
     """
     if not data:
         raise InvalidRequest(field, "is empty; a PNG or JPEG image is accepted")
+    bare = bare_image(data, field)
+    if bare is None:
+        raise InvalidRequest(field, "is neither PNG nor JPEG; one image of these is accepted")
     try:
-        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
+        # The decoder is named, not guessed: Pillow's own way in would try a JPEG's other images and judge its size.
+        with (PngImageFile if bare.kind == "PNG" else JpegImageFile)(io.BytesIO(bare.data)) as image:
             width, height = image.size
             if width * height > max_pixels:
                 raise InvalidRequest(field, f"has {width}x{height} pixels; at most {max_pixels} are accepted")
             if image.mode not in _IMAGE_MODES:
                 raise InvalidRequest(field, f"has pixels of kind {image.mode}; 8 bits per channel are accepted")
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
-                upright = Image.alpha_composite(
-                    Image.new("RGBA", upright.size, (0, 0, 0, 255)), upright.convert("RGBA")
-                )
-            rgb = upright.convert("RGB")
+            rgb = _on_black(image).convert("RGB")
     except InvalidRequest:
         raise
     except Exception as error:  # Pillow's parsers raise many kinds on hostile bytes; none is our fault
         raise InvalidRequest(field, "cannot be decoded; a whole PNG or JPEG image is accepted") from error
+    if bare.orientation != 1:
+        rgb = rgb.transpose(_UPRIGHT[bare.orientation])
     height, width = resolution
     if rgb.size == (width, height):
         return np.array(rgb, np.uint8), False
@@ -79,6 +95,12 @@ def decode_actions(data: bytes, field: str, action_dim: int, max_actions: int) -
     return np.ascontiguousarray(actions)
 
 
+def _on_black(image: Image.Image) -> Image.Image:
+    if image.mode not in ("RGBA", "LA") and "transparency" not in image.info:
+        return image
+    return Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image.convert("RGBA"))
+
+
 def _read_npy_header(data: bytes, field: str) -> tuple[np.dtype[Any], bool, tuple[int, ...], int]:
     """dtype, Fortran order, shape, and where the values begin. A regular expression, since numpy's own reader
     evaluates the header as Python."""
@@ -90,12 +112,15 @@ def _read_npy_header(data: bytes, field: str) -> tuple[np.dtype[Any], bool, tupl
         raise not_npy
     start = 8 + length_bytes
     offset = start + int.from_bytes(data[8:start], "little")
-    header = _NPY_HEADER.fullmatch(data, start, min(offset, start + 4096, len(data)))
+    header = None
+    if offset <= min(start + _MAX_HEADER_BYTES, len(data)):
+        header = _NPY_HEADER.fullmatch(data, start, offset)
     if header is None:
         raise InvalidRequest(field, f"has a .npy header that is not plain numbers; {_ACCEPTED_ACTIONS} is accepted")
     dtype = _DTYPES.get(header["descr"])
     if dtype is None:
-        raise InvalidRequest(field, f"has dtype {header['descr'].decode('ascii', 'replace')}; float32 is accepted")
+        descr = header["descr"].decode("ascii", "replace")
+        raise InvalidRequest(field, f"has dtype {descr}; {_ACCEPTED_ACTIONS} is accepted")
     try:
         shape = tuple(int(size) for size in header["shape"].split(b",") if size.strip())
     except ValueError:
@@ -113,4 +138,6 @@ def _gunzip(data: bytes, field: str, max_bytes: int) -> bytes:
         raise InvalidRequest(field, f"inflates to more than the {max_bytes} bytes that are accepted")
     if not inflater.eof:
         raise InvalidRequest(field, f"is a gzip file that ends early; {_ACCEPTED_ACTIONS} is accepted")
+    if inflater.unused_data:
+        raise InvalidRequest(field, f"goes on after its gzip file; {_ACCEPTED_ACTIONS} is accepted")
     return inflated
