@@ -75,17 +75,7 @@ class Gateway:
 
 
 def build(args: ClusterArgs) -> serve.Application:
-    """The whole cluster as one Serve application: an ingress deployment, and a replica deployment per model.
-
-    Raises:
-        ValueError: a model that is not in the catalog, or a default model that is not served.
-    """
-    slugs = [model.slug for model in args.models]
-    for slug in slugs:
-        if slug not in CATALOG:
-            raise ValueError(f"{slug!r} is not in the catalog; it has {', '.join(CATALOG)}")
-    if args.default_model not in slugs:
-        raise ValueError(f"the default model {args.default_model!r} is not served; {', '.join(slugs)} are")
+    """The whole cluster as one Serve application: an ingress deployment, and a replica deployment per model."""
     gateway = serve.deployment(Gateway, name="ingress").options(
         num_replicas=args.ingress_replicas,
         max_ongoing_requests=args.limits.max_ongoing_requests,

@@ -51,7 +51,9 @@ def serve() -> None:
 
     with _one_clear_line():
         settings = _settings()
-        run(settings, settings.cluster_args())
+        with _settings_problems():
+            args = settings.cluster_args()
+        run(settings, args)
 
 
 @keys.command("create")
@@ -200,11 +202,18 @@ def _one_clear_line() -> Iterator[None]:
 
 
 def _settings() -> Settings:
-    try:
+    with _settings_problems():
         return Settings()
+
+
+@contextmanager
+def _settings_problems() -> Iterator[None]:
+    """The first thing wrong with the environment, by the variable's name."""
+    try:
+        yield
     except ValidationError as error:
         problem = error.errors(include_url=False, include_input=False)[0]
-        name = ".".join(str(part) for part in problem["loc"]).upper()
+        name = ".".join(str(part) for part in problem["loc"]).upper() or "settings"
         raise CannotDo(f"{name}: {problem['msg']}") from None
 
 

@@ -165,13 +165,9 @@ def serve_application(settings: Settings, args: ClusterArgs) -> None:
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     _progress("starting Serve")
-    try:
-        application = build(args)
-    except ValueError as error:
-        raise CannotStart(str(error)) from None
     serve.start(http_options={"host": settings.host, "port": settings.port, "request_timeout_s": None})
     _progress(f"loading {', '.join(model.slug for model in args.models)}")
-    serve.run(application, name=APPLICATION, route_prefix="/", blocking=False)
+    serve.run(build(args), name=APPLICATION, route_prefix="/", blocking=False)
 
 
 def development_key(settings: Settings) -> str:

@@ -5,12 +5,12 @@ what a Serve config file gives under `args`.
 """
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from serve_app.catalog import DEFAULT_MODEL, PACKAGED_CHECKPOINTS
+from serve_app.catalog import CATALOG, DEFAULT_MODEL, PACKAGED_CHECKPOINTS
 
 WORLD_MODEL_RUNNER = "deployments.world_model.rollout:WorldModel.load"
 
@@ -67,6 +67,16 @@ class ClusterArgs(BaseModel):
     """Base of absolute URLs in answers; empty takes it from each request's Host header."""
     video_ttl_s: float = Field(24 * 3600.0, gt=0)
     limits: Limits = Limits()
+
+    @model_validator(mode="after")
+    def _models_are_known(self) -> Self:
+        slugs = [model.slug for model in self.models]
+        for slug in slugs:
+            if slug not in CATALOG:
+                raise ValueError(f"{slug!r} is not in the catalog; it has {', '.join(CATALOG)}")
+        if self.default_model not in slugs:
+            raise ValueError(f"the default model {self.default_model!r} is not served; these are: {', '.join(slugs)}")
+        return self
 
 
 class Settings(BaseSettings):

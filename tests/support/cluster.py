@@ -1,17 +1,20 @@
 """A whole cluster in a process of its own, on a free port, with its own data directory."""
 
 import contextlib
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import dream
 import httpx
+import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVE = (str(Path(sys.executable).with_name("dream-admin")), "serve")
@@ -43,10 +46,34 @@ class Cluster:
             check=False,
         )
 
+    def new_key(self, customer: str, dollars: str, *options: str) -> str:
+        """A key of a customer of its own, minted by the operator's tool while the cluster runs."""
+        made = self.admin("keys", "create", "--customer", customer, "--initial-credits", dollars, "--json", *options)
+        assert made.returncode == 0, made.stderr
+        key: str = json.loads(made.stdout)["key"]
+        return key
+
+    def processes(self, title: str) -> list[psutil.Process]:
+        """The cluster's processes whose title contains `title`, such as `ServeReplica` or `LedgerActor`."""
+        found = []
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if title in " ".join(process.cmdline()):
+                    found.append(process)
+        return found
+
     def stop(self) -> int:
         """Ctrl-C, and wait."""
         self.process.send_signal(signal.SIGINT)
         return self.process.wait(timeout=60)
+
+
+def eventually(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
+    """Wait for something that another process does; fails if it does not happen in time."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.05)
 
 
 def free_port() -> int:

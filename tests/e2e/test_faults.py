@@ -1,0 +1,124 @@
+"""What breaks in a real cluster, and what it costs the customer: nothing that was not delivered."""
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import numpy as np
+import pytest
+
+from tests.support.cluster import Cluster, eventually
+from tests.support.models import DIE, RAISE, SLEEP_S
+from tests.support.payloads import actions, npy, png
+from tests.support.video import decode
+
+
+@pytest.fixture
+def http(stand_in_cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[httpx.Client]:
+    """A new customer with $1, who has never been charged."""
+    key = stand_in_cluster.new_key(request.node.name, "1")
+    headers = {"Authorization": f"Bearer {key}"}
+    with httpx.Client(base_url=stand_in_cluster.base_url, headers=headers, timeout=60) as client:
+        yield client
+
+
+@pytest.fixture(autouse=True)
+def the_ledger_audits_clean(stand_in_cluster: Cluster) -> Iterator[None]:
+    yield
+    audit = stand_in_cluster.admin("ledger", "audit", "--json")
+    assert (audit.returncode, json.loads(audit.stdout)["violations"]) == (0, [])
+
+
+def amounts(http: httpx.Client) -> list[int]:
+    rows = http.get("/v1/billing/transactions").json()["transactions"]
+    return [row["amount_mils"] for row in reversed(rows)]
+
+
+def idle(http: httpx.Client) -> bool:
+    status = http.get("/v1/status").json()["models"]["tiny-pusher"]
+    return (status["running_rows"], status["queued_rows"]) == (0, 0)
+
+
+def predict(http: httpx.Client, values: np.ndarray, **options: float) -> httpx.Response:
+    return http.post("/v1/predict", files={"frame": png(), "actions": npy(values)}, **options)  # type: ignore[arg-type]
+
+
+def slow(seconds_per_step: float) -> np.ndarray:
+    values = actions()
+    values[:, SLEEP_S] = seconds_per_step
+    return values
+
+
+def test_a_replica_killed_in_the_middle_of_a_rollout_costs_nothing_or_delivers_all_frames(
+    stand_in_cluster: Cluster, http: httpx.Client
+) -> None:
+    (replica,) = stand_in_cluster.processes("model-tiny-pusher")
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(predict, http, slow(0.1))
+        eventually(lambda: http.get("/v1/status").json()["models"]["tiny-pusher"]["running_rows"] == 1)
+        replica.kill()
+        response = answer.result(60)
+    if response.status_code == 200:
+        assert len(decode(response.content)) == 49
+        assert amounts(http) == [10_000, -245]
+    else:
+        assert response.status_code >= 500
+        assert sum(amounts(http)) == 10_000
+    assert predict(http, actions(seed=1)).status_code == 200
+    eventually(lambda: idle(http))
+
+
+def test_work_that_kills_every_replica_it_reaches_is_given_up_and_refunded(http: httpx.Client) -> None:
+    deadly = actions()
+    deadly[12, DIE] = 1
+    response = predict(http, deadly)
+    assert response.status_code == 500
+    assert response.json()["error"]["code"] == "ENGINE_FAILED"
+    assert amounts(http) == [10_000, -245, 245]
+    assert predict(http, actions(seed=2)).status_code == 200
+
+
+def test_a_model_that_raises_for_one_candidate_of_eight_refunds_the_batch_and_names_the_candidate(
+    http: httpx.Client,
+) -> None:
+    candidates = [actions(seed=seed) for seed in range(8)]
+    candidates[5][0, RAISE] = 1
+    parts = [("frame", png()), *(("actions", npy(candidate)) for candidate in candidates)]
+    response = http.post("/v1/predict/batch", files=parts)
+    assert response.status_code == 500
+    assert "candidate 5" in response.json()["detail"]
+    assert "poisoned" not in response.text
+    assert amounts(http) == [10_000, -1_960, 1_960]
+
+
+def test_a_client_that_hangs_up_is_refunded_and_its_work_leaves_the_replica(http: httpx.Client) -> None:
+    with pytest.raises(httpx.ReadTimeout):
+        predict(http, slow(0.2), timeout=0.7)
+    eventually(lambda: amounts(http) == [10_000, -245, 245])
+    eventually(lambda: idle(http))
+
+
+def test_a_killed_ledger_is_back_without_losing_or_doubling_anything(
+    stand_in_cluster: Cluster, http: httpx.Client
+) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(predict, http, slow(0.1))
+        eventually(lambda: amounts(http) == [10_000, -245])
+        (ledger,) = stand_in_cluster.processes("LedgerActor")
+        ledger.kill()
+        assert predict(http, actions(seed=3)).status_code == 200
+        assert running.result(60).status_code == 200
+    assert sorted(amounts(http)) == [-245, -245, 10_000]
+    eventually(lambda: idle(http))
+
+
+def test_a_killed_scheduler_is_back_and_running_rollouts_finish(stand_in_cluster: Cluster, http: httpx.Client) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(predict, http, slow(0.1))
+        eventually(lambda: amounts(http) == [10_000, -245])
+        for scheduler in stand_in_cluster.processes("SchedulerActor"):
+            scheduler.kill()
+        assert running.result(60).status_code == 200
+    assert predict(http, actions(seed=4)).status_code == 200
+    assert sum(amounts(http)) == 10_000 - 2 * 245
