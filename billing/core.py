@@ -7,7 +7,7 @@ what has to be written; it never touches a database, so a batch is decided in me
 from dataclasses import dataclass, field
 from typing import assert_never
 
-from billing.checks import malformed, printable
+from billing.checks import printable
 from billing.commands import (
     Command,
     CreateKey,
@@ -170,10 +170,7 @@ class Book:
 
 
 def decide(book: Book, command: Command) -> Outcome:
-    """Answer one command. A refusal leaves the book as it was."""
-    reason = malformed(command)
-    if reason is not None:
-        return Rejected(reason)
+    """Answer one command that `billing.checks` has passed. A refusal leaves the book as it was."""
     match command:
         case Reserve():
             return _reserve(book, command)

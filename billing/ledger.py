@@ -11,6 +11,7 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
 
 from billing import store
+from billing.checks import malformed
 from billing.commands import Command, Outcome, Rejected
 from billing.core import decide
 from billing.database import writer
@@ -55,14 +56,21 @@ class Ledger:
     def apply(self, commands: Sequence[Command]) -> list[Outcome]:
         """Carry out the commands in order, all in one transaction; answers come back in the same order.
 
-        When this returns, what the answers say is on disk. If the database refuses the batch, each command is carried
-        out in a transaction of its own, and the one at fault is answered `Rejected`.
+        When this returns, what the answers say is on disk. A malformed command is answered `Rejected`. If the database
+        refuses the batch, each command is carried out in a transaction of its own, and only the one at fault is
+        answered `Rejected`.
 
         Raises:
             Fenced: another writer has taken over, or `take_over` was never called. Nothing was written.
             LedgerUnavailable: the database failed. Whatever was not answered may or may not have been written; the
                 same commands may be sent again, to this ledger or its successor.
         """
+        reasons = [malformed(command) for command in commands]
+        well_formed = [command for command, reason in zip(commands, reasons, strict=True) if reason is None]
+        outcomes = iter(self._carry_out(well_formed))
+        return [next(outcomes) if reason is None else Rejected(reason) for reason in reasons]
+
+    def _carry_out(self, commands: Sequence[Command]) -> list[Outcome]:
         if not commands:
             return []
         with self._turn:

@@ -1,14 +1,14 @@
 """Commands that the ledger refuses to read."""
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from billing.checks import MAX_DETAIL_CHARS, MAX_ID_CHARS, MAX_LEASE_S, malformed, printable
-from billing.commands import Command, CreateKey, ExpireLeases, Grant, Heartbeat, Reserve, RevokeKey, Settle
+from billing.commands import Command, CreateKey, ExpireLeases, Grant, Heartbeat, Rejected, Reserve, RevokeKey, Settle
 from billing.money import MAX_MILS, Mils
 
 RESERVE = Reserve("req_1", "key_1", 49, Mils(5), "predict", 60.0)
@@ -39,6 +39,7 @@ WRONG = (
     + [(SETTLE, "frames_delivered", value) for value in NOT_COUNTS]
     + [(SETTLE, "reason", None)]
     + [(HEARTBEAT, "request_ids", ("req_1", value)) for value in NOT_IDS]
+    + [(HEARTBEAT, "request_ids", value) for value in [None, "req_1", ["req_1"]]]
     + [(HEARTBEAT, "lease_s", value) for value in NOT_LEASES]
     + [(GRANT, "customer_id", value) for value in NOT_IDS]
     + [(GRANT, "public_id", value) for value in NOT_IDS]
@@ -59,6 +60,32 @@ def test_a_wrong_field_is_named(command: Command, field: str, value: object):
     reason = malformed(replace(command, **{field: value}))
     assert reason is not None
     assert reason.startswith(field)
+
+
+GARBAGE = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(),
+    st.binary(),
+    st.lists(st.text()),
+    st.tuples(st.none()),
+    st.tuples(st.text(), st.integers()),
+    st.dictionaries(st.text(), st.text()),
+)
+
+
+@given(data=st.data())
+def test_no_garbage_in_any_field_breaks_the_check_itself(data: st.DataObject):
+    command = data.draw(st.sampled_from([RESERVE, SETTLE, HEARTBEAT, GRANT, CREATE_KEY, REVOKE_KEY]))
+    garbled = type(command)(*(data.draw(GARBAGE) for _ in fields(command)))
+    assert isinstance(malformed(garbled), str)
+
+
+@pytest.mark.parametrize("thing", [None, "Reserve", object(), Rejected("")])
+def test_what_is_not_a_command_is_said_so(thing: object):
+    assert "is not a command" in str(malformed(thing))
 
 
 def test_a_price_that_overflows_is_refused_though_its_factors_are_fine():

@@ -3,6 +3,7 @@
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psycopg
 import pytest
 from sqlalchemy import Engine, text
 
@@ -190,6 +191,15 @@ def test_an_unreachable_server_is_one_line_without_the_password(scheme: str, whe
     assert "\n" not in str(refusal.value)
     assert "hunter2" not in str(refusal.value)
     assert refusal.value.__cause__ is None
+
+
+def test_a_driver_that_repeats_the_password_is_not_repeated(monkeypatch: pytest.MonkeyPatch):
+    def connect(*_: object, **__: object) -> None:
+        raise psycopg.OperationalError("cannot connect with user=ann password=hunter2\nand more\nlines")
+
+    monkeypatch.setattr(psycopg, "connect", connect)
+    with pytest.raises(DatabaseUnusable, match=r"password=\*\*\*$"):
+        open_database("postgresql://ann:hunter2@db/money")
 
 
 @pytest.mark.parametrize("url", ["", "money", "mysql://ann:hunter2@db/money", "postgresql://ann:hunter2@db:x/money"])

@@ -481,6 +481,16 @@ class TestMalformedCommands:
         answers = desk.ledger.apply([*good[:4], bad, *good[4:]])
         assert [type(answer) for answer in answers] == [Reserved] * 4 + [Rejected] + [Reserved] * 3
 
+    def test_ids_that_no_database_could_look_up_are_rejected_before_any_is(self, desk: Desk):
+        account = desk.account(1000)
+        good = desk.reserve(account, frames=1)
+        wrong_ids = [None, 7, ["req"], "nul\x00", "\ud800", ""]
+        bad = [replace(good, request_id=wrong) for wrong in wrong_ids]
+        bad += [replace(good, key_id=wrong) for wrong in wrong_ids]
+        bad += [Heartbeat(wrong, 60) for wrong in wrong_ids] + [Settle(wrong, 1, "") for wrong in wrong_ids]
+        answers = desk.ledger.apply([*bad, good, "not a command"])
+        assert [type(answer) for answer in answers] == [Rejected] * len(bad) + [Reserved, Rejected]
+
     @pytest.mark.parametrize("amount", [245.0, 0.5, True, "245", None, -1, 0, MAX_MILS + 1, float("nan")])
     def test_anything_but_a_positive_whole_number_of_mils_is_rejected(self, desk: Desk, amount):
         account = desk.account(1000)
