@@ -40,7 +40,7 @@ def build_tokenizer(config: WorldModelConfig) -> PatchTokenizer:
 class PatchTokenizer(nn.Module):
     """2-D convolutions on the latent grid, between linear maps from and to pixel patches.
 
-    Each latent frame is coded by itself: a group of four frames is stacked into the channels of one patch grid. On a
+    Each latent frame is coded by itself: a group of four frames is stacked into the features of one patch grid. On a
     CPU this is many times cheaper than causal 3-D convolutions at pixel resolution, and enough for flat shapes.
     """
 
@@ -52,14 +52,14 @@ class PatchTokenizer(nn.Module):
         self.patch = config.spatial_compression
         self.group = temporal_compression
         patch_features, width = 3 * self.patch**2, config.width
-        self.first_in = nn.Conv2d(patch_features, width, 1)
-        self.group_in = nn.Conv2d(patch_features * self.group, width, 1)
+        self.first_in = nn.Linear(patch_features, width)
+        self.group_in = nn.Linear(patch_features * self.group, width)
         self.encoder = nn.Sequential(*(ResidualBlock(width) for _ in range(config.num_blocks)))
         self.to_latents = nn.Conv2d(width, config.latent_channels, 1)
         self.from_latents = nn.Conv2d(config.latent_channels, width, 3, padding=1)
         self.decoder = nn.Sequential(*(ResidualBlock(width) for _ in range(config.num_blocks)))
-        self.first_out = nn.Conv2d(width, patch_features, 1)
-        self.group_out = nn.Conv2d(width, patch_features * self.group, 1)
+        self.first_out = nn.Linear(width, patch_features)
+        self.group_out = nn.Linear(width, patch_features * self.group)
         self.register_buffer("latent_mean", torch.zeros(config.latent_channels))
         self.register_buffer("latent_std", torch.ones(config.latent_channels))
 
@@ -67,32 +67,42 @@ class PatchTokenizer(nn.Module):
         latents_BZThw = self.encode_raw(video_B3FHW)
         return (latents_BZThw - _per_channel(self.latent_mean)) / _per_channel(self.latent_std)
 
-    def decode(self, latents_BZThw: Tensor) -> Tensor:
-        batch, _, frames = latents_BZThw.shape[:3]
-        grid = self.decoder(self.from_latents(latents_BZThw.transpose(1, 2).flatten(0, 1)))
-        grid_BTCHW = grid.view(batch, frames, *grid.shape[1:])
-        first = self._to_pixels(self.first_out(grid_BTCHW[:, 0]), batch)
-        if frames == 1:
-            return first
-        rest = self._to_pixels(self.group_out(grid_BTCHW[:, 1:].flatten(0, 1)), batch)
-        return torch.cat((first, rest), dim=2)
-
     def encode_raw(self, video_B3FHW: Tensor) -> Tensor:
         """Latents before normalisation, whose statistics training collects with `update_statistics`."""
-        batch, _, frames = video_B3FHW.shape[:3]
-        patches = functional.pixel_unshuffle(video_B3FHW.transpose(1, 2).contiguous(), self.patch)  # B F 3pp h w
-        grid = self.first_in(patches[:, 0])[:, None]
-        if frames > 1:
-            groups = patches[:, 1:].reshape(-1, self.group * patches.shape[2], *patches.shape[3:])
-            rest = self.group_in(groups)
-            grid = torch.cat((grid, rest.view(batch, -1, *rest.shape[1:])), dim=1)
-        latents: Tensor = self.to_latents(self.encoder(grid.flatten(0, 1)))
+        batch = len(video_B3FHW)
+        grid_BThwD = self.first_in(self._patches(video_B3FHW[:, :, :1], 1))
+        if video_B3FHW.shape[2] > 1:
+            rest_BThwD = self.group_in(self._patches(video_B3FHW[:, :, 1:], self.group))
+            grid_BThwD = torch.cat((grid_BThwD, rest_BThwD), dim=1)
+        # Channels stay last in memory, which is what both the linear maps and the convolutions like best.
+        latents: Tensor = self.to_latents(self.encoder(grid_BThwD.flatten(0, 1).permute(0, 3, 1, 2)))
         return latents.view(batch, -1, *latents.shape[1:]).transpose(1, 2)
 
-    def _to_pixels(self, patches: Tensor, batch: int) -> Tensor:
-        """(B * groups, frames * 3pp, h, w) to (B, 3, F, H, W)."""
-        patches = patches.reshape(batch, -1, 3 * self.patch**2, *patches.shape[2:])
-        return functional.pixel_shuffle(patches, self.patch).transpose(1, 2)
+    def decode(self, latents_BZThw: Tensor) -> Tensor:
+        batch, _, frames = latents_BZThw.shape[:3]
+        latents = latents_BZThw.transpose(1, 2).flatten(0, 1).contiguous(memory_format=torch.channels_last)
+        grid = self.decoder(self.from_latents(latents)).permute(0, 2, 3, 1)
+        grid_BThwD = grid.reshape(batch, frames, *grid.shape[1:])
+        first = self._pixels(self.first_out(grid_BThwD[:, :1]), 1)
+        if frames == 1:
+            return first.permute(0, 4, 1, 2, 3)
+        rest = self._pixels(self.group_out(grid_BThwD[:, 1:]), self.group)
+        return torch.cat((first, rest), dim=1).permute(0, 4, 1, 2, 3)
+
+    def _patches(self, video_B3FHW: Tensor, group: int) -> Tensor:
+        """(B, T, h, w, group * p * p * 3), with `group` frames to a latent frame."""
+        batch, _, frames, height, width = video_B3FHW.shape
+        p = self.patch
+        pixels_BFHW3 = video_B3FHW.permute(0, 2, 3, 4, 1)
+        split = pixels_BFHW3.reshape(batch, frames // group, group, height // p, p, width // p, p, 3)
+        return split.permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(4)
+
+    def _pixels(self, patches_BThwP: Tensor, group: int) -> Tensor:
+        """(B, F, H, W, 3), undoing `_patches`."""
+        batch, frames, height, width, _ = patches_BThwP.shape
+        p = self.patch
+        split = patches_BThwP.view(batch, frames, height, width, group, p, p, 3)
+        return split.permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(batch, frames * group, height * p, width * p, 3)
 
     @torch.no_grad()
     def update_statistics(self, raw_BZThw: Tensor, momentum: float = STATISTICS_MOMENTUM) -> None:

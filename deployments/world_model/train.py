@@ -39,9 +39,9 @@ from deployments.world_model.rollout import Frames, WorldModel, from_uint8
 from deployments.world_model.tokenizer import PatchTokenizer
 
 TOKENIZER_SHARE = 0.3  # of the time or steps
-TOKENIZER_BATCH = 48  # chunks of one group of frames and the frame before it
-DIT_BATCH = 64
-TOKENIZER_LR, DIT_LR = 2e-3, 1.5e-3
+TOKENIZER_BATCH = 32  # chunks of one group of frames and the frame before it
+DIT_BATCH = 32
+TOKENIZER_LR, DIT_LR = 2e-3, 1.2e-3
 WARMUP, DECAY = 0.02, 0.4  # share of a phase in which the learning rate rises, and falls at the end
 EMA_DECAY = 0.998
 FOREGROUND_WEIGHT = 8.0  # objects cover a tenth of a frame, and are all that matters
@@ -141,7 +141,7 @@ def train(config: WorldModelConfig, settings: Settings) -> None:
     phases = [Phase.of("tokenizer", tokenizer, TOKENIZER_LR), Phase.of("dit", dit, DIT_LR)]
     resume(phases, settings)
     if settings.compiled:
-        for block in dit.blocks:
+        for block in (*dit.blocks, *tokenizer.encoder, *tokenizer.decoder):
             block.compile()
 
     codec = phases[0].averaged
@@ -357,7 +357,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16: faster on a GPU or a CPU with AMX")
-    parser.add_argument("--compile", action="store_true", help="compile the denoiser's blocks: needs a C++ compiler")
+    parser.add_argument("--compile", action="store_true", help="compile both networks' blocks: needs a C++ compiler")
     parser.add_argument("--preset", choices=["tiny-pusher"], default="tiny-pusher")
     arguments = parser.parse_args()
     minutes = None if arguments.steps is not None else arguments.minutes
