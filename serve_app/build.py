@@ -27,6 +27,8 @@ from serve_app.rate_limit import TokenBuckets
 from serve_app.settings import ClusterArgs, ModelArgs
 from serve_app.signing import LinkSigner, load_secret
 
+MAX_CONSTRUCTOR_ATTEMPTS = 2
+"""A checkpoint that does not load once will not load at the twentieth try."""
 MAX_ONGOING_CHUNKS = 10_000
 """Serve's own bound on a replica's calls, out of the way: the scheduler grants no more than a replica has room for."""
 
@@ -108,6 +110,7 @@ def _replicas(model: ModelArgs, args: ClusterArgs) -> serve.Application:
         health_check_period_s=2,
         health_check_timeout_s=10,
         graceful_shutdown_timeout_s=10,
+        max_constructor_retry_count=MAX_CONSTRUCTOR_ATTEMPTS,
     )
     return deployment.bind(config)
 

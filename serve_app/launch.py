@@ -167,7 +167,21 @@ def serve_application(settings: Settings, args: ClusterArgs) -> None:
     _progress("starting Serve")
     serve.start(http_options={"host": settings.host, "port": settings.port, "request_timeout_s": None})
     _progress(f"loading {', '.join(model.slug for model in args.models)}")
-    serve.run(build(args), name=APPLICATION, route_prefix="/", blocking=False)
+    try:
+        serve.run(build(args), name=APPLICATION, route_prefix="/", blocking=False)
+    except RuntimeError:
+        raise CannotStart(_why_unhealthy()) from None
+
+
+def _why_unhealthy() -> str:
+    """The last line of the first deployment's message that has one: what its constructor raised."""
+    from ray import serve
+
+    for name, deployment in serve.status().applications[APPLICATION].deployments.items():
+        lines = [line.strip() for line in deployment.message.splitlines() if line.strip()]
+        if lines:
+            return f"{name} cannot start: {lines[-1]}"
+    return "the application did not become healthy"
 
 
 def development_key(settings: Settings) -> str:

@@ -1,0 +1,141 @@
+"""What it costs to sell a rollout: a full paid request with a no-op model beside a bare two-deployment Serve app.
+
+    python -m benchmarks.control_plane [--rounds 5] [--requests 100]
+
+The physics. A bare app with one handle call crosses two processes behind the proxy (client -> proxy -> ingress ->
+deployment). A paid request adds, in the order of DESIGN: a key looked up in the database, a form, a PNG and an array
+parsed and checked, one durable commit to reserve, one scheduler call per chunk, H.264 of the chunk's frames, one mp4,
+and one durable commit to settle. Both applications run in the same Ray cluster behind the same proxy, receive the same
+body, and answer with a body of the same size; their rounds alternate, so that a noisy neighbour hits both.
+
+Prints one JSON line: medians over rounds of requests/s, p50 and p99 in milliseconds at 1 and at 16 connections, the
+same for both, and the ratios paid/bare.
+"""
+
+import argparse
+import asyncio
+import io
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+from PIL import Image
+
+from serve_app.launch import check_port, development_key, local_ray
+from serve_app.settings import ModelArgs, Settings
+
+CONNECTIONS = (1, 16)
+NUM_ACTIONS = 12
+
+
+def request_parts(seed: int) -> dict[str, Any]:
+    """A distinct request each time: an identical one would be answered from the first run's result."""
+    frame, actions = io.BytesIO(), io.BytesIO()
+    Image.fromarray(np.full((64, 64, 3), 128, np.uint8)).save(frame, "PNG")
+    np.save(actions, np.zeros((NUM_ACTIONS, 8), np.float32))
+    return {
+        "files": {"frame": frame.getvalue(), "actions": actions.getvalue()},
+        "data": {"seed": str(seed), "num_steps": "1"},
+    }
+
+
+async def measure(url: str, key: str, connections: int, requests: int, first_seed: int) -> dict[str, float]:
+    """`requests` over `connections` kept-alive connections, each sending its next request when it has its answer."""
+    times: list[float] = []
+    seeds = iter(range(first_seed, first_seed + requests))
+
+    async def one_connection() -> None:
+        async with httpx.AsyncClient(headers={"Authorization": f"Bearer {key}"}, timeout=60) as http:
+            for seed in seeds:
+                parts = request_parts(seed)
+                started = time.perf_counter()
+                response = await http.post(url, **parts)
+                times.append(time.perf_counter() - started)
+                response.raise_for_status()
+
+    started = time.perf_counter()
+    await asyncio.gather(*(one_connection() for _ in range(connections)))
+    took_s = time.perf_counter() - started
+    p50, p99 = np.percentile(times, (50, 99)) * 1e3
+    return {"rps": requests / took_s, "p50_ms": float(p50), "p99_ms": float(p99)}
+
+
+def medians(rounds: list[dict[str, float]]) -> dict[str, float]:
+    return {name: round(statistics.median(each[name] for each in rounds), 3) for name in rounds[0]}
+
+
+async def alternate(base: str, key: str, rounds: int, requests: int) -> dict[str, Any]:
+    urls = {"bare": f"{base}/bare/", "paid": f"{base}/v1/predict"}
+    seed = 0
+    measured: dict[str, dict[int, list[dict[str, float]]]] = {
+        name: {connections: [] for connections in CONNECTIONS} for name in urls
+    }
+    for round_index in range(-1, rounds):  # the first round warms both up
+        for connections in CONNECTIONS:
+            for name, url in urls.items():
+                result = await measure(url, key, connections, requests, seed)
+                seed += requests
+                if round_index >= 0:
+                    measured[name][connections].append(result)
+    return {
+        name: {f"c{connections}": medians(results) for connections, results in by_connections.items()}
+        for name, by_connections in measured.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--requests", type=int, default=100, help="per round, application and number of connections")
+    parser.add_argument("--port", type=int, default=8123)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="bench-") as directory:
+        settings = Settings(data_dir=Path(directory), port=arguments.port)
+        args = settings.cluster_args().model_copy(
+            update={"models": (ModelArgs(slug="tiny-pusher", checkpoint="", runner="benchmarks.noop_model:NoOpModel"),)}
+        )
+        check_port(settings.host, settings.port)
+        with local_ray(settings.data_dir):  # sets what Ray reads when it is imported, so its users come after
+            import ray
+            from ray import serve
+
+            from benchmarks.bare_app import bare_application
+            from serve_app.build import build
+
+            serve.start(http_options={"host": settings.host, "port": settings.port})
+            serve.run(build(args), name="paid", route_prefix="/")
+            serve.run(bare_application(), name="bare", route_prefix="/bare")
+            key = development_key(settings)
+            result = asyncio.run(
+                alternate(f"http://{settings.host}:{settings.port}", key, arguments.rounds, arguments.requests)
+            )
+            ray_version = ray.__version__
+    paid, bare = result["paid"], result["bare"]
+    print(
+        json.dumps(
+            {
+                "benchmark": "control_plane",
+                **result,
+                "p50_ratio": {c: round(paid[c]["p50_ms"] / bare[c]["p50_ms"], 2) for c in paid},
+                "rps_ratio": {c: round(paid[c]["rps"] / bare[c]["rps"], 2) for c in paid},
+                "proxy": "default",
+                "actions": NUM_ACTIONS,
+                "rounds": arguments.rounds,
+                "requests": arguments.requests,
+                "ray": ray_version,
+                "python": platform.python_version(),
+                "cores": os.cpu_count(),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
