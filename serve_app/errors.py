@@ -7,16 +7,16 @@ ApiError                     (status, code, message)
 ├── BodyTooLarge        413
 ├── UnsupportedBody     415
 ├── InvalidRequest      422  names the field, what was wrong and what is accepted
+│   └── ModelRefused    422  a model that is not run here, on a route where a 404 would be misread
 ├── NotFound            404  an unknown id
 ├── Gone                410  an expired link
-└── ModelNotFound       404  in the catalog only: `POST /v1/rollouts` answers 422, since the public client takes a
-                             404 there for a missing route and sends the work again without its model
+└── ModelNotFound       404  not on `POST /v1/rollouts`, which answers 422: the public client takes a 404 there for a
+                             missing route and sends the work again without its model
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -31,8 +31,6 @@ from deployments.errors import (
     ModelOverloaded,
     RolloutError,
 )
-
-log = structlog.get_logger(__name__)
 
 
 class ApiError(Exception):
@@ -141,7 +139,7 @@ def insufficient_detail(balance: Mils, requested: Mils, message: str) -> dict[st
 
 
 def install(app: FastAPI) -> None:
-    """Make every error that leaves `app` take the one shape."""
+    """Make every error that a route raises on purpose take the one shape; any other is the middleware's."""
 
     @app.exception_handler(ApiError)
     async def api_error(_: Request, error: ApiError) -> JSONResponse:
@@ -166,8 +164,3 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def http_exception(_: Request, error: HTTPException) -> JSONResponse:
         return error_response(error.status_code, "INVALID_REQUEST", str(error.detail), headers=error.headers)
-
-    @app.exception_handler(Exception)
-    async def unexpected(request: Request, error: Exception) -> JSONResponse:
-        log.error("request_failed", path=request.url.path, error=repr(error), exc_info=error)
-        return error_response(500, "ENGINE_FAILED", "the server failed; nothing that was not delivered is charged")

@@ -1,13 +1,15 @@
 """Multipart forms with exact rules: which parts there must be, how often, and which fields may stand beside them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
+from contextlib import aclosing
 from typing import Any, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
-from starlette.datastructures import UploadFile
-from starlette.exceptions import HTTPException
-from starlette.formparsers import MultiPartException
+from python_multipart.multipart import parse_options_header
+from starlette.datastructures import FormData, Headers, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect
 
 from serve_app.errors import InvalidRequest, UnsupportedBody
 
@@ -18,11 +20,25 @@ MAX_FIELDS = 32
 
 
 class Form:
-    """A parsed form whose parts are asked for by name; a part that nobody asked for is refused at the end."""
+    """A parsed form whose parts are asked for by name, after those that nobody will ask for have been refused."""
 
     def __init__(self, files: Mapping[str, Sequence[bytes]], fields: Mapping[str, Sequence[str]]) -> None:
         self._files = files
         self._fields = fields
+
+    def only(self, files: Collection[str], fields: Collection[str]) -> None:
+        """Refuse any part beside these; a name is a file or a text field, never either."""
+        accepted = ", ".join((*files, *fields))
+        for name in self._files:
+            if name in fields:
+                raise InvalidRequest(name, "is a file part; a text field, which has no filename, is accepted")
+            if name not in files:
+                raise InvalidRequest(name, f"is not a part of this request; {accepted} are accepted")
+        for name in self._fields:
+            if name in files:
+                raise InvalidRequest(name, "is a text field; a file part, which has a filename, is accepted")
+            if name not in fields:
+                raise InvalidRequest(name, f"is not a part of this request; {accepted} are accepted")
 
     def file(self, name: str) -> bytes:
         """The one file part of that name."""
@@ -43,12 +59,6 @@ class Form:
         """All text fields, as `schema`."""
         return validate(schema, {name: self._one("text field", name, self._fields) for name in self._fields})
 
-    def only(self, *names: str) -> None:
-        """Refuse any part beside these."""
-        for name in (*self._files, *self._fields):
-            if name not in names:
-                raise InvalidRequest(name, f"is not a part of this request; {', '.join(names)} are accepted")
-
     def _one(self, kind: str, name: str, parts: Mapping[str, Sequence[Part]]) -> Part:
         found = parts.get(name, ())
         if not found:
@@ -60,21 +70,23 @@ class Form:
 
 async def read_form(request: Request, max_files: int) -> Form:
     """The request's multipart body. Parts above 1 MiB are spooled to disk while it is parsed."""
-    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
-        raise UnsupportedBody("Content-Type: multipart/form-data is accepted")
-    files: dict[str, list[bytes]] = {}
-    fields: dict[str, list[str]] = {}
+    content_type, options = parse_options_header(request.headers.get("content-type"))
+    # Any other charset would let the client choose among Python's codecs, of which some raise and some take minutes.
+    if content_type != b"multipart/form-data" or options.get(b"charset", b"utf-8").lower() != b"utf-8":
+        raise UnsupportedBody("Content-Type: multipart/form-data in UTF-8 is accepted")
     try:
-        async with request.form(max_files=max_files, max_fields=MAX_FIELDS) as form:
-            for name, value in form.multi_items():
-                if isinstance(value, UploadFile):
-                    files.setdefault(name, []).append(await value.read())
-                else:
-                    fields.setdefault(name, []).append(value)
-    except (HTTPException, MultiPartException) as error:
-        problem = error.detail if isinstance(error, HTTPException) else error.message
-        raise InvalidRequest("body", f"is not a multipart form that can be read: {problem}") from error
-    return Form(files, fields)
+        async with aclosing(request.stream()) as body:
+            parser = _WholeForm(request.headers, body, max_files)
+            async with aclosing(parser.stream):
+                parts = await parser.parse()
+    except MultiPartException as error:
+        raise InvalidRequest("body", f"is not accepted as a multipart form: {error.message}") from error
+    except ClientDisconnect as error:
+        raise InvalidRequest("body", "was not sent to its end; the connection was closed") from error
+    try:
+        return await _form(parts)
+    finally:
+        await parts.close()
 
 
 def validate(schema: type[Schema], values: Any, field: str = "") -> Schema:
@@ -84,4 +96,34 @@ def validate(schema: type[Schema], values: Any, field: str = "") -> Schema:
     except ValidationError as error:
         problem = error.errors(include_url=False, include_input=False)[0]
         path = ".".join(str(part) for part in (field, *problem["loc"]) if part != "")
+        if problem["type"] == "extra_forbidden":
+            raise InvalidRequest(path, f"is not known; {', '.join(schema.model_fields)} are accepted") from None
         raise InvalidRequest(path, problem["msg"]) from None
+
+
+class _WholeForm(MultiPartParser):
+    """Refuses a body without its closing boundary. Its last part would be dropped, which may be a seed."""
+
+    def __init__(self, headers: Headers, body: AsyncGenerator[bytes, None], max_files: int) -> None:
+        super().__init__(headers, self._whole(body), max_files=max_files, max_fields=MAX_FIELDS)
+        self._has_ended = False
+
+    def on_end(self) -> None:
+        self._has_ended = True
+
+    async def _whole(self, body: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+        async for chunk in body:
+            yield chunk
+        if not self._has_ended:
+            raise MultiPartException("It ends before its closing boundary.")
+
+
+async def _form(parts: FormData) -> Form:
+    files: dict[str, list[bytes]] = {}
+    fields: dict[str, list[str]] = {}
+    for name, value in parts.multi_items():
+        if isinstance(value, UploadFile):
+            files.setdefault(name, []).append(await value.read())
+        else:
+            fields.setdefault(name, []).append(value)
+    return Form(files, fields)

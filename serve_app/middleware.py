@@ -1,4 +1,4 @@
-"""What happens to every request: an id, a bound on its body, and one line in the log."""
+"""What happens to every request: an id, a bound on its body, an answer even if a route breaks, one line in the log."""
 
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -17,6 +17,9 @@ Send = Callable[[Message], Awaitable[None]]
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 REQUEST_ID_HEADER = "X-DreamEngine-Request-Id"
+
+_MAX_DIGITS = 18
+"""A length of more digits is beyond every limit, and Python refuses to read thousands of them."""
 
 log = structlog.get_logger(__name__)
 
@@ -45,13 +48,18 @@ class RequestEnvelope:
             await send(message)
 
         try:
-            declared = Headers(scope=scope).get("content-length", "0")
-            if declared.isdigit() and int(declared) > self._max_body_bytes:
+            if self._declares_too_much(scope):
                 refusal = BodyTooLarge(self._max_body_bytes)
                 response = error_response(refusal.status, refusal.code, refusal.message)
                 await response(scope, receive, send_with_id)
             else:
                 await self._app(scope, self._bounded(receive), send_with_id)
+        except Exception as error:
+            if status:  # the answer has begun: only a closed connection can still say that it is not whole
+                raise
+            log.error("request_failed", request_id=request_id, path=scope["path"], error=repr(error), exc_info=error)
+            response = error_response(500, "ENGINE_FAILED", "the server failed; what was not delivered is not charged")
+            await response(scope, receive, send_with_id)
         finally:
             log.info(
                 "request",
@@ -61,6 +69,13 @@ class RequestEnvelope:
                 status=status,
                 ms=round((time.perf_counter() - started) * 1e3, 1),
             )
+
+    def _declares_too_much(self, scope: Scope) -> bool:
+        declared = Headers(scope=scope).get("content-length", "")
+        if not declared.isdecimal():  # absent, or no number: what is received is counted anyway
+            return False
+        digits = declared.lstrip("0")
+        return len(digits) > _MAX_DIGITS or int(digits or "0") > self._max_body_bytes
 
     def _bounded(self, receive: Receive) -> Receive:
         received = 0

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 MAX_BUCKETS = 100_000
+_ROUNDING = 1e-6
+"""Tokens that may be missing from a whole one, so that waiting as long as was said is always enough."""
 
 
 @dataclass(slots=True)
@@ -37,7 +39,7 @@ class TokenBuckets:
         self._buckets[key_id] = bucket
         if len(self._buckets) > MAX_BUCKETS:
             self._buckets.popitem(last=False)
-        if bucket.tokens >= 1:
-            bucket.tokens -= 1
+        if bucket.tokens >= 1 - _ROUNDING:
+            bucket.tokens = max(0.0, bucket.tokens - 1)
             return None
-        return max(1, math.ceil((1 - bucket.tokens) / rate))
+        return max(1, math.ceil((1 - _ROUNDING - bucket.tokens) / rate))

@@ -92,9 +92,12 @@ class Specs(BaseModel):
 
 
 class RolloutParams(BaseModel):
-    """The `params` field of `POST /v1/rollouts`. Unknown names are refused: a misspelt knob must not be ignored."""
+    """The `params` field of `POST /v1/rollouts`. Unknown names are refused: a misspelt knob must not be ignored.
 
-    model_config = ConfigDict(extra="forbid")
+    JSON has types, so they are taken as they are: `true` is no seed, and `"false"` no switch.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str
     seed: int = Field(0, ge=0, le=MAX_SEED)

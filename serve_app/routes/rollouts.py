@@ -39,6 +39,7 @@ def multipart(required: Sequence[str], **properties: Any) -> dict[str, Any]:
 
 async def refuse_unoffered(
     request: Request,
+    _: Caller,
     dry_run: Annotated[bool, Query(alias="dryRun", description="Not offered yet: refused, never run")] = False,
 ) -> None:
     """A promise that this version does not keep is refused; ignoring it could cost the caller money."""
@@ -61,11 +62,13 @@ paid = APIRouter(tags=["rollouts"], dependencies=[Depends(refuse_unoffered)])
 async def create_rollout(request: Request, parts: Parts, caller: Caller, active: ActiveSlug) -> RolloutEnvelope:
     """One rollout; the answer links to its video. `params` is JSON text with the fields of `RolloutParams`."""
     form = await read_form(request, max_files=8)
-    form.only("start_frame", "actions", "params")
+    form.only(files=("start_frame", "actions"), fields=("params",))
     params = validate(RolloutParams, form.field("params"), "params")
     model = _named_model(request, parts, active, params)
-    if params.mode == "async" or params.webhook_url is not None:
+    if params.mode == "async":
         raise InvalidRequest("params.mode", "async rollouts are not offered by this version; sync is accepted")
+    if params.webhook_url is not None:
+        raise InvalidRequest("params.webhook_url", "webhooks are not offered by this version; nothing was run")
     if params.score:
         raise InvalidRequest("params.score", "scores are not offered by this version; false is accepted")
     frame, actions = form.file("start_frame"), [form.file("actions")]
@@ -107,7 +110,7 @@ async def create_rollout(request: Request, parts: Parts, caller: Caller, active:
 async def predict(request: Request, parts: Parts, caller: Caller, model: ActiveModel) -> Response:
     """One rollout on the active model; the answer is its mp4."""
     form = await read_form(request, max_files=8)
-    form.only("frame", "actions", *PredictParams.model_fields)
+    form.only(files=("frame", "actions"), fields=PredictParams.model_fields)
     params = form.fields(PredictParams)
     result, _ = await _run(request, parts, caller, model, "frame", form.file("frame"), [form.file("actions")], params)
     return Response(result.videos[0], media_type="video/mp4", headers=_headers(result, caller))
@@ -123,7 +126,7 @@ async def predict_batch(request: Request, parts: Parts, caller: Caller, model: A
     """K rollouts that share a start frame, reserved and charged as one; the answer is a tar of K mp4s in order."""
     max_candidates = parts.args.limits.max_candidates
     form = await read_form(request, max_files=max_candidates + 8)
-    form.only("frame", "actions", *PredictParams.model_fields)
+    form.only(files=("frame", "actions"), fields=PredictParams.model_fields)
     params = form.fields(PredictParams)
     candidates = form.files("actions", max_candidates)
     result, _ = await _run(request, parts, caller, model, "frame", form.file("frame"), candidates, params)
