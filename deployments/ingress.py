@@ -118,16 +118,14 @@ class Ingress:
         finally:
             if outcome is None:  # cancelled, or its fate is unknown: if it was or will be applied, take it back
                 self._close(request, frames_delivered=0, reason="not started")
+        if isinstance(outcome, Reserved):
+            return outcome
+        self._open.discard(request.request_id)
+        self._report(request, "refused")
         match outcome:
-            case Reserved():
-                return outcome
             case InsufficientCredits(balance_mils, requested_mils):
-                self._open.discard(request.request_id)
-                self._report(request, "refused")
                 raise CreditsInsufficient(balance_mils, requested_mils)
             case KeyRefused():
-                self._open.discard(request.request_id)
-                self._report(request, "refused")
                 raise KeyNotAccepted()
         raise AssertionError(f"the ledger answered a reservation with {outcome}")
 

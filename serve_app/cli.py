@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from decimal import Decimal, InvalidOperation
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 from pydantic import ValidationError
@@ -18,13 +18,26 @@ from rich.console import Console
 from rich.table import Table
 
 from billing import invariants
-from billing.commands import CreateKey, Grant, Granted, KeyCreated, KeyId, KeyRevoked, RevokeKey, UnknownKey
+from billing.commands import (
+    CreateKey,
+    Grant,
+    Granted,
+    KeyCreated,
+    KeyId,
+    KeyRevoked,
+    Outcome,
+    Rejected,
+    RevokeKey,
+    UnknownKey,
+)
 from billing.errors import BillingError
 from billing.keys import mint_customer_id, mint_grant_id, mint_key_id, mint_token, token_sha256
 from billing.money import Mils, mils_from_usd, usd
 from billing.reader import LedgerReader
 from serve_app.admin import ClusterUnreachable, ledger_writer, open_migrated
 from serve_app.settings import Settings
+
+Accepted = TypeVar("Accepted")
 
 UNUSABLE = 2
 """Exit code when the command could not be carried out; 1 is an audit that found something."""
@@ -80,8 +93,7 @@ def create_key(
             burst=burst,
         )
         with ledger_writer(_settings()) as apply:
-            outcome = apply(command)
-        assert isinstance(outcome, KeyCreated)
+            outcome = _accepted(apply(command), KeyCreated)
         _show(
             [
                 {
@@ -128,14 +140,8 @@ def revoke_key(
     """Revoke a key: no reservation that reaches the ledger later is accepted. Running work finishes and is charged."""
     with _one_clear_line():
         with ledger_writer(_settings()) as apply:
-            outcome = apply(RevokeKey(KeyId(key_id)))
-        match outcome:
-            case KeyRevoked():
-                _show([{"key_id": outcome.key_id, "revoked": _when(outcome.revoked_at)}], as_json, single=True)
-            case UnknownKey():
-                raise CannotDo(f"there is no key {key_id}; see `dream-admin keys list`")
-            case _:
-                raise AssertionError(outcome)
+            outcome = _accepted(apply(RevokeKey(KeyId(key_id))), KeyRevoked)
+        _show([{"key_id": outcome.key_id, "revoked": _when(outcome.revoked_at)}], as_json, single=True)
 
 
 @credits_app.command("grant")
@@ -153,8 +159,7 @@ def grant_credits(
             raise CannotDo(f"there is no customer {customer!r}; `dream-admin keys create` makes one")
         command = Grant(known.customer_id, _mils(amount, at_least=1), mint_grant_id(), note)
         with ledger_writer(settings) as apply:
-            outcome = apply(command)
-        assert isinstance(outcome, Granted)
+            outcome = _accepted(apply(command), Granted)
         _show(
             [
                 {
@@ -199,6 +204,17 @@ def _one_clear_line() -> Iterator[None]:
     except (CannotDo, CannotStart, ClusterUnreachable, BillingError) as error:
         print(f"dream-admin: {error}", file=sys.stderr)
         raise typer.Exit(UNUSABLE) from None
+
+
+def _accepted(outcome: Outcome, expected: type[Accepted]) -> Accepted:
+    """The outcome, if the ledger did what was asked."""
+    match outcome:
+        case Rejected(reason):
+            raise CannotDo(f"the ledger refused: {reason}")
+        case UnknownKey(key_id):
+            raise CannotDo(f"there is no key {key_id}; see `dream-admin keys list`")
+    assert isinstance(outcome, expected), outcome
+    return outcome
 
 
 def _settings() -> Settings:
