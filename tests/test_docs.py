@@ -1,0 +1,69 @@
+"""What the documentation promises exists, and what exists is documented."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from serve_app.errors import ROLLOUT_ERRORS, ApiError
+from serve_app.settings import Settings
+from tests.support.app import App
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+WIRE = (ROOT / "docs" / "02-wire.md").read_text()
+PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("billing/*.md")])
+
+
+@pytest.mark.parametrize("name", [name.upper() for name in Settings.model_fields])
+def test_every_setting_is_in_the_readme(name: str) -> None:
+    assert f"`{name}`" in README
+
+
+async def test_every_route_is_in_the_wire_document(app: App) -> None:
+    for path, methods in app.api.openapi()["paths"].items():
+        for method in methods:
+            assert f"`{method.upper()} {path}`" in WIRE
+
+
+def test_every_error_code_and_status_is_in_the_wire_document() -> None:
+    subclasses = [ApiError]
+    for each in subclasses:
+        subclasses += each.__subclasses__()
+    answered = {(each.status, each.code) for each in subclasses} | set(ROLLOUT_ERRORS.values())
+    for status, code in answered:
+        rows = [row for row in WIRE.splitlines() if row.startswith("|") and f"`{code}`" in row]
+        assert any(str(status) in row.split("|")[1] for row in rows), (status, code)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_between_pages_leads_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), target
+
+
+def test_commands_in_the_readme_are_targets_of_the_makefile() -> None:
+    targets = set(re.findall(r"^(\w[\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"^make ([\w-]+)", README, re.MULTILINE)) <= targets
+
+
+def test_the_top_level_is_the_agreed_one() -> None:
+    import subprocess
+
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    top = {path.split("/")[0] for path in tracked.splitlines()}
+    assert {name for name in top if not name.startswith(".")} == {
+        "pyproject.toml",
+        "Makefile",
+        "README.md",
+        "CHANGELOG.md",
+        "LICENSE",
+        "cluster.yaml",
+        "serve_app",
+        "deployments",
+        "billing",
+        "tests",
+        "docs",
+        "benchmarks",
+    }
