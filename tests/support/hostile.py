@@ -97,3 +97,18 @@ def npy_of(array: np.ndarray[Any, Any], version: tuple[int, int]) -> bytes:
     output = io.BytesIO()
     np.lib.format.write_array(output, array, version=version, allow_pickle=True)
     return output.getvalue()
+
+
+BOUNDARY = "x-boundary-x"
+MULTIPART = {"Content-Type": f"multipart/form-data; boundary={BOUNDARY}"}
+
+
+def multipart(*parts: tuple[str, bytes], closed: bool = True) -> bytes:
+    """A form of (headers, content) parts, so that headers can be wrong; `disposition` gives right ones."""
+    opened = b"".join(f"--{BOUNDARY}\r\n{headers}\r\n\r\n".encode() + content + b"\r\n" for headers, content in parts)
+    return opened + (f"--{BOUNDARY}--\r\n".encode() if closed else b"")
+
+
+def disposition(name: str, filename: str | None = None) -> str:
+    named = f'Content-Disposition: form-data; name="{name}"'
+    return named if filename is None else f'{named}; filename="{filename}"'
