@@ -1,0 +1,217 @@
+"""One table from error to status, one body with both shapes, and a docstring that tells all of it."""
+
+import re
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+
+from billing.money import Mils
+from deployments import errors as engine_errors
+from deployments.errors import (
+    CreditsInsufficient,
+    EngineFailed,
+    KeyNotAccepted,
+    LedgerUnavailable,
+    ModelOverloaded,
+    RolloutError,
+)
+from serve_app import errors
+from serve_app.errors import (
+    ROLLOUT_ERRORS,
+    ApiError,
+    BodyTooLarge,
+    Forbidden,
+    Gone,
+    InvalidRequest,
+    ModelNotFound,
+    ModelRefused,
+    NotAuthenticated,
+    NotFound,
+    RateLimited,
+    UnsupportedBody,
+)
+from serve_app.schemas import ErrorBody
+from tests.support.app import App
+from tests.support.payloads import actions, npy, png
+
+CODES = {
+    "AUTHENTICATION_FAILED",
+    "INSUFFICIENT_BALANCE",
+    "INVALID_REQUEST",
+    "MODEL_NOT_FOUND",
+    "MODEL_DISABLED",
+    "RATE_LIMITED",
+    "OVERLOADED",
+    "IDEMPOTENCY_CONFLICT",
+    "ENGINE_FAILED",
+    "DEADLINE_EXCEEDED",
+}
+"""All that clients know."""
+
+EXAMPLES: list[tuple[Exception, int, str, str]] = [
+    (NotAuthenticated("who?"), 401, "AUTHENTICATION_FAILED", "who?"),
+    (Forbidden("not you"), 403, "AUTHENTICATION_FAILED", "not you"),
+    (RateLimited(7), 429, "RATE_LIMITED", "this key's request rate is used up; try again in 7 s"),
+    (BodyTooLarge(10), 413, "INVALID_REQUEST", "body: larger than the 10 bytes that are accepted"),
+    (UnsupportedBody("only forms"), 415, "INVALID_REQUEST", "only forms"),
+    (InvalidRequest("frame", "is empty"), 422, "INVALID_REQUEST", "frame: is empty"),
+    (ModelRefused("params.model", "is not run"), 422, "MODEL_NOT_FOUND", "params.model: is not run"),
+    (NotFound("no video"), 404, "INVALID_REQUEST", "no video"),
+    (Gone("too late"), 410, "INVALID_REQUEST", "too late"),
+    (ModelNotFound("no model"), 404, "MODEL_NOT_FOUND", "no model"),
+    (
+        CreditsInsufficient(Mils(244), Mils(245)),
+        402,
+        "INSUFFICIENT_BALANCE",
+        "the balance is 244 mils and this request needs 245; add credits",
+    ),
+    (KeyNotAccepted(), 401, "AUTHENTICATION_FAILED", "the API key was revoked"),
+    (
+        ModelOverloaded("tiny-pusher", 3),
+        503,
+        "OVERLOADED",
+        "tiny-pusher has no room right now; try again in 3 s. Nothing was charged",
+    ),
+    (
+        LedgerUnavailable(),
+        503,
+        "OVERLOADED",
+        "the ledger cannot be reached, and nothing runs that is not paid for; try again shortly",
+    ),
+    (
+        EngineFailed("tiny-pusher", "it raised"),
+        500,
+        "ENGINE_FAILED",
+        "tiny-pusher failed: it raised. The charge was refunded",
+    ),
+    (HTTPException(418, "teapot"), 418, "INVALID_REQUEST", "teapot"),
+]
+RETRY_AFTER = {RateLimited: "7", ModelOverloaded: "3", LedgerUnavailable: "2"}
+
+
+def descendants(root: type[Exception]) -> Iterator[type[Exception]]:
+    for child in root.__subclasses__():
+        yield child
+        yield from descendants(child)
+
+
+def documented(docstring: str | None) -> dict[str, str]:
+    """Name -> what stands beside it, in the tree that a docstring draws."""
+    assert docstring is not None
+    return dict(re.findall(r"^[│ ]*[├└]── (\w+) *(.*)$", docstring, re.MULTILINE))
+
+
+@pytest.fixture
+async def http() -> AsyncIterator[httpx.AsyncClient]:
+    """An application with one route that raises `EXAMPLES[index]`."""
+    api = FastAPI()
+    errors.install(api)
+
+    @api.get("/{index}")
+    async def fail(index: int) -> None:
+        raise EXAMPLES[index][0]
+
+    transport = httpx.ASGITransport(api, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://cluster.test") as client:
+        yield client
+
+
+@pytest.mark.parametrize("index", range(len(EXAMPLES)), ids=[type(example[0]).__name__ for example in EXAMPLES])
+async def test_every_error_has_its_status_its_code_and_both_shapes(http: httpx.AsyncClient, index: int) -> None:
+    error, status, code, message = EXAMPLES[index]
+    answer = await http.get(f"/{index}")
+    body = answer.json()
+    assert answer.status_code == status
+    assert body["error"] == {
+        "message": message,
+        "type": "invalid_request_error" if status < 500 else "api_error",
+        "code": code,
+    }
+    assert set(body) == {"detail", "error"}
+    if status == 402:
+        assert body["detail"] == {
+            "balance_mils": 244,
+            "requested_mils": 245,
+            "balance_cents": 2,
+            "requested_cents": 3,
+            "message": message,
+        }
+    else:
+        assert body["detail"] == message
+    assert answer.headers.get("Retry-After") == RETRY_AFTER.get(type(error))
+    assert code in CODES
+    ErrorBody.model_validate(body)
+
+
+def test_there_is_an_example_of_every_error() -> None:
+    shown = {type(example[0]) for example in EXAMPLES}
+    assert {*descendants(ApiError), *descendants(RolloutError)} <= shown
+
+
+def test_every_rollout_error_is_in_the_one_table() -> None:
+    assert set(ROLLOUT_ERRORS) == set(descendants(RolloutError))
+
+
+def test_every_429_and_503_says_when_to_come_again() -> None:
+    busy = {type(error) for error, status, *_ in EXAMPLES if status in (429, 503)}
+    assert busy == set(RETRY_AFTER)
+
+
+def test_the_tree_of_http_errors_is_complete_and_tells_their_statuses() -> None:
+    tree = documented(errors.__doc__)
+    classes: dict[str, Any] = {error.__name__: error for error in descendants(ApiError)}
+    assert set(tree) == set(classes)
+    assert {name: int(beside.split()[0]) for name, beside in tree.items()} == {
+        name: error.status for name, error in classes.items()
+    }
+
+
+def test_the_tree_of_rollout_errors_is_complete() -> None:
+    assert set(documented(engine_errors.__doc__)) == {error.__name__ for error in descendants(RolloutError)}
+
+
+async def test_a_401_says_how_to_authenticate(http: httpx.AsyncClient) -> None:
+    assert (await http.get("/0")).headers["WWW-Authenticate"] == "Bearer"
+
+
+async def test_a_parameter_of_the_wrong_type_is_422_in_both_shapes(http: httpx.AsyncClient) -> None:
+    answer = await http.get("/none")
+    assert answer.status_code == 422
+    assert answer.json()["error"]["code"] == "INVALID_REQUEST"
+    assert answer.json()["detail"] == answer.json()["error"]["message"]
+    assert answer.json()["detail"].startswith("index: ")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"), [("GET", "/nothing", 404), ("DELETE", "/v1/models", 405), ("GET", "/v1/predict", 405)]
+)
+async def test_a_route_that_is_not_there_is_refused_in_both_shapes(
+    app: App, method: str, path: str, status: int
+) -> None:
+    answer = await app.http.request(method, path)
+    assert answer.status_code == status
+    assert answer.json()["detail"] == answer.json()["error"]["message"]
+    assert answer.json()["error"]["code"] == "INVALID_REQUEST"
+    assert ("allow" in answer.headers) == (status == 405)
+
+
+@pytest.mark.parametrize(("path", "num_candidates"), [("/v1/predict", 1), ("/v1/predict/batch", 3)])
+async def test_a_balance_one_mil_short_is_402_and_the_exact_balance_is_spent(
+    app: App, path: str, num_candidates: int
+) -> None:
+    price = 245 * num_candidates
+    files = [("frame", png()), *[("actions", npy(actions(seed=index))) for index in range(num_candidates)]]
+    short, short_id = app.key(credits_mils=price - 1)
+    answer = await app.http.post(path, headers=short, files=files)
+    assert answer.status_code == 402
+    detail = answer.json()["detail"]
+    assert (detail["balance_mils"], detail["requested_mils"]) == (price - 1, price)
+    assert detail["requested_cents"] * 100 >= price
+    assert app.ledger.rows(short_id) == [("credit", price - 1)]
+    exact, exact_id = app.key(credits_mils=price)
+    assert (await app.http.post(path, headers=exact, files=files)).status_code == 200
+    assert app.ledger.rows(exact_id) == [("credit", price), ("debit", -price)]
