@@ -545,7 +545,11 @@ class TestActions:
             for size in range(len(whole)):
                 refused_actions(whole[:size])
 
-    @pytest.mark.parametrize("data", [b"\0", b"1,2,3\n", png(), b"\x93NUMPY", b"\x93NUMPX" + npy(actions())[6:]])
+    @pytest.mark.parametrize(
+        "data",
+        [b"\0", b"1,2,3\n", png(), b"\x93NUMPY", b"\x93NUMPX" + npy(actions())[6:]],
+        ids=["nul", "text", "png", "half a name", "another name"],
+    )
     def test_other_files_are_refused(self, data: bytes) -> None:
         assert "is not a .npy file" in refused_actions(data)
 
@@ -582,7 +586,9 @@ class TestActions:
         assert "is not a whole gzip file" in refused_actions(flipped)
         assert "is not a whole gzip file" in refused_actions(b"\x1f\x8b" + bytes(100))
 
-    @pytest.mark.parametrize("more", [b"\0", gzip.compress(b""), gzip.compress(npy(actions()))])
+    @pytest.mark.parametrize(
+        "more", [b"\0", gzip.compress(b""), gzip.compress(npy(actions()))], ids=["nul", "nothing", "another"]
+    )
     def test_what_follows_a_gzip_file_is_refused(self, more: bytes) -> None:
         assert "goes on after its gzip file" in refused_actions(gzip.compress(npy(actions())) + more)
 
