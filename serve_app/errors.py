@@ -4,6 +4,7 @@ ApiError                     (status, code, message)
 ├── NotAuthenticated    401  no key, or one that is malformed, unknown or revoked
 ├── Forbidden           403  a signature that does not match
 ├── RateLimited         429  the key's bucket is empty
+├── BodyTooSlow         408  the body had not arrived in its time
 ├── BodyTooLarge        413
 ├── UnsupportedBody     415
 ├── InvalidRequest      422  names the field, what was wrong and what is accepted
@@ -68,6 +69,13 @@ class RateLimited(ApiError):
     @property
     def headers(self) -> Mapping[str, str]:
         return {"Retry-After": str(self.retry_after_s)}
+
+
+class BodyTooSlow(ApiError):
+    status, code = 408, "INVALID_REQUEST"
+
+    def __init__(self, timeout_s: float) -> None:
+        super().__init__(f"body: had not arrived within the {timeout_s:g} s that are given to it")
 
 
 class BodyTooLarge(ApiError):

@@ -1,5 +1,6 @@
 """Multipart forms with exact rules: which parts there must be, how often, and which fields may stand beside them."""
 
+import asyncio
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, TypeVar
@@ -11,7 +12,7 @@ from starlette.datastructures import FormData, Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
-from serve_app.errors import InvalidRequest, UnsupportedBody
+from serve_app.errors import BodyTooSlow, InvalidRequest, UnsupportedBody
 
 Schema = TypeVar("Schema", bound=BaseModel)
 Part = TypeVar("Part", str, bytes)
@@ -68,19 +69,21 @@ class Form:
         return found[0]
 
 
-async def read_form(request: Request, max_files: int) -> Form:
-    """The request's multipart body. Parts above 1 MiB are spooled to disk while it is parsed."""
+async def read_form(request: Request, max_files: int, timeout_s: float) -> Form:
+    """The request's multipart body, given `timeout_s` to arrive. Parts above 1 MiB are spooled to disk meanwhile."""
     content_type, options = parse_options_header(request.headers.get("content-type"))
     # Any other charset would let the client choose among Python's codecs, of which some raise and some take minutes.
     if content_type != b"multipart/form-data" or options.get(b"charset", b"utf-8").lower() != b"utf-8":
         raise UnsupportedBody("Content-Type: multipart/form-data in UTF-8 is accepted")
     try:
-        async with aclosing(request.stream()) as body:
+        async with asyncio.timeout(timeout_s), aclosing(request.stream()) as body:
             parser = _WholeForm(request.headers, body, max_files)
             async with aclosing(parser.stream):
                 parts = await parser.parse()
     except MultiPartException as error:
         raise InvalidRequest("body", f"is not accepted as a multipart form: {error.message}") from error
+    except TimeoutError:
+        raise BodyTooSlow(timeout_s) from None
     except ClientDisconnect as error:
         raise InvalidRequest("body", "was not sent to its end; the connection was closed") from error
     try:

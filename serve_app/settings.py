@@ -41,6 +41,8 @@ class Limits(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     max_body_bytes: int = 32 * 2**20
+    body_timeout_s: float = 120.0
+    """For a body to arrive, since a request that trickles in holds one of `max_ongoing_requests`."""
     max_image_pixels: int = 4096 * 4096
     max_actions: int = 1200
     """Actions in one rollout."""

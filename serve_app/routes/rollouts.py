@@ -61,7 +61,7 @@ paid = APIRouter(tags=["rollouts"], dependencies=[Depends(refuse_unoffered)])
 )
 async def create_rollout(request: Request, parts: Parts, caller: Caller, active: ActiveSlug) -> RolloutEnvelope:
     """One rollout; the answer links to its video. `params` is JSON text with the fields of `RolloutParams`."""
-    form = await read_form(request, max_files=8)
+    form = await read_form(request, 8, parts.args.limits.body_timeout_s)
     form.only(files=("start_frame", "actions"), fields=("params",))
     params = validate(RolloutParams, form.field("params"), "params")
     model = _named_model(request, parts, active, params)
@@ -109,7 +109,7 @@ async def create_rollout(request: Request, parts: Parts, caller: Caller, active:
 )
 async def predict(request: Request, parts: Parts, caller: Caller, model: ActiveModel) -> Response:
     """One rollout on the active model; the answer is its mp4."""
-    form = await read_form(request, max_files=8)
+    form = await read_form(request, 8, parts.args.limits.body_timeout_s)
     form.only(files=("frame", "actions"), fields=PredictParams.model_fields)
     params = form.fields(PredictParams)
     result, _ = await _run(request, parts, caller, model, "frame", form.file("frame"), [form.file("actions")], params)
@@ -124,11 +124,11 @@ async def predict(request: Request, parts: Parts, caller: Caller, model: ActiveM
 )
 async def predict_batch(request: Request, parts: Parts, caller: Caller, model: ActiveModel) -> Response:
     """K rollouts that share a start frame, reserved and charged as one; the answer is a tar of K mp4s in order."""
-    max_candidates = parts.args.limits.max_candidates
-    form = await read_form(request, max_files=max_candidates + 8)
+    limits = parts.args.limits
+    form = await read_form(request, limits.max_candidates + 8, limits.body_timeout_s)
     form.only(files=("frame", "actions"), fields=PredictParams.model_fields)
     params = form.fields(PredictParams)
-    candidates = form.files("actions", max_candidates)
+    candidates = form.files("actions", limits.max_candidates)
     result, _ = await _run(request, parts, caller, model, "frame", form.file("frame"), candidates, params)
     headers = _headers(result, caller) | {"X-DreamEngine-Batch-Size": str(len(result.videos))}
     return Response(_tar(result.videos), media_type="application/x-tar", headers=headers)

@@ -1,5 +1,6 @@
 """A form is read whole, or refused with the part named."""
 
+import asyncio
 from collections.abc import Iterable, Iterator, MutableMapping
 from typing import Any
 
@@ -9,13 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, Field
 
-from serve_app.errors import ApiError, InvalidRequest, UnsupportedBody
+from serve_app.errors import ApiError, BodyTooSlow, InvalidRequest, UnsupportedBody
 from serve_app.forms import MAX_FIELDS, Form, read_form, validate
 from tests.support.hostile import BOUNDARY, MULTIPART, disposition, multipart
 
 FRAME = (disposition("frame", "frame.png"), bytes(range(256)) * 20)
 SEED = (disposition("seed"), b"7")
 CONTENT_TYPE = MULTIPART["Content-Type"]
+TIMEOUT_S = 60.0
 
 
 class Knobs(BaseModel):
@@ -44,14 +46,16 @@ def request_of(chunks: Iterable[bytes], content_type: str | None = CONTENT_TYPE,
 
 async def refusal_of(request: Request, max_files: int = 8) -> ApiError:
     with pytest.raises(ApiError) as refusal:
-        await read_form(request, max_files)
+        await read_form(request, max_files, TIMEOUT_S)
     return refusal.value
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 2, 3, 37, 1000, 10_000])
 async def test_a_form_is_the_same_however_it_arrives(chunk_bytes: int) -> None:
     body = multipart(FRAME, SEED, (disposition("note"), "größer\r\n--x".encode()))
-    form = await read_form(request_of(body[i : i + chunk_bytes] for i in range(0, len(body), chunk_bytes)), 8)
+    form = await read_form(
+        request_of(body[i : i + chunk_bytes] for i in range(0, len(body), chunk_bytes)), 8, TIMEOUT_S
+    )
     assert form.file("frame") == FRAME[1]
     assert form.field("seed") == "7"
     assert form.field("note") == "größer\r\n--x"
@@ -59,13 +63,13 @@ async def test_a_form_is_the_same_however_it_arrives(chunk_bytes: int) -> None:
 
 async def test_parts_of_one_name_keep_their_order() -> None:
     parts = [(disposition("actions", "a.npy"), bytes([index])) for index in range(8)]
-    form = await read_form(request_of([multipart(*parts)]), 8)
+    form = await read_form(request_of([multipart(*parts)]), 8, TIMEOUT_S)
     assert form.files("actions", at_most=8) == [bytes([index]) for index in range(8)]
 
 
 async def test_a_part_above_a_mebibyte_is_read_whole() -> None:
     large = bytes(2**20 + 1)
-    form = await read_form(request_of([multipart((disposition("frame", "f"), large))]), 8)
+    form = await read_form(request_of([multipart((disposition("frame", "f"), large))]), 8, TIMEOUT_S)
     assert form.file("frame") == large
 
 
@@ -78,7 +82,7 @@ async def test_a_part_above_a_mebibyte_is_read_whole() -> None:
     ],
 )
 async def test_content_types_that_mean_the_same_are_the_same(content_type: str) -> None:
-    form = await read_form(request_of([multipart(SEED)], content_type), 8)
+    form = await read_form(request_of([multipart(SEED)], content_type), 8, TIMEOUT_S)
     assert form.field("seed") == "7"
 
 
@@ -157,6 +161,16 @@ async def test_a_client_that_leaves_while_sending_is_refused_quietly() -> None:
     assert "the connection was closed" in refusal.message
 
 
+async def test_a_body_that_never_arrives_is_given_up() -> None:
+    async def receive() -> MutableMapping[str, Any]:
+        return await asyncio.Future()
+
+    waiting = request_of([])
+    waiting._receive = receive
+    with pytest.raises(BodyTooSlow, match="had not arrived within the 0 s"):
+        await read_form(waiting, 8, timeout_s=0)
+
+
 @settings(max_examples=80, deadline=None, derandomize=True)
 @given(
     pieces=st.lists(
@@ -176,7 +190,7 @@ async def test_a_client_that_leaves_while_sending_is_refused_quietly() -> None:
 )
 async def test_any_body_is_read_or_refused_and_nothing_else(pieces: list[bytes]) -> None:
     try:
-        await read_form(request_of(pieces), 8)
+        await read_form(request_of(pieces), 8, TIMEOUT_S)
     except InvalidRequest as refusal:
         assert refusal.field == "body"  # noqa: PT017 - either outcome is right
 
