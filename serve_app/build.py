@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from fastapi import FastAPI
@@ -72,6 +73,7 @@ class Gateway:
                 results=ResultStore(args.data_dir / "results", args.video_ttl_s),
                 signer=LinkSigner(load_secret(args.data_dir / "link-secret")),
                 status=status,
+                decoders=ThreadPoolExecutor(limits.image_decoders, thread_name_prefix="decode"),
             )
         )
 

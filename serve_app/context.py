@@ -1,15 +1,18 @@
 """What the routes share, and the three questions each may ask: who calls, which model, and is there room."""
 
 import asyncio
-import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Annotated
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Annotated, ParamSpec, TypeVar
 
+import structlog
 from fastapi import Depends, Request
+from sqlalchemy.exc import DBAPIError
 
 from billing.keys import is_token_shaped, token_sha256
 from billing.reader import KeyRecord, LedgerReader
+from deployments.errors import LedgerUnavailable
 from deployments.ingress import Ingress
 from deployments.messages import ModelSpec
 from deployments.model_client import ModelClient
@@ -20,6 +23,11 @@ from serve_app.errors import ModelNotFound, NotAuthenticated, RateLimited
 from serve_app.rate_limit import TokenBuckets
 from serve_app.settings import ClusterArgs
 from serve_app.signing import LinkSigner
+
+Arguments = ParamSpec("Arguments")
+Answer = TypeVar("Answer")
+
+log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +43,22 @@ class Services:
     results: ResultStore
     signer: LinkSigner
     status: StatusClient
-    started_at: float = field(default_factory=time.time)
+    decoders: Executor
+    """Threads for pictures alone: a large one takes seconds and hundreds of MB, so few run at once and no key waits."""
+
+    async def ask(
+        self, question: Callable[Arguments, Answer], *args: Arguments.args, **kwargs: Arguments.kwargs
+    ) -> Answer:
+        """Put a question of `reader` to the database, off the event loop.
+
+        Raises:
+            LedgerUnavailable: the database does not answer.
+        """
+        try:
+            return await asyncio.to_thread(question, *args, **kwargs)
+        except DBAPIError as error:
+            log.error("database_unavailable", error=type(error).__name__)
+            raise LedgerUnavailable() from error
 
 
 def services(request: Request) -> Services:
@@ -52,7 +75,7 @@ async def authenticate(request: Request) -> KeyRecord:
         raise NotAuthenticated("send your API key as `Authorization: Bearer dre_...`")
     if not is_token_shaped(token):
         raise NotAuthenticated("the API key is malformed; keys are dre_ and 43 characters a-z, 2-7")
-    key = await asyncio.to_thread(parts.reader.key_by_token_hash, token_sha256(token))
+    key = await parts.ask(parts.reader.key_by_token_hash, token_sha256(token))
     if key is None:
         raise NotAuthenticated("the API key is not known here")
     if key.revoked:

@@ -44,6 +44,8 @@ class Limits(BaseModel):
     body_timeout_s: float = 120.0
     """For a body to arrive, since a request that trickles in holds one of `max_ongoing_requests`."""
     max_image_pixels: int = 4096 * 4096
+    image_decoders: int = Field(2, ge=1)
+    """Pictures that one ingress replica decodes at a time; one of `max_image_pixels` takes about 300 MB meanwhile."""
     max_actions: int = 1200
     """Actions in one rollout."""
     max_candidates: int = 64

@@ -1,6 +1,5 @@
 """A customer's balance and ledger rows, read from the database that the ledger commits to."""
 
-import asyncio
 from typing import Annotated
 
 from fastapi import APIRouter, Query
@@ -16,7 +15,7 @@ router = APIRouter(prefix="/v1/billing", tags=["billing"])
 
 @router.get("/balance")
 async def get_balance(parts: Parts, caller: Caller) -> Balance:
-    balance = await asyncio.to_thread(parts.reader.balance, caller.customer_id)
+    balance = await parts.ask(parts.reader.balance, caller.customer_id)
     return Balance(
         customer_id=caller.customer_id,
         balance_mils=balance,
@@ -31,7 +30,7 @@ async def list_transactions(
     caller: Caller,
     limit: Annotated[int, Query(ge=1, description="Rows, newest first; above 200 means 200")] = 50,
 ) -> Transactions:
-    entries = await asyncio.to_thread(parts.reader.transactions, caller.customer_id, min(limit, MAX_LIMIT))
+    entries = await parts.ask(parts.reader.transactions, caller.customer_id, min(limit, MAX_LIMIT))
     return Transactions(
         customer_id=caller.customer_id,
         transactions=[

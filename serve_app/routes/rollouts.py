@@ -168,7 +168,9 @@ async def _run(
     params: RolloutParams | PredictParams,
 ) -> tuple[RolloutResult, bool]:
     """Decode and validate everything, then run it unless an identical request of this customer just did."""
-    start_frame, actions, resized = await asyncio.to_thread(_decode, parts, model, frame_field, frame, candidates)
+    start_frame, actions, resized = await asyncio.get_running_loop().run_in_executor(
+        parts.decoders, _decode, parts, model, frame_field, frame, candidates
+    )
     rollout = RolloutRequest(
         request_id=request.state.request_id,
         customer_id=caller.customer_id,

@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import structlog
+from sqlalchemy.exc import OperationalError
 from structlog.testing import capture_logs
 
 from billing.commands import KeyId, KeyRevoked, RevokeKey
 from billing.keys import mint_token, token_sha256
+from billing.reader import LedgerReader
 from serve_app.logs import configure_logs
 from tests.support.app import App
 from tests.support.hostile import MULTIPART
@@ -195,3 +197,18 @@ async def test_the_key_is_never_logged_nor_answered(
         assert token not in text
         assert unknown["Authorization"].removeprefix("Bearer ") not in text
         assert token_sha256(token) not in text
+
+
+async def test_a_database_that_does_not_answer_is_503_and_says_when_to_come_back(
+    app: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*_: object) -> None:
+        raise OperationalError("SELECT", {}, Exception("connection refused"))
+
+    headers, _ = app.key()
+    monkeypatch.setattr(LedgerReader, "key_by_token_hash", gone)
+    answer = await app.http.get("/v1/billing/balance", headers=headers)
+    assert answer.status_code == 503
+    assert answer.json()["error"]["code"] == "OVERLOADED"
+    assert int(answer.headers["Retry-After"]) >= 1
+    assert "refused" not in answer.text

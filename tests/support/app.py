@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,7 @@ async def running_app(data_dir: Path, model: Any = None, limits: Limits | None =
             results=ResultStore(data_dir / "results", ttl_s=3600),
             signer=LinkSigner(b"0" * 32),
             status=status,
+            decoders=ThreadPoolExecutor(2),
         )
         api = create_api(services)
         transport = httpx.ASGITransport(api, raise_app_exceptions=False)
