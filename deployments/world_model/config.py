@@ -7,7 +7,7 @@ reading is strict, so a configuration written by another version is refused and 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
@@ -48,13 +48,19 @@ class DiTConfig:
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """The video autoencoder: `patch` is the small one of `tokenizer.py`, `wan` the published Wan2.1 VAE."""
+    """The video autoencoder: `patch` is the small one of `tokenizer.py`, `wan` the published Wan2.1 VAE of `vae.py`."""
 
     kind: Literal["patch", "wan"]
     latent_channels: int
     spatial_compression: int
     width: int
     num_blocks: int
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("patch", "wan"):
+            raise ValueError(f"there is no {self.kind!r} tokenizer")
+        if self.kind == "wan" and (self.latent_channels, self.spatial_compression) != (16, 8):
+            raise ValueError("the Wan tokenizer has 16 latent channels and a spatial compression of 8")
 
 
 @dataclass(frozen=True)
@@ -102,6 +108,8 @@ class WorldModelConfig:
     def __post_init__(self) -> None:
         if self.chunk_size % self.temporal_compression:
             raise ValueError(f"chunk_size {self.chunk_size} is no multiple of {self.temporal_compression}")
+        if self.tokenizer.kind == "wan" and self.temporal_compression != 4:
+            raise ValueError("the Wan tokenizer has a temporal compression of 4")
         if self.dit.latent_channels != self.tokenizer.latent_channels:
             raise ValueError("the DiT and the tokenizer disagree on latent_channels")
         if self.embodiment.first + self.embodiment.count > self.action_dim:
@@ -175,12 +183,29 @@ TINY_PUSHER = WorldModelConfig(
     dtype="float32",
 )
 
+# The published models' actions have 384 columns, and each robot fills its own (NVIDIA/DreamDojo, docs/POSTTRAIN.md).
+EMBODIMENTS: Mapping[str, Embodiment] = MappingProxyType(
+    {
+        robot.name: robot
+        for robot in (
+            # left arm 7, right arm 7, left hand 6, right hand 6, waist 3
+            Embodiment(name="gr1", first=0, count=29, limit=None),
+            # left leg 6, right leg 6, waist 3, left arm 7, left hand 7, right arm 7, right hand 7
+            Embodiment(name="g1", first=58, count=43, limit=None),
+            # end effector poses 16 and 16, grippers 1 and 1, joints 6 and 6, left before right
+            Embodiment(name="yam", first=101, count=46, limit=None),
+            # left arm 7, right arm 7, effectors 1 and 1, head 2, waist pitch 1, waist lift 1, base velocity 2
+            Embodiment(name="agibot", first=147, count=22, limit=None),
+        )
+    }
+)
+
 # True figures of the published 2B model; the GR-1 columns are those of its first post-trained checkpoint.
 DREAMDOJO_2B = WorldModelConfig(
     name="dreamdojo-2b",
     resolution=(480, 640),
     action_dim=384,
-    embodiment=Embodiment(name="gr1", first=0, count=29, limit=None),
+    embodiment=EMBODIMENTS["gr1"],
     dit=DiTConfig(
         latent_channels=16,
         width=2048,
@@ -201,4 +226,12 @@ DREAMDOJO_2B = WorldModelConfig(
     dtype="bfloat16",
 )
 
-PRESETS: Mapping[str, WorldModelConfig] = MappingProxyType({p.name: p for p in (TINY_PUSHER, DREAMDOJO_2B)})
+DREAMDOJO_14B = replace(
+    DREAMDOJO_2B,
+    name="dreamdojo-14b",
+    dit=replace(DREAMDOJO_2B.dit, width=5120, num_blocks=36, num_heads=40),
+)
+
+PRESETS: Mapping[str, WorldModelConfig] = MappingProxyType(
+    {preset.name: preset for preset in (TINY_PUSHER, DREAMDOJO_2B, DREAMDOJO_14B)}
+)

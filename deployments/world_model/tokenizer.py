@@ -9,13 +9,14 @@ grid. Pixels are floats in [-1, 1]; latents have mean 0 and variance 1 per chann
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, assert_never
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from deployments.world_model.config import TokenizerConfig, WorldModelConfig
+from deployments.world_model.vae import WanTokenizer
 
 STATISTICS_MOMENTUM = 0.02  # of the running latent mean and variance, per training batch
 
@@ -28,13 +29,15 @@ class Tokenizer(Protocol):
         """Pixels (B, 3, F, H, W), not clamped."""
 
 
-def build_tokenizer(config: WorldModelConfig) -> PatchTokenizer:
+def build_tokenizer(config: WorldModelConfig) -> PatchTokenizer | WanTokenizer:
     """The tokenizer that the configuration names, randomly initialised."""
-    if config.tokenizer.kind != "patch":
-        raise NotImplementedError(
-            f"no {config.tokenizer.kind!r} tokenizer is implemented: {config.name} cannot be built"
-        )
-    return PatchTokenizer(config.tokenizer, config.temporal_compression)
+    match config.tokenizer.kind:
+        case "patch":
+            return PatchTokenizer(config.tokenizer, config.temporal_compression)
+        case "wan":
+            return WanTokenizer(config.tokenizer)
+        case unknown:
+            assert_never(unknown)
 
 
 class PatchTokenizer(nn.Module):
