@@ -1,7 +1,7 @@
 """Action arrays: checked, cleaned for the embodiment, cut into chunks, padded to a whole chunk; or made from commands.
 
 T actions lead to T + 1 frames, the start frame included.
-Shapes: T actions of a rollout, n of a chunk, N = chunk_size, A = action_dim, R rows of commands, E of a robot's dimensions.
+Shapes: T actions of a rollout, n of a chunk, N = chunk_size, A = action_dim, R rows of commands, E robot dimensions.
 """
 
 from __future__ import annotations
