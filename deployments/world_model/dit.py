@@ -78,8 +78,11 @@ class DiT(nn.Module):
 
     def context(self, text_LE: Tensor) -> Context:
         """Every block's keys and values of the constant text; compute once per loaded model."""
-        context_1LE = self.crossattn_proj(text_LE)[None]
-        return tuple(block.cross_attn.keys_and_values(context_1LE) for block in self.blocks)  # type: ignore[union-attr, operator]
+        return self.projected_context(self.crossattn_proj(text_LE))
+
+    def projected_context(self, context_LE: Tensor) -> Context:
+        """As `context`, of text that `crossattn_proj` was applied to before."""
+        return tuple(block.cross_attn.keys_and_values(context_LE[None]) for block in self.blocks)  # type: ignore[union-attr, operator]
 
 
 class PatchEmbed(nn.Module):

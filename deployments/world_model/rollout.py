@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from deployments.world_model.actions import FloatArray, check_actions, encode_actions, pad_to_chunk, split_chunks
-from deployments.world_model.checkpoint import read_checkpoint
+from deployments.world_model.checkpoint import CONTEXT, read_checkpoint
 from deployments.world_model.config import MAX_GUIDANCE, MAX_NUM_STEPS, WorldModelConfig
 from deployments.world_model.denoiser import predict_guided
 from deployments.world_model.dit import DiT
@@ -66,15 +66,26 @@ class Row:
 class WorldModel:
     """A tokenizer and a denoiser on one device. Stateless between calls: rows hold all progress."""
 
-    def __init__(self, config: WorldModelConfig, dit: DiT, tokenizer: Tokenizer, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        config: WorldModelConfig,
+        dit: DiT,
+        tokenizer: Tokenizer,
+        device: str = "cpu",
+        context_LE: Tensor | None = None,
+    ) -> None:
+        """`context_LE`: the constant prompt, projected; None for a text of zeros."""
         self.config = config
         self.device = torch.device(device)
         self.dit = dit
         self.tokenizer = tokenizer
-        text_LE = torch.zeros(config.dit.text_tokens, config.dit.text_dim)
         weight = dit.final_layer.linear.weight
         with torch.inference_mode():
-            self.context = dit.context(text_LE.to(weight.device, weight.dtype))
+            if context_LE is None:
+                context_LE = dit.crossattn_proj(torch.zeros(1, config.dit.text_dim).to(weight.device, weight.dtype))
+            if (context_LE == context_LE[0]).all():
+                context_LE = context_LE[:1]  # equal tokens attend as one
+            self.context = dit.projected_context(context_LE.to(weight.device, weight.dtype))
 
     @classmethod
     def load(cls, directory: Path, device: str = "cpu") -> WorldModel:
@@ -87,7 +98,7 @@ class WorldModel:
             own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
             module.load_state_dict({name: tensor.to(device, dtype) for name, tensor in own.items()}, assign=True)
             module.eval().requires_grad_(False)
-        return cls(config, dit, tokenizer, device)
+        return cls(config, dit, tokenizer, device, context_LE=tensors.get(CONTEXT))
 
     @torch.inference_mode()
     def start(self, inputs: Sequence[ChunkInput]) -> list[Row]:
