@@ -66,7 +66,9 @@ class DiT(nn.Module):
         # The zero row: no action leads to the first frame.
         action_BTD = functional.pad(weight_B11 * self.action_embedder_B_D(actions_BFA), (0, 0, 1, 0))
         action_BT3D = functional.pad(weight_B11 * self.action_embedder_B_3D(actions_BFA), (0, 0, 1, 0))
-        embedding_BTD = self.t_embedding_norm(embedding_BTD + action_BTD)
+        embedding_BTD = embedding_BTD + action_BTD
+        norm = self.t_embedding_norm
+        embedding_BTD = functional.rms_norm(embedding_BTD, norm.normalized_shape, norm.weight.float(), norm.eps)
         shared_BT3D = shared_BT3D + action_BT3D
 
         tables = rotary_tables(self.config, grid, x_BCTHW.device)
@@ -135,9 +137,7 @@ class TimestepEmbedding(nn.Module):
         self.linear_2 = nn.Linear(width, 3 * width, bias=False)
 
     def forward(self, sinusoid_BTD: Tensor) -> tuple[Tensor, Tensor]:
-        sinusoid_BTD = sinusoid_BTD.to(self.linear_1.weight.dtype)
-        shared_BT3D: Tensor = self.linear_2(functional.silu(self.linear_1(sinusoid_BTD)))
-        return sinusoid_BTD, shared_BT3D
+        return sinusoid_BTD, linear_float32(self.linear_2, functional.silu(linear_float32(self.linear_1, sinusoid_BTD)))
 
 
 class ActionMLP(nn.Module):
@@ -165,11 +165,11 @@ class Block(nn.Module):
 
     def forward(self, x_BTSD: Tensor, embedding_BTD: Tensor, shared_BT3D: Tensor, tables: tuple[Tensor, Tensor],
                 text: tuple[Tensor, Tensor]) -> Tensor:  # fmt: skip
-        shift, scale, gate = modulation(self.adaln_modulation_self_attn, embedding_BTD, shared_BT3D, 3)
+        shift, scale, gate = modulation(self.adaln_modulation_self_attn, embedding_BTD, shared_BT3D, 3, x_BTSD.dtype)
         x_BTSD = x_BTSD + gate * self.self_attn(modulate(x_BTSD, shift, scale), tables)
-        shift, scale, gate = modulation(self.adaln_modulation_cross_attn, embedding_BTD, shared_BT3D, 3)
+        shift, scale, gate = modulation(self.adaln_modulation_cross_attn, embedding_BTD, shared_BT3D, 3, x_BTSD.dtype)
         x_BTSD = x_BTSD + gate * self.cross_attn.attend(modulate(x_BTSD, shift, scale), *text)
-        shift, scale, gate = modulation(self.adaln_modulation_mlp, embedding_BTD, shared_BT3D, 3)
+        shift, scale, gate = modulation(self.adaln_modulation_mlp, embedding_BTD, shared_BT3D, 3, x_BTSD.dtype)
         out_BTSD: Tensor = x_BTSD + gate * self.mlp(modulate(x_BTSD, shift, scale))
         return out_BTSD
 
@@ -234,9 +234,8 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(config.width, out_features, bias=False)
 
     def forward(self, x_BTSD: Tensor, embedding_BTD: Tensor, shared_BT3D: Tensor) -> Tensor:
-        shift, scale = modulation(self.adaln_modulation, embedding_BTD, shared_BT3D, 2)
-        out: Tensor = self.linear(modulate(x_BTSD, shift, scale))
-        return out
+        shift, scale = modulation(self.adaln_modulation, embedding_BTD, shared_BT3D, 2, torch.float32)
+        return linear_float32(self.linear, modulate(x_BTSD.float(), shift, scale))
 
 
 def adaln(config: DiTConfig, vectors: int) -> nn.Sequential:
@@ -250,11 +249,26 @@ def adaln(config: DiTConfig, vectors: int) -> nn.Sequential:
     return layers
 
 
-def modulation(layers: nn.Sequential, embedding_BTD: Tensor, shared_BT3D: Tensor, vectors: int) -> tuple[Tensor, ...]:
+def modulation(
+    layers: nn.Sequential, embedding_BTD: Tensor, shared_BT3D: Tensor, vectors: int, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
     """Shift, scale (and gate), each (B, T, 1, D): a latent frame's modulation holds for all its tokens."""
     width = embedding_BTD.shape[-1]
-    combined: Tensor = layers(embedding_BTD) + shared_BT3D[..., : vectors * width]
-    return combined[:, :, None].chunk(vectors, dim=-1)
+    _, down, up = layers
+    low_rank = linear_float32(down, functional.silu(embedding_BTD))
+    combined: Tensor = linear_float32(up, low_rank) + shared_BT3D[..., : vectors * width]
+    return combined[:, :, None].to(dtype).chunk(vectors, dim=-1)
+
+
+def linear_float32(layer: nn.Module, x: Tensor) -> Tensor:
+    """The layer in float32, whatever its weights are stored in.
+
+    The published models compute so what depends on the noise level, and their last layer: bfloat16 cannot tell noise
+    levels near one apart that differ by less than four thousandths.
+    """
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return functional.linear(x.float(), weight.float())
 
 
 def modulate(x_BTSD: Tensor, shift_BT1D: Tensor, scale_BT1D: Tensor) -> Tensor:
