@@ -59,13 +59,13 @@ def _probe(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[Bac
     x_BQHD = torch.linspace(-1, 1, 16 * head_dim).view(1, 8, 2, head_dim).to(device, dtype)
     with torch.no_grad():
         try:
-            out_BQHD = _xformers(x_BQHD, x_BQHD, x_BQHD)
+            out_BQHD = _xformers(x_BQHD, x_BQHD, x_BQHD).float()
+            difference = (out_BQHD - _sdpa(x_BQHD, x_BQHD, x_BQHD).float()).abs().max().item()
         except ImportError:
             return "sdpa", "xformers is not installed"
         except Exception as error:
             reason = str(error).strip().splitlines() or [""]
             return "sdpa", f"xformers raised {type(error).__name__}: {reason[0]}"
-        difference = (out_BQHD.float() - _sdpa(x_BQHD, x_BQHD, x_BQHD).float()).abs().max().item()
     if not difference <= PROBE_TOLERANCE:  # false for NaN too
         return "sdpa", f"xformers was wrong by {difference:.3g}"
     return "xformers", "it is installed and works"
