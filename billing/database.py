@@ -93,7 +93,7 @@ def _sqlite_engine(url: URL) -> Engine:
         raise DatabaseUnusable(f"cannot use {_place(url)}: {file.parent} is not a directory")
     if not os.access(file.parent, os.W_OK) or (file.exists() and not os.access(file, os.W_OK)):
         raise DatabaseUnusable(f"cannot use {_place(url)}: it is not writable")
-    engine = create_engine(url, connect_args={"timeout": BUSY_TIMEOUT_S})
+    engine = create_engine(url, connect_args={"timeout": BUSY_TIMEOUT_S}, hide_parameters=True)
 
     @event.listens_for(engine, "connect")
     def configure(connection: sqlite3.Connection, _record: object) -> None:
@@ -129,6 +129,7 @@ def _postgresql_engine(url: URL) -> Engine:
         url.set(drivername="postgresql+psycopg").difference_update_query(["options"]),
         connect_args=arguments,
         pool_pre_ping=True,
+        hide_parameters=True,
     )
 
 

@@ -12,7 +12,6 @@ Mils = NewType("Mils", int)
 
 MILS_PER_CENT = 100
 MILS_PER_USD = 10_000
-MICROS_PER_MIL = 100
 
 MAX_MILS = Mils(2**53 - 1)
 """The largest amount or balance, about $900 billion: exact in every database, in JSON and in a float."""

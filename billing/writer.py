@@ -5,18 +5,23 @@ light load means small batches and low latency, heavy load large batches. Betwee
 Knows no Ray: the actor is a shell around it, tests and tools run it in process.
 """
 
+import contextlib
 import queue
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from threading import Thread
+from threading import Lock, Thread
 
-from billing.commands import Command, ExpireLeases, Outcome
+import structlog
+
+from billing.commands import Command, ExpireLeases, LeasesExpired, Outcome
 from billing.ledger import Ledger
 
 MAX_BATCH = 256
 """Commands in one transaction."""
 SWEEP_EVERY_S = 5.0
+
+log = structlog.get_logger(__name__)
 
 _Item = tuple[tuple[Command, ...], "Future[list[Outcome]]"]
 
@@ -32,18 +37,30 @@ class LedgerWriter:
         self._ledger = ledger
         self._on_death = on_death
         self._waiting: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
+        self._turn = Lock()
+        self._stopped = False
         self._thread = Thread(target=self._run, name="ledger-writer", daemon=True)
         self._thread.start()
 
     def submit(self, commands: Sequence[Command]) -> "Future[list[Outcome]]":
-        """Outcomes in command order, once they are durable."""
+        """Outcomes in command order, once they are durable. A caller that cancels does not take its commands back.
+
+        Raises:
+            RuntimeError: the writer has stopped.
+        """
         answer: Future[list[Outcome]] = Future()
-        self._waiting.put((tuple(commands), answer))
+        answer.set_running_or_notify_cancel()  # from here on it cannot be cancelled, only ignored
+        with self._turn:
+            if self._stopped:
+                raise RuntimeError("the ledger's writer has stopped")
+            self._waiting.put((tuple(commands), answer))
         return answer
 
     def stop(self) -> None:
         """Write what is waiting, then end."""
-        self._waiting.put(None)
+        with self._turn:
+            self._stopped = True
+            self._waiting.put(None)
         self._thread.join()
 
     def _run(self) -> None:
@@ -55,10 +72,14 @@ class LedgerWriter:
             try:
                 self._write(items)
                 if sweep:
-                    self._ledger.apply([ExpireLeases()])
+                    (expired,) = self._ledger.apply([ExpireLeases()])
+                    if isinstance(expired, LeasesExpired) and expired.request_ids:
+                        log.warning("leases_expired", request_ids=expired.request_ids)
                     next_sweep = time.monotonic() + SWEEP_EVERY_S
             except BaseException as error:
-                for _, answer in items:
+                with self._turn:
+                    self._stopped = True
+                for _, answer in [*items, *self._drain_rest()]:
                     if not answer.done():
                         answer.set_exception(error)
                 self._on_death(error)
@@ -81,6 +102,15 @@ class LedgerWriter:
         except queue.Empty:
             pass
         return items, True
+
+    def _drain_rest(self) -> list[_Item]:
+        rest = []
+        with contextlib.suppress(queue.Empty):
+            while True:
+                item = self._waiting.get_nowait()
+                if item is not None:
+                    rest.append(item)
+        return rest
 
     def _write(self, items: list[_Item]) -> None:
         if not items:

@@ -4,6 +4,8 @@ They are detached, restart for ever, and retry no call by themselves: callers ow
 failure for a call that ran.
 """
 
+import hashlib
+from importlib.metadata import version
 from typing import Any
 
 import ray
@@ -14,8 +16,6 @@ from deployments.scheduler_actor import SchedulerActor
 from deployments.status import StatusActor
 
 NAMESPACE = "dream-engine"
-LEDGER = "ledger"
-STATUS = "status"
 
 _OPTIONS = {
     "namespace": NAMESPACE,
@@ -29,20 +29,28 @@ _OPTIONS = {
 
 
 def start_ledger(database_url: str) -> Any:
-    return ray.remote(LedgerActor).options(name=LEDGER, **_OPTIONS).remote(database_url)
+    return ray.remote(LedgerActor).options(name=_ledger_name(database_url), **_OPTIONS).remote(database_url)
 
 
-def start_status(models: list[str]) -> Any:
-    return ray.remote(StatusActor).options(name=STATUS, **_OPTIONS).remote(models)
+def ledger_handle(database_url: str) -> Any:
+    """The running ledger of that database. Raises ValueError if there is none."""
+    return ray.get_actor(_ledger_name(database_url), namespace=NAMESPACE)
+
+
+def start_status() -> Any:
+    return ray.remote(StatusActor).options(name=_name("status"), **_OPTIONS).remote()
 
 
 def start_scheduler(model: str, limits: SchedulerLimits) -> Any:
-    return ray.remote(SchedulerActor).options(name=_scheduler_name(model), **_OPTIONS).remote(limits)
+    name = _name(f"scheduler:{model}", repr(limits))
+    return ray.remote(SchedulerActor).options(name=name, **_OPTIONS).remote(limits)
 
 
-def ledger_handle() -> Any:
-    return ray.get_actor(LEDGER, namespace=NAMESPACE)
+def _ledger_name(database_url: str) -> str:
+    return _name("ledger", database_url)
 
 
-def _scheduler_name(model: str) -> str:
-    return f"scheduler:{model}"
+def _name(actor: str, *configuration: str) -> str:
+    """Another version or configuration is another actor: a redeploy never goes on with the old one's."""
+    digest = hashlib.sha256("\n".join((version("dream-engine-cluster"), *configuration)).encode()).hexdigest()
+    return f"{actor}:{digest[:12]}"

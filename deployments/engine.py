@@ -10,7 +10,7 @@ Knows neither Ray nor asyncio: callers get `concurrent.futures.Future`s.
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -49,13 +49,34 @@ class _Active:
     row: Any
 
 
-class Engine:
-    """Runs chunk rows on one model. `submit` from any thread; everything else happens on the engine's own."""
+MAX_FAILED_JOBS = 8
+"""Jobs one after the other of which every row failed, before the model counts as broken and not its inputs."""
 
-    def __init__(self, model: Model, resolution: tuple[int, int], fps: int, max_rows: int, encoders: int = 2) -> None:
+
+class Engine:
+    """Runs chunk rows on one model. `submit` from any thread; everything else happens on the engine's own.
+
+    `max_rows` bounds every forward; a wider job runs a part at a time. `stall_s` is how long one call of the model may
+    take before the engine counts as hung.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        resolution: tuple[int, int],
+        fps: int,
+        max_rows: int,
+        encoders: int = 2,
+        stall_s: float = 120.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._model = model
         self._resolution, self._fps = resolution, fps
         self._max_rows = max_rows
+        self._stall_s = stall_s
+        self._clock = clock
+        self._called_at: float | None = None
+        self._failed_jobs = 0
         self._arrived: deque[_Job] = deque()
         self._active: list[_Active] = []
         self._wake = threading.Condition()
@@ -69,13 +90,16 @@ class Engine:
         job = _Job(tuple(rows), Future(), [None] * len(rows))
         with self._wake:
             if self._stopping:
-                raise RuntimeError("the engine is stopping")
+                raise RuntimeError("the engine has stopped")
             self._arrived.append(job)
             self._wake.notify()
         return job.report
 
     def healthy(self) -> bool:
-        return self._thread.is_alive()
+        """False once the thread has ended, a call of the model hangs, or every job has failed lately."""
+        called_at = self._called_at
+        hangs = called_at is not None and self._clock() - called_at > self._stall_s
+        return self._thread.is_alive() and not hangs and self._failed_jobs < MAX_FAILED_JOBS
 
     def stop(self) -> None:
         """Finish what is running, take nothing more."""
@@ -86,8 +110,16 @@ class Engine:
         self._encoders.shutdown()
 
     def _run(self) -> None:
-        while self._wait_for_work():
-            self._step()
+        try:
+            while self._wait_for_work():
+                self._step()
+        finally:  # stopped, or a defect of ours: nobody may wait for ever
+            with self._wake:
+                self._stopping = True
+                left = [*self._arrived, *(active.job for active in self._active)]
+            for job in left:
+                if not job.report.done():
+                    job.report.set_exception(RuntimeError("the engine has stopped"))
 
     def _wait_for_work(self) -> bool:
         with self._wake:
@@ -100,7 +132,7 @@ class Engine:
     def _step(self) -> None:
         self._drop_cancelled()
         self._admit()
-        self._advance([active for active in self._active if not active.row.done])
+        self._advance([active for active in self._active if not active.row.done][: self._max_rows])
         finished = [active for active in self._active if active.row.done]
         self._active = [active for active in self._active if not active.row.done]
         self._finish(finished)
@@ -109,41 +141,44 @@ class Engine:
         self._active = [active for active in self._active if not active.job.report.cancelled()]
 
     def _admit(self) -> None:
-        """Take waiting jobs whole, in order, while they fit; a job wider than the engine runs when it is empty."""
+        """Take waiting jobs whole, in order, while they fit; a job wider than the engine starts when it is empty."""
         while True:
             with self._wake:
                 if not self._arrived:
                     return
                 job = self._arrived[0]
-                if self._active and len(self._active) + len(job.rows) > self._max_rows:
+                gone = job.report.cancelled()
+                if not gone and self._active and len(self._active) + len(job.rows) > self._max_rows:
                     return
                 self._arrived.popleft()
-            if job.report.cancelled():
+            if gone:
                 continue
             job.started_at = time.perf_counter()
-            for index, started in enumerate(_each(self._model.start, job.rows)):
-                if isinstance(started, Exception):
-                    self._settle(job, index, ChunkFailed(_reason(started)))
-                else:
-                    self._active.append(_Active(job, index, started))
+            for first in range(0, len(job.rows), self._max_rows):
+                part = job.rows[first : first + self._max_rows]
+                for index, started in enumerate(self._each(self._model.start, part), start=first):
+                    if isinstance(started, Exception):
+                        self._settle(job, index, ChunkFailed(_reason(started)))
+                    else:
+                        self._active.append(_Active(job, index, started))
 
     def _advance(self, active: list[_Active]) -> None:
         if not active:
             return
         try:
-            self._model.step([each.row for each in active])
-        except Exception:
+            self._call(self._model.step, [each.row for each in active])
+        except Exception as error:
+            if len(active) == 1:
+                self._active.remove(active[0])
+                self._settle(active[0].job, active[0].index, ChunkFailed(_reason(error)))
+                return
             # One row may have poisoned the batch: find it by running each alone. Rows change only when a step succeeds.
             for each in active:
-                try:
-                    self._model.step([each.row])
-                except Exception as error:
-                    self._active.remove(each)
-                    self._settle(each.job, each.index, ChunkFailed(_reason(error)))
+                self._advance([each])
 
     def _finish(self, finished: list[_Active]) -> None:
         for active, frames in zip(
-            finished, _each(self._model.finish, [active.row for active in finished]), strict=True
+            finished, self._each(self._model.finish, [active.row for active in finished]), strict=True
         ):
             if isinstance(frames, Exception):
                 self._settle(active.job, active.index, ChunkFailed(_reason(frames)))
@@ -164,22 +199,33 @@ class Engine:
         with self._wake:
             job.outcomes[index] = outcome
             outcomes = tuple(outcome for outcome in job.outcomes if outcome is not None)
+            if len(outcomes) == len(job.outcomes):
+                failed = all(isinstance(outcome, ChunkFailed) for outcome in outcomes)
+                self._failed_jobs = self._failed_jobs + 1 if failed else 0
         if len(outcomes) == len(job.outcomes) and job.report.set_running_or_notify_cancel():
             job.report.set_result(ChunkReport(outcomes, (time.perf_counter() - job.started_at) * 1e3))
 
+    def _each(self, function: Any, items: Sequence[Any]) -> list[Any]:
+        """`function` over all `items` at once, or one by one where that raises: results and exceptions in order."""
+        if not items:
+            return []
+        try:
+            results = list(self._call(function, items))
+            if len(results) != len(items):
+                raise RuntimeError(f"the model answered {len(results)} of {len(items)} rows")
+        except Exception as error:
+            if len(items) == 1:
+                return [error]
+            return [result for item in items for result in self._each(function, [item])]
+        return results
 
-def _each(function: Any, items: Sequence[Any]) -> list[Any]:
-    """`function` over all `items` at once, or one by one where that raises: results and exceptions in order."""
-    if not items:
-        return []
-    try:
-        results = list(function(items))
-    except Exception as error:
-        if len(items) == 1:
-            return [error]
-        return [result for item in items for result in _each(function, [item])]
-    assert len(results) == len(items), f"{function.__name__} answered {len(results)} of {len(items)} rows"
-    return results
+    def _call(self, function: Any, items: Sequence[Any]) -> Any:
+        """One call of the model, watched by `healthy`."""
+        self._called_at = self._clock()
+        try:
+            return function(items)
+        finally:
+            self._called_at = None
 
 
 def _reason(error: Exception) -> str:

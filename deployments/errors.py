@@ -47,11 +47,11 @@ class EngineFailed(RolloutError):
         self.reason = reason
 
     def __str__(self) -> str:
-        return f"{self.model} failed: {self.reason}. The charge was refunded"
+        return f"{self.model} failed: {self.reason}. Nothing is charged for it"
 
 
 class LedgerUnavailable(RolloutError):
     retry_after_s = 2
 
     def __str__(self) -> str:
-        return "the ledger cannot be reached, and nothing runs that is not paid for; try again shortly"
+        return "the ledger cannot be reached; nothing runs that is not paid for. Try again shortly"

@@ -7,7 +7,8 @@ commands reach the ledger in the order in which they were submitted.
 import asyncio
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import structlog
@@ -16,7 +17,7 @@ from billing.commands import Command, Outcome
 from deployments.errors import LedgerUnavailable
 
 RETRY_FOR_S = 10.0
-"""How long a call that failed is repeated; every command is idempotent, so asking again is safe."""
+"""How long a command is tried after it was submitted; every command is idempotent, so asking again is safe."""
 RETRY_EVERY_S = 0.25
 MAX_WAITING = 10_000
 MAX_BATCH = 256
@@ -24,12 +25,19 @@ MAX_BATCH = 256
 log = structlog.get_logger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    command: Command
+    answer: asyncio.Future[Outcome]
+    gives_up_at: float
+
+
 class LedgerClient:
     """`call` sends commands to the writer and returns their outcomes; it raises if the writer cannot be reached."""
 
     def __init__(self, call: Callable[[list[Command]], Awaitable[list[Outcome]]]) -> None:
         self._call = call
-        self._waiting: deque[tuple[Command, asyncio.Future[Outcome]]] = deque()
+        self._waiting: deque[_Waiting] = deque()
         self._unanswered: set[asyncio.Future[Outcome]] = set()
         self._arrived = asyncio.Event()
         self._sender: asyncio.Task[None] | None = None
@@ -60,7 +68,7 @@ class LedgerClient:
         answer: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         self._unanswered.add(answer)
         answer.add_done_callback(self._unanswered.discard)
-        self._waiting.append((command, answer))
+        self._waiting.append(_Waiting(command, answer, time.monotonic() + RETRY_FOR_S))
         self._arrived.set()
         return answer
 
@@ -78,26 +86,33 @@ class LedgerClient:
                 self._arrived.clear()
                 await self._arrived.wait()
             batch = [self._waiting.popleft() for _ in range(min(MAX_BATCH, len(self._waiting)))]
-            try:
-                outcomes = await self._send([command for command, _ in batch])
-            except LedgerUnavailable as error:
-                for _, answer in batch:
-                    answer.set_exception(error)
-                    answer.exception()  # a settlement that nobody waits for is not an unhandled error
-            else:
-                for (_, answer), outcome in zip(batch, outcomes, strict=True):
-                    answer.set_result(outcome)
+            while batch:
+                try:
+                    async with asyncio.timeout(RETRY_FOR_S):
+                        outcomes = await self._call([waiting.command for waiting in batch])
+                except Exception as error:
+                    log.warning("ledger_call_failed", error=type(error).__name__, commands=len(batch))
+                    batch = self._give_up_on_the_late(batch, error)
+                    self._waiting = deque(self._give_up_on_the_late(self._waiting, error))
+                    await asyncio.sleep(RETRY_EVERY_S)
+                else:
+                    for waiting, outcome in zip(batch, outcomes, strict=True):
+                        waiting.answer.set_result(outcome)
+                    break
 
-    async def _send(self, commands: list[Command]) -> list[Outcome]:
-        deadline = time.monotonic() + RETRY_FOR_S
-        while True:
-            try:
-                return await asyncio.wait_for(self._call(commands), RETRY_FOR_S)
-            except Exception as error:
-                log.warning("ledger_call_failed", error=type(error).__name__, commands=len(commands))
-                if time.monotonic() + RETRY_EVERY_S > deadline:
-                    raise LedgerUnavailable() from error
-                await asyncio.sleep(RETRY_EVERY_S)
+    def _give_up_on_the_late(self, commands: Iterable[_Waiting], error: Exception) -> list[_Waiting]:
+        """Fail those whose time is up; the others, to be sent again."""
+        now = time.monotonic()
+        left = []
+        for waiting in commands:
+            if waiting.gives_up_at > now:
+                left.append(waiting)
+                continue
+            failure = LedgerUnavailable()
+            failure.__cause__ = error
+            waiting.answer.set_exception(failure)
+            waiting.answer.exception()  # a command that nobody waits for is not an unhandled error
+        return left
 
 
 def connect(actor: Any) -> LedgerClient:

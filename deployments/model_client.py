@@ -6,13 +6,14 @@ elsewhere: same seed, same pixels.
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 import structlog
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayActorError, RayError, TaskCancelledError
+from ray.serve.exceptions import RequestCancelledError
 
 from deployments.errors import EngineFailed, ModelOverloaded
 from deployments.messages import ChunkJob, ChunkReport, ChunkRow, ModelSpec, TicketId
@@ -20,6 +21,10 @@ from deployments.scheduler import Grant, Overloaded, SchedulerStatus, Ticket
 
 MAX_ATTEMPTS = 3
 """A chunk is tried on another replica at most twice."""
+SCHEDULER_RETRY_S = 0.1
+STATUS_TIMEOUT_S = 2.0
+RETRY_AFTER_TIMEOUT_S = 5
+"""What a client is told after it waited in vain: the queue drains slower than anybody should wait."""
 
 log = structlog.get_logger(__name__)
 
@@ -41,77 +46,100 @@ class ModelClient:
         self._replicas = replicas
         self._queue_timeout_s = queue_timeout_s
         self._chunk_timeout_s = chunk_timeout_s
+        self._notices: asyncio.Queue[Callable[[], Any]] = asyncio.Queue()
+        self._notifier: asyncio.Task[None] | None = None
 
-    async def run_chunk(self, ticket_prefix: str, rows: Sequence[ChunkRow]) -> tuple[ChunkReport, ChunkTiming]:
-        """Outcomes of `rows` in order.
+    def start(self) -> None:
+        """Begin telling the scheduler what became of its grants. From a task of its own, outside any request: Ray
+        cancels the calls that a cancelled request made, and these are the ones that must arrive."""
+        self._notifier = asyncio.get_running_loop().create_task(self._notify_forever())
+
+    async def stop(self) -> None:
+        if self._notifier is not None:
+            self._notifier.cancel()
+
+    async def run_chunk(
+        self, ticket_prefix: str, rows: Sequence[ChunkRow], begun: bool
+    ) -> tuple[ChunkReport, ChunkTiming]:
+        """Outcomes of `rows` in order. `begun` says that an earlier chunk of the same rollout has run.
 
         Raises:
             ModelOverloaded: the queue is full, or no replica had room within the queue time-out.
             EngineFailed: the replica broke or hung on every attempt.
         """
         for attempt in range(MAX_ATTEMPTS):
-            started = time.perf_counter()
-            grant = await self._acquire(Ticket(TicketId(f"{ticket_prefix}/{attempt}"), len(rows)))
-            granted = time.perf_counter()
+            ticket = Ticket(
+                TicketId(f"{ticket_prefix}/{attempt}"), len(rows), begun or attempt > 0, self._queue_timeout_s
+            )
             finished = False
             try:
-                job = ChunkJob(grant.ticket_id, grant.replica_id, tuple(rows))
-                report = await asyncio.wait_for(_answer(self._replicas.run_chunk.remote(job)), self._chunk_timeout_s)
+                started = time.perf_counter()
+                grant = await self._acquire(ticket)
+                granted = time.perf_counter()
+                report = await self._run(ChunkJob(grant.ticket_id, grant.replica_id, tuple(rows)))
                 finished = True
                 return report, ChunkTiming((granted - started) * 1e3, report.infer_ms)
-            except TimeoutError as error:
-                raise EngineFailed(self.spec.slug, f"no answer within {self._chunk_timeout_s:.0f} s") from error
             except RayActorError as error:
                 log.warning("replica_lost", model=self.spec.slug, replica=grant.replica_id, attempt=attempt)
-                self._scheduler.replica_gone.remote(grant.replica_id)
+                self._notify(self._scheduler.replica_gone.remote, grant.replica_id)
                 if attempt + 1 == MAX_ATTEMPTS:
                     raise EngineFailed(self.spec.slug, "its replica died") from error
-            except RayError as error:
-                log.error("chunk_failed", model=self.spec.slug, replica=grant.replica_id, error=str(error))
-                raise EngineFailed(self.spec.slug, "its replica could not run the work") from error
             finally:
-                report_end = self._scheduler.complete if finished else self._scheduler.withdraw
-                report_end.remote(grant.ticket_id)
+                end = self._scheduler.complete if finished else self._scheduler.withdraw
+                self._notify(end.remote, ticket.ticket_id)
         raise AssertionError("unreachable: the last attempt returns or raises")
 
     async def status(self) -> SchedulerStatus:
-        status: SchedulerStatus = await asyncio.wait_for(_as_future(self._scheduler.status.remote()), 2.0)
+        async with asyncio.timeout(STATUS_TIMEOUT_S):
+            status: SchedulerStatus = await self._scheduler.status.remote()
         return status
 
     async def _acquire(self, ticket: Ticket) -> Grant:
-        deadline = time.monotonic() + self._queue_timeout_s
+        """Wait for room. A scheduler that restarts has lost its queue, so the ticket is sent again until time is up."""
+        try:
+            async with asyncio.timeout(self._queue_timeout_s):
+                while True:
+                    call = self._scheduler.acquire.remote(ticket)
+                    try:
+                        answer = await call
+                        break
+                    except asyncio.CancelledError:
+                        ray.cancel(call)
+                        raise
+                    except RayActorError:
+                        await asyncio.sleep(SCHEDULER_RETRY_S)
+        except TimeoutError as error:
+            raise ModelOverloaded(self.spec.slug, RETRY_AFTER_TIMEOUT_S) from error
+        if isinstance(answer, Overloaded):
+            raise ModelOverloaded(self.spec.slug, answer.retry_after_s)
+        assert isinstance(answer, Grant)
+        return answer
+
+    async def _run(self, job: ChunkJob) -> ChunkReport:
+        """The granted replica's answer. Giving up on it takes its rows out of the batch."""
+        call = self._replicas.run_chunk.remote(job)
+        try:
+            async with asyncio.timeout(self._chunk_timeout_s):
+                report: ChunkReport = await call
+        except asyncio.CancelledError:
+            call.cancel()
+            raise
+        except TimeoutError as error:
+            call.cancel()
+            raise EngineFailed(self.spec.slug, f"no answer within {self._chunk_timeout_s:.0f} s") from error
+        except (RequestCancelledError, TaskCancelledError) as error:
+            raise asyncio.CancelledError from error  # the cancellation reached the replica before it reached us
+        except RayActorError:
+            raise
+        except RayError as error:
+            log.error("chunk_failed", model=self.spec.slug, replica=job.replica_id, error=str(error))
+            raise EngineFailed(self.spec.slug, "its replica could not run the work") from error
+        return report
+
+    def _notify(self, call: Callable[..., Any], argument: str) -> None:
+        self._notices.put_nowait(lambda: call(argument))
+
+    async def _notify_forever(self) -> None:
         while True:
-            try:
-                answer = await asyncio.wait_for(
-                    _as_future(self._scheduler.acquire.remote(ticket)), max(0.0, deadline - time.monotonic())
-                )
-            except TimeoutError as error:
-                raise ModelOverloaded(self.spec.slug, int(self._queue_timeout_s)) from error
-            except RayActorError as error:  # the scheduler restarts; its queue is gone and is built again by asking
-                if time.monotonic() > deadline:
-                    raise ModelOverloaded(self.spec.slug, int(self._queue_timeout_s)) from error
-                await asyncio.sleep(0.1)
-                continue
-            if isinstance(answer, Overloaded):
-                raise ModelOverloaded(self.spec.slug, answer.retry_after_s)
-            assert isinstance(answer, Grant)
-            return answer
-
-
-async def _answer(response: Any) -> ChunkReport:
-    """Await a replica's answer such that giving up on it takes its rows out of the batch."""
-    try:
-        report: ChunkReport = await response
-    except asyncio.CancelledError:
-        response.cancel()
-        raise
-    return report
-
-
-async def _as_future(reference: Any) -> Any:
-    """Await an actor call such that cancelling the waiter cancels the call in the actor as well."""
-    try:
-        return await reference
-    except asyncio.CancelledError:
-        ray.cancel(reference)
-        raise
+            send = await self._notices.get()
+            send()

@@ -15,6 +15,7 @@ import structlog
 
 from deployments.actors import start_scheduler
 from deployments.engine import Engine, Model
+from deployments.logs import configure_logs
 from deployments.messages import ChunkFailed, ChunkJob, ChunkReport, ChunkRow, ModelSpec, ReplicaId
 from deployments.scheduler import SchedulerLimits
 
@@ -35,6 +36,8 @@ class ReplicaConfig:
     torch_threads: int
     """Threads of one forward on a CPU; 0 leaves torch's own choice."""
     scheduler_limits: SchedulerLimits
+    stall_s: float
+    """How long one call of the model may take before the replica counts as hung and is replaced."""
     encoders: int = 2
 
 
@@ -42,6 +45,7 @@ class Replica:
     def __init__(self, config: ReplicaConfig) -> None:
         from ray import serve
 
+        configure_logs()
         self._config = config
         self._id = ReplicaId(serve.get_replica_context().replica_id.unique_id)
         self._scheduler = start_scheduler(config.spec.slug, config.scheduler_limits)
@@ -51,7 +55,7 @@ class Replica:
             torch.set_num_threads(config.torch_threads)
         model = load_runner(config.runner)(Path(config.checkpoint), config.device)
         spec = config.spec
-        self._engine = Engine(model, spec.resolution, spec.fps, config.max_rows, config.encoders)
+        self._engine = Engine(model, spec.resolution, spec.fps, config.max_rows, config.encoders, config.stall_s)
         warm_up(self._engine, spec)
         log.info("replica_ready", model=spec.slug, replica=self._id)
         self._announcing = asyncio.get_running_loop().create_task(self._announce())
@@ -62,7 +66,7 @@ class Replica:
 
     def check_health(self) -> None:
         if not self._engine.healthy():
-            raise RuntimeError("the engine's thread has died")
+            raise RuntimeError("the engine has stopped, hangs, or fails every call")
 
     async def __del__(self) -> None:
         self._announcing.cancel()

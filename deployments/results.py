@@ -5,7 +5,11 @@ import re
 import time
 from pathlib import Path
 
+import structlog
+
 _NAME = re.compile(r"rollout_[0-9a-f]{32}")
+
+log = structlog.get_logger(__name__)
 
 
 class ResultStore:
@@ -17,10 +21,17 @@ class ResultStore:
         directory.mkdir(parents=True, exist_ok=True)
 
     def put(self, rollout_id: str, video: bytes) -> None:
-        """Durable and whole, or not there."""
+        """Whole and on disk, or not there.
+
+        Raises:
+            OSError: it cannot be stored.
+        """
         path = self.path(rollout_id)
         partial = path.with_suffix(f".{os.getpid()}.partial")
-        partial.write_bytes(video)
+        with partial.open("wb") as file:
+            file.write(video)
+            file.flush()
+            os.fsync(file.fileno())
         partial.replace(path)
 
     def path(self, rollout_id: str) -> Path:
@@ -40,4 +51,6 @@ class ResultStore:
                     swept += 1
             except FileNotFoundError:  # another ingress replica was faster
                 continue
+            except OSError as error:
+                log.warning("result_not_swept", name=path.name, error=type(error).__name__)
         return swept

@@ -1,8 +1,9 @@
 """Which chunk runs where, and when: a pure state machine with an injected clock, one per model.
 
 Knows neither Ray nor asyncio; the actor around it and a simulator call the same methods. Today's order is first come,
-first served. Work-conserving: whenever a replica has room, the head of the queue is granted at once, never after a
-timer. The rows of one ticket (the candidates of a decision) are granted together.
+first served, except that a rollout which has begun goes before one that has not: what is half done is worth finishing.
+Work-conserving: whenever a replica has room, the head of the queue is granted at once, never after a timer. The rows of
+one ticket (the candidates of a decision) are granted together.
 """
 
 from collections import deque
@@ -15,7 +16,7 @@ from deployments.messages import ReplicaId, TicketId
 @dataclass(frozen=True, slots=True)
 class SchedulerLimits:
     max_queued_rows: int = 256
-    """Rows that may wait; a ticket that would exceed it is refused with a Retry-After."""
+    """Rows that may wait to begin their rollout; a ticket that would exceed it is refused with a Retry-After."""
     replica_timeout_s: float = 5.0
     """A replica that has not been heard of for this long gets no further work."""
     grant_timeout_s: float = 120.0
@@ -24,8 +25,13 @@ class SchedulerLimits:
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
+    """One chunk's rows. `begun` marks a rollout's later chunks, admitted with its first and never refused."""
+
     ticket_id: TicketId
     num_rows: int
+    begun: bool = False
+    patience_s: float = 60.0
+    """How long it may wait; after that nobody does any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +42,15 @@ class Grant:
 
 @dataclass(frozen=True, slots=True)
 class Overloaded:
-    """The queue is full; `retry_after_s` is the backlog over the drain rate, rounded up."""
+    """The queue is full; `retry_after_s` is the backlog over the drain rate, at most `MAX_RETRY_AFTER_S`."""
 
     retry_after_s: int
+
+
+MAX_RETRY_AFTER_S = 60
+UNKNOWN_RATE_RETRY_AFTER_S = 5
+"""What is said while nothing has been completed lately that a rate could be read from."""
+RATE_WINDOW_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +83,12 @@ class _Running:
     granted_at: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    ticket: Ticket
+    gives_up_at: float
+
+
 class Scheduler:
     """Feed it events, then ask `dispatch` for the grants they allow."""
 
@@ -78,34 +96,36 @@ class Scheduler:
         self._clock = clock
         self._limits = limits or SchedulerLimits()
         self._replicas: dict[ReplicaId, _Replica] = {}
-        self._queue: deque[Ticket] = deque()
-        self._queued: set[TicketId] = set()
-        self._queued_rows = 0
+        self._queues: tuple[deque[_Waiting], deque[_Waiting]] = (deque(), deque())
+        """Rollouts that have begun, then those that have not."""
+        self._queued: dict[TicketId, Ticket] = {}
+        self._new_rows = 0
         self._running: dict[TicketId, _Running] = {}
-        self._row_s = 1.0
-        """Moving average of a row's time on a replica, in seconds."""
+        self._completed: deque[tuple[float, int]] = deque()
+        """When, and how many rows: the last `RATE_WINDOW_S`."""
 
     def submit(self, ticket: Ticket) -> Overloaded | None:
-        """Queue `ticket`, or refuse it because the queue is full. An empty queue takes a ticket of any width."""
-        if self._queued_rows and self._queued_rows + ticket.num_rows > self._limits.max_queued_rows:
-            return Overloaded(self._retry_after_s())
-        self._queue.append(ticket)
-        self._queued.add(ticket.ticket_id)
-        self._queued_rows += ticket.num_rows
+        """Queue `ticket`, or refuse it because the queue is full. An empty queue takes a ticket of any width.
+
+        A ticket that is queued or running already is not queued twice.
+        """
+        if ticket.ticket_id in self._queued or ticket.ticket_id in self._running:
+            return None
+        if not ticket.begun:
+            if self._new_rows and self._new_rows + ticket.num_rows > self._limits.max_queued_rows:
+                return Overloaded(self._retry_after_s())
+            self._new_rows += ticket.num_rows
+        self._queued[ticket.ticket_id] = ticket
+        self._queues[0 if ticket.begun else 1].append(_Waiting(ticket, self._clock() + ticket.patience_s))
         return None
 
     def dispatch(self) -> list[Grant]:
         """Grant as much of the queue's head as there is room for, to the least loaded replica first."""
         grants = []
-        while self._queue:
-            ticket = self._queue[0]
-            if ticket.ticket_id not in self._queued:  # withdrawn while it waited
-                self._queue.popleft()
-                continue
+        while (ticket := self._head()) is not None:
             replica_id = self._roomiest(ticket.num_rows)
             if replica_id is None:
                 break
-            self._queue.popleft()
             self._unqueue(ticket)
             self._replicas[replica_id].running[ticket.ticket_id] = ticket.num_rows
             self._running[ticket.ticket_id] = _Running(replica_id, ticket.num_rows, self._clock())
@@ -116,13 +136,13 @@ class Scheduler:
         """The granted work is done. A ticket that is not running is ignored, so a repeated report does no harm."""
         running = self._release(ticket_id)
         if running is not None:
-            took_s = self._clock() - running.granted_at
-            self._row_s += 0.1 * (took_s / running.num_rows - self._row_s)
+            self._completed.append((self._clock(), running.num_rows))
 
     def withdraw(self, ticket_id: TicketId) -> None:
         """Its client is gone: drop it from the queue, or free what it holds. Unknown tickets are ignored."""
-        if ticket_id in self._queued:
-            self._unqueue(next(ticket for ticket in self._queue if ticket.ticket_id == ticket_id))
+        ticket = self._queued.get(ticket_id)
+        if ticket is not None:
+            self._unqueue(ticket)
         else:
             self._release(ticket_id)
 
@@ -141,9 +161,15 @@ class Scheduler:
             for ticket_id in replica.running:
                 del self._running[ticket_id]
 
-    def expire(self) -> None:
-        """Forget silent replicas and grants whose ingress never came back."""
+    def expire(self) -> list[TicketId]:
+        """Forget silent replicas, grants whose ingress is gone, and tickets out of patience; returns the latter."""
         now = self._clock()
+        given_up = []
+        for queue in self._queues:
+            for waiting in queue:
+                if waiting.gives_up_at < now and self._queued.get(waiting.ticket.ticket_id) is waiting.ticket:
+                    self._unqueue(waiting.ticket)
+                    given_up.append(waiting.ticket.ticket_id)
         for replica_id in [
             replica_id
             for replica_id, replica in self._replicas.items()
@@ -156,13 +182,14 @@ class Scheduler:
             if now - running.granted_at > self._limits.grant_timeout_s
         ]:
             self._release(ticket_id)
+        return given_up
 
     def status(self) -> SchedulerStatus:
         return SchedulerStatus(
             replicas=len(self._replicas),
             capacity_rows=sum(replica.capacity_rows for replica in self._replicas.values()),
             running_rows=sum(running.num_rows for running in self._running.values()),
-            queued_rows=self._queued_rows,
+            queued_rows=sum(ticket.num_rows for ticket in self._queued.values()),
         )
 
     def _roomiest(self, rows: int) -> ReplicaId | None:
@@ -173,9 +200,20 @@ class Scheduler:
         ]
         return max(with_room)[1] if with_room else None
 
+    def _head(self) -> Ticket | None:
+        """The next ticket to grant; what was withdrawn while it waited is dropped on the way."""
+        for queue in self._queues:
+            while queue:
+                ticket = queue[0].ticket
+                if self._queued.get(ticket.ticket_id) is ticket:
+                    return ticket
+                queue.popleft()
+        return None
+
     def _unqueue(self, ticket: Ticket) -> None:
-        self._queued.discard(ticket.ticket_id)
-        self._queued_rows -= ticket.num_rows
+        del self._queued[ticket.ticket_id]
+        if not ticket.begun:
+            self._new_rows -= ticket.num_rows
 
     def _release(self, ticket_id: TicketId) -> _Running | None:
         running = self._running.pop(ticket_id, None)
@@ -184,5 +222,11 @@ class Scheduler:
         return running
 
     def _retry_after_s(self) -> int:
-        replicas = max(1, len(self._replicas))
-        return 1 + int(self._queued_rows * self._row_s / replicas)
+        now = self._clock()
+        while self._completed and now - self._completed[0][0] > RATE_WINDOW_S:
+            self._completed.popleft()
+        if not self._completed:
+            return UNKNOWN_RATE_RETRY_AFTER_S
+        span_s = max(1.0, now - self._completed[0][0])
+        rows_per_s = sum(rows for _, rows in self._completed) / span_s
+        return min(MAX_RETRY_AFTER_S, 1 + int(self._new_rows / rows_per_s))

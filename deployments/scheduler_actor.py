@@ -7,6 +7,7 @@ announce themselves again within a heart-beat, and callers submit again what was
 import asyncio
 import time
 
+from deployments.logs import configure_logs
 from deployments.messages import ReplicaId, TicketId
 from deployments.scheduler import Grant, Overloaded, Scheduler, SchedulerLimits, SchedulerStatus, Ticket
 
@@ -15,8 +16,9 @@ EXPIRE_EVERY_S = 1.0
 
 class SchedulerActor:
     def __init__(self, limits: SchedulerLimits) -> None:
+        configure_logs()
         self._scheduler = Scheduler(time.monotonic, limits)
-        self._waiting: dict[TicketId, asyncio.Future[Grant]] = {}
+        self._waiting: dict[TicketId, asyncio.Future[Grant | Overloaded]] = {}
         self._expiry: asyncio.Task[None] | None = None
 
     async def acquire(self, ticket: Ticket) -> Grant | Overloaded:
@@ -24,7 +26,10 @@ class SchedulerActor:
         refusal = self._scheduler.submit(ticket)
         if refusal is not None:
             return refusal
-        granted: asyncio.Future[Grant] = asyncio.get_running_loop().create_future()
+        earlier = self._waiting.get(ticket.ticket_id)
+        if earlier is not None:  # asked again over a connection that broke: both get the one answer
+            return await asyncio.shield(earlier)
+        granted: asyncio.Future[Grant | Overloaded] = asyncio.get_running_loop().create_future()
         self._waiting[ticket.ticket_id] = granted
         self._dispatch()
         try:
@@ -66,5 +71,8 @@ class SchedulerActor:
     async def _expire_forever(self) -> None:
         while True:
             await asyncio.sleep(EXPIRE_EVERY_S)
-            self._scheduler.expire()
+            for ticket_id in self._scheduler.expire():
+                waiting = self._waiting.get(ticket_id)
+                if waiting is not None and not waiting.done():
+                    waiting.set_result(Overloaded(int(EXPIRE_EVERY_S)))
             self._dispatch()

@@ -5,15 +5,19 @@ bounded number of samples is kept; percentiles are exact over those.
 """
 
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
+from deployments.logs import configure_logs
+
 WINDOW_S = 24 * 3600.0
 MAX_SAMPLES = 50_000
+REPORT_EVERY_S = 1.0
+"""Anybody may ask, and percentiles of a full window take tens of milliseconds."""
 
 Outcome = Literal["succeeded", "refused", "failed", "canceled"]
 
@@ -50,7 +54,7 @@ class ModelReport:
 
     @property
     def error_rate(self) -> float:
-        """Engine failures over requests that were reserved; refusals and departures of clients are not errors."""
+        """Engine failures over requests that ran; refusals and departures of clients are not errors."""
         ran = self.requests - self.refused
         return self.failed / ran if ran else 0.0
 
@@ -84,19 +88,30 @@ class LatencyWindow:
 
 
 class StatusActor:
-    """One per cluster; what it knows starts again with it."""
+    """One per cluster; what it knows starts again with it. `clock` in seconds, monotonic."""
 
-    def __init__(self, models: list[str]) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        configure_logs()
+        self._clock = clock
         self._started_at = time.time()
-        self._windows = {model: LatencyWindow(time.monotonic) for model in models}
+        self._windows: defaultdict[str, LatencyWindow] = defaultdict(lambda: LatencyWindow(clock))
+        self._reported_at = float("-inf")
+        self._reports: dict[str, ModelReport] = {}
 
     async def add(self, samples: list[Sample]) -> None:
         for sample in samples:
             self._windows[sample.model].add(sample)
 
     async def report(self) -> tuple[float, dict[str, ModelReport]]:
-        """POSIX seconds at which counting began, and each model's report."""
-        return self._started_at, {model: window.report() for model, window in self._windows.items()}
+        """POSIX seconds at which counting began, and each model's report, made anew at most once a second."""
+        if self._clock() - self._reported_at >= REPORT_EVERY_S:
+            self._reported_at = self._clock()
+            self._reports = {model: window.report() for model, window in self._windows.items()}
+        return self._started_at, self._reports
+
+
+NOTHING_YET = ModelReport(0, 0, 0, 0, 0, None, None, None)
+"""The report of a model that nobody has called."""
 
 
 def _percentiles(values: Sequence[float | None]) -> Percentiles | None:

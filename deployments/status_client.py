@@ -9,6 +9,7 @@ import structlog
 from deployments.status import ModelReport, Sample
 
 SEND_EVERY_S = 0.5
+REPORT_TIMEOUT_S = 2.0
 MAX_WAITING = 10_000
 """Samples kept while the actor cannot be reached; the oldest go first."""
 
@@ -34,8 +35,9 @@ class StatusClient:
         self._waiting.append(sample)
 
     async def report(self) -> tuple[float, dict[str, ModelReport]]:
-        await self._send()
-        report: tuple[float, dict[str, ModelReport]] = await self._actor.report.remote()
+        """What the actor knows; raises TimeoutError or a Ray error if it does not answer."""
+        async with asyncio.timeout(REPORT_TIMEOUT_S):
+            report: tuple[float, dict[str, ModelReport]] = await self._actor.report.remote()
         return report
 
     async def _send_forever(self) -> None:

@@ -36,8 +36,13 @@ def encode_chunk(frames: Iterable[Frame], resolution: tuple[int, int], fps: int)
     return b"".join(packets)
 
 
-def join_chunks(chunks: Sequence[bytes], fps: int) -> bytes:
-    """One mp4 of consecutive chunks, each as `encode_chunk` made it."""
+def join_chunks(chunks: Sequence[bytes], fps: int, num_frames: int) -> bytes:
+    """One mp4 of consecutive chunks, each as `encode_chunk` made it.
+
+    Raises:
+        ValueError: they do not hold exactly `num_frames` frames.
+    """
+    muxed = 0
     output = io.BytesIO()
     with (
         av.open(io.BytesIO(b"".join(chunks)), "r", format="h264") as source,
@@ -52,4 +57,7 @@ def join_chunks(chunks: Sequence[bytes], fps: int) -> bytes:
             packet.pts = packet.dts = index
             packet.duration = 1
             target.mux(packet)
+            muxed += 1
+    if muxed != num_frames:
+        raise ValueError(f"the chunks hold {muxed} frames, not {num_frames}")
     return output.getvalue()

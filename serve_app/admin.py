@@ -1,17 +1,15 @@
 """How an operator's tool reaches the ledger, whether or not the cluster is running: one writer stays one writer.
 
-While a cluster runs on this data directory it says so in `cluster.json`, and commands go to its ledger actor. Otherwise
-the tool takes the fence itself for as long as it needs. If a cluster starts in that moment it takes the fence over, and
-the tool's write is refused by the database rather than mixed in.
+A cluster on this machine holds its data directory and says in `ray-address` where it is: commands then go to its ledger
+actor. Otherwise the tool holds the directory and is the writer itself for as long as it needs. For a cluster that was
+deployed with `serve deploy`, RAY_ADDRESS says where it is.
 """
 
 import contextlib
-import json
+import fcntl
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from sqlalchemy import Engine
@@ -24,33 +22,55 @@ from serve_app.settings import Settings
 
 Apply = Callable[[Command], Outcome]
 
+MAX_ATTEMPTS = 3
+ATTEMPT_TIMEOUT_S = 20.0
 
-@dataclass(frozen=True, slots=True)
-class ClusterFile:
-    """Where the running cluster of a data directory is."""
 
-    pid: int
-    ray_address: str
+class DataDirectoryBusy(Exception):
+    """Another process holds this data directory: a cluster, or a tool that is writing."""
 
-    def write(self, data_dir: Path) -> None:
-        path = data_dir / "cluster.json"
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(asdict(self)))
-        partial.replace(path)
+    def __init__(self, data_dir: Path) -> None:
+        super().__init__(data_dir)
+        self.data_dir = data_dir
 
-    @staticmethod
-    def remove(data_dir: Path) -> None:
-        (data_dir / "cluster.json").unlink(missing_ok=True)
+    def __str__(self) -> str:
+        return f"{self.data_dir} is in use: a cluster is already running on it, or starting or stopping"
 
-    @staticmethod
-    def read(data_dir: Path) -> "ClusterFile | None":
-        """None if no cluster runs here; a file whose process is gone is what a killed cluster left behind."""
+
+@contextlib.contextmanager
+def holding(data_dir: Path) -> Iterator[None]:
+    """Hold `data_dir` for this process alone; the kernel lets go of it however the process ends.
+
+    Raises:
+        DataDirectoryBusy: another process holds it.
+    """
+    with (data_dir / "lock").open("w") as file:
         try:
-            cluster = ClusterFile(**json.loads((data_dir / "cluster.json").read_text()))
-            os.kill(cluster.pid, 0)
-        except (FileNotFoundError, ProcessLookupError, json.JSONDecodeError, TypeError):
-            return None
-        return cluster
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataDirectoryBusy(data_dir) from None
+        yield
+
+
+def cluster_address(data_dir: Path) -> str | None:
+    """Where the Ray of the cluster on `data_dir` is, as the cluster wrote it; says nothing about whether it lives."""
+    try:
+        return (data_dir / "ray-address").read_text().strip() or None
+    except FileNotFoundError:
+        return None
+
+
+@contextlib.contextmanager
+def publishing(data_dir: Path, ray_address: str) -> Iterator[None]:
+    """Let `dream-admin` find this cluster while it runs."""
+    path = data_dir / "ray-address"
+    partial = path.with_suffix(".partial")
+    partial.write_text(f"{ray_address}\n")
+    partial.replace(path)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def open_migrated(settings: Settings) -> Engine:
@@ -65,7 +85,7 @@ def open_migrated(settings: Settings) -> Engine:
 
 
 class ClusterUnreachable(Exception):
-    """A cluster says that it runs here, but its ledger does not answer."""
+    """A cluster runs, but its ledger does not answer."""
 
     def __init__(self, ray_address: str, problem: str) -> None:
         super().__init__(ray_address, problem)
@@ -81,31 +101,53 @@ def ledger_writer(settings: Settings) -> Iterator[Apply]:
     """A function that applies one command through whichever process is the writer.
 
     Raises:
-        ClusterUnreachable: a cluster runs here, but its ledger cannot be reached; nothing was written meanwhile.
-        billing.errors.BillingError: the database cannot be used, or a cluster that started took the fence over.
+        ClusterUnreachable: a cluster runs here, but its ledger cannot be reached.
+        DataDirectoryBusy: a cluster is starting or stopping here.
+        billing.errors.BillingError: the database cannot be used.
     """
-    cluster = ClusterFile.read(settings.data_dir)
-    if cluster is not None:
-        with _through_cluster(cluster, settings.data_dir) as apply:
+    if settings.ray_address:
+        with _through_cluster(settings.ray_address, settings) as apply:
             yield apply
-    else:
-        ledger = Ledger(open_migrated(settings), time.time)
-        ledger.take_over()
-        yield lambda command: ledger.apply([command])[0]
+        return
+    data_dir = settings.data_dir
+    data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        with holding(data_dir):
+            ledger = Ledger(open_migrated(settings), time.time)
+            ledger.take_over()
+            yield lambda command: ledger.apply([command])[0]
+    except DataDirectoryBusy:
+        address = cluster_address(data_dir)
+        if address is None:
+            raise
+        with _through_cluster(address, settings) as apply:
+            yield apply
 
 
 @contextlib.contextmanager
-def _through_cluster(cluster: ClusterFile, data_dir: Path) -> Iterator[Apply]:
-    prepare_ray_environment(data_dir)
+def _through_cluster(ray_address: str, settings: Settings) -> Iterator[Apply]:
+    prepare_ray_environment(settings.data_dir)
     import ray
 
     from deployments.actors import NAMESPACE, ledger_handle
 
+    def apply(command: Command) -> Outcome:
+        """The same command again after a failure: its id makes that safe, and no outcome is lost with its answer."""
+        for attempt in range(MAX_ATTEMPTS):
+            try:
+                outcome: Outcome = ray.get(ledger.apply.remote([command]), timeout=ATTEMPT_TIMEOUT_S)[0]
+                return outcome
+            except ray.exceptions.RayError:
+                if attempt + 1 == MAX_ATTEMPTS:
+                    raise
+                time.sleep(1.0)
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
     try:
-        ray.init(address=cluster.ray_address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
-        ledger = ledger_handle()
-        yield lambda command: ray.get(ledger.apply.remote([command]), timeout=30)[0]
+        ray.init(address=ray_address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
+        ledger = ledger_handle(settings.ledger_url)
+        yield apply
     except (ConnectionError, ValueError, ray.exceptions.RayError) as error:
-        raise ClusterUnreachable(cluster.ray_address, type(error).__name__) from error
+        raise ClusterUnreachable(ray_address, type(error).__name__) from error
     finally:
         ray.shutdown()

@@ -4,16 +4,19 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from importlib.metadata import version
+from typing import Any
 
 import structlog
-from fastapi import APIRouter, FastAPI
+from fastapi import Depends, FastAPI
 
 from serve_app import errors
-from serve_app.context import Services
+from serve_app.context import Services, authenticate, check_base
 from serve_app.middleware import RequestEnvelope
 from serve_app.routes import billing, catalog, rollouts, status
+from serve_app.schemas import ErrorBody
 
 SWEEP_RESULTS_EVERY_S = 600.0
+ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
 
 log = structlog.get_logger(__name__)
 
@@ -36,11 +39,16 @@ def create_api(parts: Services) -> FastAPI:
         lifespan=lifespan,
     )
     api.state.services = parts
-    surface = APIRouter()
-    for router in (catalog.router, rollouts.paid, rollouts.router, billing.router, status.router):
-        surface.include_router(router)
-    api.include_router(surface)
-    api.include_router(surface, prefix="/models/{base_model}", include_in_schema=False)
+    for base, in_schema in (("", True), ("/models/{base_model}", False)):
+        known = [Depends(check_base)] if base else []
+        for router, first in (
+            (catalog.router, known),
+            (status.router, known),
+            (billing.router, [Depends(authenticate), *known]),
+            (rollouts.paid, []),
+            (rollouts.router, known),
+        ):
+            api.include_router(router, prefix=base, include_in_schema=in_schema, dependencies=first, responses=ERRORS)
     errors.install(api)
     api.add_middleware(RequestEnvelope, max_body_bytes=parts.args.limits.max_body_bytes)
     return api
@@ -48,7 +56,11 @@ def create_api(parts: Services) -> FastAPI:
 
 async def _sweep_results(parts: Services) -> None:
     while True:
-        swept = await asyncio.to_thread(parts.results.sweep)
-        if swept:
-            log.info("results_expired", files=swept)
+        try:
+            swept = await asyncio.to_thread(parts.results.sweep)
+        except OSError as error:
+            log.warning("results_not_swept", error=type(error).__name__)
+        else:
+            if swept:
+                log.info("results_expired", files=swept)
         await asyncio.sleep(SWEEP_RESULTS_EVERY_S)

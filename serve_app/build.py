@@ -14,6 +14,7 @@ from billing.database import open_database
 from billing.reader import LedgerReader
 from deployments import actors, ledger_client
 from deployments.ingress import Ingress
+from deployments.logs import configure_logs
 from deployments.model_client import ModelClient
 from deployments.replays import Replays
 from deployments.replica import Replica, ReplicaConfig
@@ -21,13 +22,13 @@ from deployments.results import ResultStore
 from deployments.scheduler import SchedulerLimits
 from deployments.status_client import StatusClient
 from serve_app.api import create_api
-from serve_app.catalog import CATALOG, model_spec
+from serve_app.catalog import CATALOG, PACKAGED_CHECKPOINTS, model_spec
 from serve_app.context import Services
-from serve_app.logs import configure_logs
 from serve_app.rate_limit import TokenBuckets
 from serve_app.settings import ClusterArgs, ModelArgs
 from serve_app.signing import LinkSigner, load_secret
 
+INGRESS_CPUS = 0.1
 MAX_CONSTRUCTOR_ATTEMPTS = 2
 """A checkpoint that does not load once will not load at the twentieth try."""
 MAX_ONGOING_CHUNKS = 10_000
@@ -50,7 +51,7 @@ class Gateway:
     def __serve_build_asgi_app__(self) -> FastAPI:
         args, limits = self._args, self._args.limits
         ledger = ledger_client.connect(actors.start_ledger(args.database_url))
-        status = StatusClient(actors.start_status([model.slug for model in args.models]))
+        status = StatusClient(actors.start_status())
         models = {
             slug: ModelClient(
                 model_spec(CATALOG[slug]),
@@ -67,6 +68,7 @@ class Gateway:
                 args=args,
                 ingress=self._ingress,
                 models=models,
+                max_row_steps={model.slug: model.max_row_steps for model in args.models},
                 reader=LedgerReader(open_database(args.database_url)),
                 buckets=TokenBuckets(time.monotonic, share=1 / args.ingress_replicas),
                 replays=Replays(time.monotonic),
@@ -83,7 +85,9 @@ def build(args: ClusterArgs) -> serve.Application:
     gateway = serve.deployment(Gateway, name="ingress").options(
         num_replicas=args.ingress_replicas,
         max_ongoing_requests=args.limits.max_ongoing_requests,
-        ray_actor_options={"num_cpus": 0.1},
+        max_queued_requests=args.limits.max_waiting_requests,
+        graceful_shutdown_timeout_s=args.limits.chunk_timeout_s,
+        ray_actor_options={"num_cpus": INGRESS_CPUS},
     )
     return gateway.bind(args, {model.slug: _replicas(model, args) for model in args.models})
 
@@ -92,10 +96,11 @@ def _replicas(model: ModelArgs, args: ClusterArgs) -> serve.Application:
     config = ReplicaConfig(
         spec=model_spec(CATALOG[model.slug]),
         runner=model.runner,
-        checkpoint=model.checkpoint,
+        checkpoint=model.checkpoint or str(PACKAGED_CHECKPOINTS.get(model.slug, "")),
         device=model.device,
         max_rows=model.max_rows,
         torch_threads=model.torch_threads,
+        stall_s=args.limits.chunk_timeout_s,
         scheduler_limits=scheduler_limits(args),
     )
     deployment = serve.deployment(Replica, name=f"model-{model.slug}").options(

@@ -5,11 +5,10 @@ hold what was measured on this implementation and are empty until it is.
 """
 
 from collections.abc import Mapping
-from decimal import Decimal
 from pathlib import Path
 
 import deployments
-from billing.money import mils_from_usd, usd
+from billing.money import Mils, usd
 from deployments.messages import ModelSpec
 from serve_app.schemas import CatalogEntry, CatalogSpec, UpstreamProvider
 
@@ -18,7 +17,8 @@ PACKAGED_CHECKPOINTS: Mapping[str, Path] = {
     "tiny-pusher": Path(deployments.__file__).parent / "world_model" / "checkpoints" / "tiny-pusher"
 }
 
-MILS_PER_FRAME = mils_from_usd(Decimal("0.0005"))
+MILS_PER_FRAME = Mils(5)
+"""The list price of every model here: $0.0005."""
 FRAMES_PER_SECOND = 10
 
 _NVIDIA = UpstreamProvider(
@@ -117,5 +117,5 @@ def model_spec(entry: CatalogEntry) -> ModelSpec:
         fps=FRAMES_PER_SECOND,
         default_num_steps=entry.spec.default_num_steps,
         default_guidance=entry.spec.default_guidance,
-        mils_per_frame=mils_from_usd(Decimal(str(entry.price_per_frame_usd))),
+        mils_per_frame=MILS_PER_FRAME,
     )

@@ -14,8 +14,10 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 from pydantic import ValidationError
+from pydantic_settings import SettingsError
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from billing import invariants
 from billing.commands import (
@@ -34,13 +36,14 @@ from billing.errors import BillingError
 from billing.keys import mint_customer_id, mint_grant_id, mint_key_id, mint_token, token_sha256
 from billing.money import Mils, mils_from_usd, usd
 from billing.reader import LedgerReader
-from serve_app.admin import ClusterUnreachable, ledger_writer, open_migrated
+from serve_app.admin import ClusterUnreachable, DataDirectoryBusy, ledger_writer, open_migrated
 from serve_app.settings import Settings
 
 Accepted = TypeVar("Accepted")
 
 UNUSABLE = 2
 """Exit code when the command could not be carried out; 1 is an audit that found something."""
+INTERRUPTED = 130
 PIPE_WIDTH = 200
 """Columns of a table that no terminal bounds."""
 DEFAULT_REFILL_PER_S = 50.0
@@ -201,9 +204,11 @@ def _one_clear_line() -> Iterator[None]:
 
     try:
         yield
-    except (CannotDo, CannotStart, ClusterUnreachable, BillingError) as error:
+    except (CannotDo, CannotStart, ClusterUnreachable, DataDirectoryBusy, BillingError) as error:
         print(f"dream-admin: {error}", file=sys.stderr)
         raise typer.Exit(UNUSABLE) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(INTERRUPTED) from None
 
 
 def _accepted(outcome: Outcome, expected: type[Accepted]) -> Accepted:
@@ -227,6 +232,8 @@ def _settings_problems() -> Iterator[None]:
     """The first thing wrong with the environment, by the variable's name."""
     try:
         yield
+    except SettingsError as error:
+        raise CannotDo(f"{error}; it takes a JSON object") from None
     except ValidationError as error:
         problem = error.errors(include_url=False, include_input=False)[0]
         name = ".".join(str(part) for part in problem["loc"]).upper() or "settings"
@@ -263,7 +270,7 @@ def _show(rows: Sequence[dict[str, Any]], as_json: bool, single: bool = False) -
     for name in names:
         table.add_column(name, overflow="fold")
     for values in rows[0].items() if single else (row.values() for row in rows):
-        table.add_row(*("" if value is None else str(value) for value in values))
+        table.add_row(*(Text("" if value is None else str(value)) for value in values))
     if rows:
         Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table)
 

@@ -19,6 +19,7 @@ from deployments.model_client import ModelClient
 from deployments.replays import Replays
 from deployments.results import ResultStore
 from deployments.status_client import StatusClient
+from serve_app.catalog import CATALOG
 from serve_app.errors import ModelNotFound, NotAuthenticated, RateLimited
 from serve_app.rate_limit import TokenBuckets
 from serve_app.settings import ClusterArgs
@@ -37,6 +38,8 @@ class Services:
     args: ClusterArgs
     ingress: Ingress
     models: Mapping[str, ModelClient]
+    max_row_steps: Mapping[str, int]
+    """Per model, how many candidates x denoising steps one request may ask for."""
     reader: LedgerReader
     buckets: TokenBuckets
     replays: Replays
@@ -84,6 +87,14 @@ async def authenticate(request: Request) -> KeyRecord:
     if retry_after_s is not None:
         raise RateLimited(retry_after_s)
     return key
+
+
+def check_base(request: Request) -> None:
+    """Refuse what is under `/models/{base_model}` for a model that there is not. The paid routes see to it themselves:
+    `POST /v1/rollouts` never answers 404, see `errors`."""
+    slug = request.path_params["base_model"]
+    if slug not in CATALOG:
+        raise ModelNotFound(f"{slug!r} is not in the catalog; see /v1/models")
 
 
 def active_slug(request: Request) -> str:

@@ -6,23 +6,23 @@ to this process: its own Ray, with its own ports and its own directory, ends wit
 
 import contextlib
 import logging
+import math
 import os
 import shutil
 import signal
 import socket
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
-from billing.commands import CreateKey, KeyCreated
+from billing.commands import Command, CreateKey, KeyCreated, Outcome
 from billing.keys import is_token_shaped, mint_customer_id, mint_key_id, mint_token, token_sha256
 from billing.money import Mils
 from billing.reader import LedgerReader
-from serve_app.admin import ClusterFile, open_migrated
+from serve_app.admin import holding, open_migrated, publishing
 from serve_app.local_ray import prepare_ray_environment
 from serve_app.settings import ClusterArgs, Settings
 
@@ -32,7 +32,8 @@ DEV_REFILL_PER_S, DEV_BURST = 50.0, 200
 APPLICATION = "dream-engine"
 DRAIN_TIMEOUT_S = 20.0
 OBJECT_STORE_BYTES = 256 * 2**20
-READY_TIMEOUT_S = 300.0
+ANSWER_S = 0.5
+"""Answers that were made while draining are on their way through the proxy for this long."""
 
 
 class CannotStart(Exception):
@@ -43,53 +44,78 @@ def run(settings: Settings, args: ClusterArgs) -> None:
     """Start the cluster of `args`, print the ready line, wait for SIGINT or SIGTERM, stop.
 
     Raises:
-        CannotStart, billing.errors.DatabaseUnusable: before anything was left running.
+        CannotStart, serve_app.admin.DataDirectoryBusy, billing.errors.DatabaseUnusable: nothing is left running.
     """
     data_dir = prepare_data_dir(settings.data_dir)
-    if ClusterFile.read(data_dir) is not None:
-        raise CannotStart(f"a cluster is already running on {data_dir}; stop it, or set DATA_DIR to another directory")
-    check_port(settings.host, settings.port)
-    open_migrated(settings).dispose()
     with contextlib.ExitStack() as stack:
-        address = stack.enter_context(local_ray(data_dir))
-        stop = stop_signals()
+        stack.enter_context(holding(data_dir))
+        check_port(settings.host, settings.port)
+        open_migrated(settings).dispose()
+        address = stack.enter_context(local_ray(data_dir, needed_cpus(args)))
+        signals = StopSignals()
         stack.callback(_progress, "stopping")
         serve_application(settings, args)
-        ClusterFile(os.getpid(), address).write(data_dir)
-        stack.callback(ClusterFile.remove, data_dir)
+        stack.enter_context(publishing(data_dir, address))
         token = development_key(settings)
-        print(f"ready http://{settings.host}:{settings.port} key {token}", flush=True)
-        while not stop.wait(1.0):
-            pass
-        _progress("finishing what is running; Ctrl-C again to refund it instead")
-        drain()
+        print(f"ready {url(settings)} key {token}", flush=True)
+        signals.wait()
+        _progress("finishing what is running; Ctrl-C again refunds it instead")
+        drain(signals)
 
 
-def stop_signals() -> threading.Event:
-    """Set by the first SIGINT or SIGTERM. A second one ends the wait for running work, which is then refunded."""
-    stop = threading.Event()
+class StopSignals:
+    """SIGINT and SIGTERM: an interruption until the cluster is ready, then one wish to stop, then one to hurry."""
 
-    def on_signal(*_: object) -> None:
-        if stop.is_set():
+    def __init__(self) -> None:
+        self._waiting = False
+        self._received = 0
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, self._on_signal)
+
+    def wait(self) -> None:
+        """Return at the first signal."""
+        self._waiting = True
+        while not self._received:
+            time.sleep(0.2)
+
+    @property
+    def hurry(self) -> bool:
+        return self._received > 1
+
+    def _on_signal(self, *_: object) -> None:
+        self._received += 1
+        if not self._waiting:
             raise KeyboardInterrupt
-        stop.set()
-
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, on_signal)
-    return stop
 
 
-def drain() -> None:
+def drain(signals: StopSignals) -> None:
     """Let every ingress replica finish or refund what it runs, so that clients are answered before the port closes."""
     from ray import serve
 
+    ingress = serve.get_app_handle(APPLICATION)
     try:
-        responses = serve.get_app_handle(APPLICATION).broadcast("drain", DRAIN_TIMEOUT_S)
-        responses.results(timeout_s=DRAIN_TIMEOUT_S + 5)
-    except KeyboardInterrupt:
-        pass
+        with ThreadPoolExecutor(1) as pool:
+            draining = pool.submit(ingress.broadcast("drain", DRAIN_TIMEOUT_S).results, timeout_s=DRAIN_TIMEOUT_S + 10)
+            while not draining.done():
+                time.sleep(0.1)
+                if signals.hurry:
+                    ingress.broadcast("drain", 0.0).results(timeout_s=10)
+                    break
+            draining.result()
     except Exception as error:  # stopping goes on; what was not settled is refunded when its lease runs out
         _progress(f"could not finish running work: {type(error).__name__}")
+    time.sleep(ANSWER_S)
+
+
+def needed_cpus(args: ClusterArgs) -> int:
+    """Ray counts CPUs logically: as many as the deployments ask for, so that a small machine runs them all."""
+    models = sum(model.num_cpus * model.max_replicas for model in args.models)
+    return max(os.cpu_count() or 1, math.ceil(models + args.ingress_replicas))
+
+
+def url(settings: Settings) -> str:
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    return f"http://{host}:{settings.port}"
 
 
 def prepare_data_dir(data_dir: Path) -> Path:
@@ -99,7 +125,7 @@ def prepare_data_dir(data_dir: Path) -> Path:
         CannotStart: it cannot be made or written.
     """
     try:
-        data_dir.mkdir(parents=True, exist_ok=True)
+        data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=data_dir):
             pass
     except OSError as error:
@@ -119,7 +145,7 @@ def check_port(host: str, port: int) -> None:
 
 
 @contextlib.contextmanager
-def local_ray(data_dir: Path) -> Iterator[str]:
+def local_ray(data_dir: Path, num_cpus: int) -> Iterator[str]:
     """A Ray of our own on free ports, in a directory of its own; yields its address."""
     prepare_ray_environment(data_dir)
     _progress("starting Ray")
@@ -133,15 +159,25 @@ def local_ray(data_dir: Path) -> Iterator[str]:
             address="local",
             namespace=NAMESPACE,
             include_dashboard=False,
+            num_cpus=num_cpus,
             log_to_driver=False,
             logging_level=logging.ERROR,
             object_store_memory=OBJECT_STORE_BYTES,
             _temp_dir=directory,
         )
+        _progress(f"logs are in {directory}/session_latest/logs")
         yield str(context.address_info["gcs_address"])
     finally:
         ray.shutdown()
+        keep_logs(Path(directory), data_dir / "logs")
         remove_directory(directory)
+
+
+def keep_logs(ray_directory: Path, logs: Path) -> None:
+    """The logs of the last run, in place of those of the run before."""
+    shutil.rmtree(logs, ignore_errors=True)
+    with contextlib.suppress(OSError, shutil.Error):
+        shutil.copytree(ray_directory / "session_latest" / "logs", logs)
 
 
 def remove_directory(directory: str) -> None:
@@ -157,14 +193,19 @@ def serve_application(settings: Settings, args: ClusterArgs) -> None:
     """Deploy the application and return when it answers.
 
     Raises:
-        CannotStart: a deployment did not become healthy.
+        CannotStart: there are not the GPUs it needs, or a deployment did not become healthy.
     """
+    import ray
     from ray import serve
 
     from serve_app.build import build
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     _progress("starting Serve")
+    gpus = ray.cluster_resources().get("GPU", 0)
+    needed = sum(model.num_gpus * model.min_replicas for model in args.models)
+    if needed > gpus:
+        raise CannotStart(f"the models need {needed:g} GPUs and Ray finds {gpus:g}; set MODEL_DEVICE=cpu")
     serve.start(http_options={"host": settings.host, "port": settings.port, "request_timeout_s": None})
     _progress(f"loading {', '.join(model.slug for model in args.models)}")
     try:
@@ -197,8 +238,12 @@ def development_key(settings: Settings) -> str:
     engine = open_migrated(settings)
     known = LedgerReader(engine).key_by_token_hash(token_sha256(token))
     engine.dispose()
+    if known is not None and known.revoked:
+        path.unlink()
+        return development_key(settings)
     if known is None:
         outcome = _apply(
+            settings,
             CreateKey(
                 key_id=mint_key_id(),
                 sha256=token_sha256(token),
@@ -208,18 +253,19 @@ def development_key(settings: Settings) -> str:
                 initial_credits_mils=DEV_CREDITS_MILS,
                 refill_per_s=DEV_REFILL_PER_S,
                 burst=DEV_BURST,
-            )
+            ),
         )
         assert isinstance(outcome, KeyCreated)
     return token
 
 
-def _apply(command: Any) -> Any:
+def _apply(settings: Settings, command: Command) -> Outcome:
     import ray
 
     from deployments.actors import ledger_handle
 
-    return ray.get(ledger_handle().apply.remote([command]), timeout=30)[0]
+    outcome: Outcome = ray.get(ledger_handle(settings.ledger_url).apply.remote([command]), timeout=30)[0]
+    return outcome
 
 
 def _progress(what: str) -> None:

@@ -42,4 +42,6 @@ class TokenBuckets:
         if bucket.tokens >= 1 - _ROUNDING:
             bucket.tokens = max(0.0, bucket.tokens - 1)
             return None
-        return max(1, math.ceil((1 - _ROUNDING - bucket.tokens) / rate))
+        wait_s = max(1, math.ceil((1 - _ROUNDING - bucket.tokens) / rate))
+        # The division may round down to a whole second at which the multiplication above does not reach a token.
+        return wait_s if bucket.tokens + wait_s * rate >= 1 - _ROUNDING else wait_s + 1

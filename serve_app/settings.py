@@ -21,8 +21,8 @@ class ModelArgs(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     slug: str
-    checkpoint: str
-    """Directory of a converted checkpoint."""
+    checkpoint: str = ""
+    """Directory of a converted checkpoint; empty takes the one that is packaged for this slug."""
     runner: str = WORLD_MODEL_RUNNER
     device: str = "cpu"
     num_cpus: float = Field(1.0, ge=0)
@@ -31,6 +31,8 @@ class ModelArgs(BaseModel):
     max_replicas: int = Field(1, ge=1)
     max_rows: int = Field(16, ge=1)
     """Candidates in one forward."""
+    max_row_steps: int = Field(1024, ge=1)
+    """Candidates x denoising steps of one request: what a replica does for it per chunk. 64 candidates may take 16."""
     torch_threads: int = Field(0, ge=0)
     """CPU threads of the model; 0 leaves torch's default."""
 
@@ -53,8 +55,11 @@ class Limits(BaseModel):
     """Rows that wait for one model before requests are answered 503."""
     queue_timeout_s: float = 60.0
     chunk_timeout_s: float = 120.0
-    max_ongoing_requests: int = 200
-    """Requests that one ingress replica holds at a time."""
+    max_ongoing_requests: int = 400
+    """Requests that one ingress replica holds at a time: more than may queue for a model, so that the model's own bound
+    is the one that is met, with its Retry-After."""
+    max_waiting_requests: int = 200
+    """Requests that wait in a proxy for an ingress replica; beyond them it answers 503 itself."""
 
 
 class ClusterArgs(BaseModel):
@@ -75,9 +80,11 @@ class ClusterArgs(BaseModel):
     @model_validator(mode="after")
     def _models_are_known(self) -> Self:
         slugs = [model.slug for model in self.models]
-        for slug in slugs:
-            if slug not in CATALOG:
-                raise ValueError(f"{slug!r} is not in the catalog; it has {', '.join(CATALOG)}")
+        for model in self.models:
+            if model.slug not in CATALOG:
+                raise ValueError(f"{model.slug!r} is not in the catalog; it has {', '.join(CATALOG)}")
+            if not model.checkpoint and model.runner == WORLD_MODEL_RUNNER and model.slug not in PACKAGED_CHECKPOINTS:
+                raise ValueError(f"{model.slug!r} has no packaged checkpoint; name the directory of one")
         if self.default_model not in slugs:
             raise ValueError(f"the default model {self.default_model!r} is not served; these are: {', '.join(slugs)}")
         return self
@@ -98,13 +105,15 @@ class Settings(BaseSettings):
     """JSON object from a catalog slug to its checkpoint directory; the packaged models need no entry."""
     model_device: str = "cpu"
     public_url: str = ""
+    ray_address: str = ""
+    """For `dream-admin` beside a cluster of `serve deploy`; one of `make serve` is found by itself."""
 
     @property
     def ledger_url(self) -> str:
         return self.database_url or f"sqlite:///{self.data_dir.resolve() / 'ledger.db'}"
 
     def cluster_args(self) -> ClusterArgs:
-        checkpoints = {slug: str(path) for slug, path in PACKAGED_CHECKPOINTS.items()} | self.model_checkpoints
+        checkpoints = dict.fromkeys(PACKAGED_CHECKPOINTS, "") | self.model_checkpoints
         return ClusterArgs(
             data_dir=self.data_dir.resolve(),
             database_url=self.ledger_url,

@@ -6,11 +6,13 @@ import io
 import tarfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import FileResponse
 
+from billing.commands import RequestId
 from billing.money import usd
 from billing.reader import KeyRecord
 from deployments.messages import Actions, Frame, ModelSpec, RolloutRequest, RolloutResult
@@ -23,7 +25,6 @@ from serve_app.uploads import decode_actions, decode_start_frame
 
 PROVIDER = "dream-engine-cluster"
 PROVIDER_NAME = "Dream Engine Cluster"
-ROLLOUT_ID = "rollout_{}"
 
 FILE = {"type": "string", "format": "binary"}
 KNOBS = PredictParams.model_json_schema()["properties"]
@@ -59,41 +60,39 @@ paid = APIRouter(tags=["rollouts"], dependencies=[Depends(refuse_unoffered)])
         ["start_frame", "actions", "params"], start_frame=FILE, actions=FILE, params={"type": "string"}
     ),
 )
-async def create_rollout(request: Request, parts: Parts, caller: Caller, active: ActiveSlug) -> RolloutEnvelope:
+async def create_rollout(
+    request: Request, response: Response, parts: Parts, caller: Caller, active: ActiveSlug
+) -> RolloutEnvelope:
     """One rollout; the answer links to its video. `params` is JSON text with the fields of `RolloutParams`."""
-    form = await read_form(request, 8, parts.args.limits.body_timeout_s)
-    form.only(files=("start_frame", "actions"), fields=("params",))
-    params = validate(RolloutParams, form.field("params"), "params")
-    model = _named_model(request, parts, active, params)
-    if params.mode == "async":
-        raise InvalidRequest("params.mode", "async rollouts are not offered by this version; sync is accepted")
-    if params.webhook_url is not None:
-        raise InvalidRequest("params.webhook_url", "webhooks are not offered by this version; nothing was run")
-    if params.score:
-        raise InvalidRequest("params.score", "scores are not offered by this version; false is accepted")
-    frame, actions = form.file("start_frame"), [form.file("actions")]
-    result, resized = await _run(request, parts, caller, model, "start_frame", frame, actions, params)
-    rollout_id = ROLLOUT_ID.format(result.request_id.removeprefix("req_"))
-    await asyncio.to_thread(parts.results.put, rollout_id, result.videos[0])
+    rollout, resized = await _read_rollout(request, parts, caller, active)
+
+    async def keep(request_id: RequestId, videos: tuple[bytes, ...]) -> None:
+        await asyncio.to_thread(parts.results.put, _rollout_id(request_id), videos[0])
+
+    result = await parts.replays.run(_digest(rollout), lambda: parts.ingress.run(rollout, keep))
+    rollout_id = _rollout_id(result.request_id)
+    if not parts.results.path(rollout_id).exists():  # the first run of this payload was another route's
+        await keep(result.request_id, result.videos)
+    response.headers.update(_headers(result, caller))
     now = int(time.time())
     expires_at = now + int(parts.results.ttl_s)
     cost_usd = usd(result.cost_mils)
     return RolloutEnvelope(
         id=rollout_id,
-        model=model.slug,
+        model=result.model,
         created=now,
         status="succeeded",
         frames=result.num_frames,
-        resolution=model.resolution,
+        resolution=parts.models[result.model].spec.resolution,
         engine_wall_ms=round(result.infer_ms, 3),
         cost_usd=cost_usd,
         video_url=_video_url(request, parts, rollout_id, expires_at),
         video_url_expires_at=expires_at,
-        seed=params.seed,
+        seed=rollout.seed,
         metadata=RolloutMetadata(
             provider=PROVIDER,
             provider_name=PROVIDER_NAME,
-            executed_model=model.slug,
+            executed_model=result.model,
             upstream_id=result.request_id,
             cost=cost_usd,
             start_frame_resized=resized,
@@ -109,10 +108,8 @@ async def create_rollout(request: Request, parts: Parts, caller: Caller, active:
 )
 async def predict(request: Request, parts: Parts, caller: Caller, model: ActiveModel) -> Response:
     """One rollout on the active model; the answer is its mp4."""
-    form = await read_form(request, 8, parts.args.limits.body_timeout_s)
-    form.only(files=("frame", "actions"), fields=PredictParams.model_fields)
-    params = form.fields(PredictParams)
-    result, _ = await _run(request, parts, caller, model, "frame", form.file("frame"), [form.file("actions")], params)
+    rollout = await _read_predict(request, parts, caller, model, max_candidates=1)
+    result = await parts.replays.run(_digest(rollout), lambda: parts.ingress.run(rollout))
     return Response(result.videos[0], media_type="video/mp4", headers=_headers(result, caller))
 
 
@@ -124,12 +121,8 @@ async def predict(request: Request, parts: Parts, caller: Caller, model: ActiveM
 )
 async def predict_batch(request: Request, parts: Parts, caller: Caller, model: ActiveModel) -> Response:
     """K rollouts that share a start frame, reserved and charged as one; the answer is a tar of K mp4s in order."""
-    limits = parts.args.limits
-    form = await read_form(request, limits.max_candidates + 8, limits.body_timeout_s)
-    form.only(files=("frame", "actions"), fields=PredictParams.model_fields)
-    params = form.fields(PredictParams)
-    candidates = form.files("actions", limits.max_candidates)
-    result, _ = await _run(request, parts, caller, model, "frame", form.file("frame"), candidates, params)
+    rollout = await _read_predict(request, parts, caller, model, parts.args.limits.max_candidates)
+    result = await parts.replays.run(_digest(rollout), lambda: parts.ingress.run(rollout))
     headers = _headers(result, caller) | {"X-DreamEngine-Batch-Size": str(len(result.videos))}
     return Response(_tar(result.videos), media_type="application/x-tar", headers=headers)
 
@@ -147,29 +140,77 @@ async def get_video(rollout_id: str, expires: int, signature: str, parts: Parts)
     return FileResponse(path, media_type="video/mp4", filename=f"{rollout_id}.mp4", content_disposition_type="inline")
 
 
-def _named_model(request: Request, parts: Services, active: str, params: RolloutParams) -> ModelSpec:
-    """The model that `params` names, which must be the active one: 422 and never 404, see `errors`."""
-    model = parts.models.get(params.model)
+async def _read_rollout(
+    request: Request, parts: Services, caller: KeyRecord, active: str
+) -> tuple[RolloutRequest, bool]:
+    """The validated request of `POST /v1/rollouts`, and whether its start frame had to be resized."""
+    form = await read_form(request, 8, parts.args.limits.body_timeout_s)
+    form.only(files=("start_frame", "actions"), fields=("params",))
+    params = validate(RolloutParams, form.field("params"), "params")
+    model = _named_model(request, parts, active, params.model)
+    if params.mode == "async":
+        raise InvalidRequest("params.mode", "async rollouts are not offered by this version; sync is accepted")
+    if params.webhook_url is not None:
+        raise InvalidRequest("params.webhook_url", "webhooks are not offered by this version; nothing was run")
+    if params.score:
+        raise InvalidRequest("params.score", "scores are not offered by this version; false is accepted")
+    inputs = Inputs("start_frame", form.file("start_frame"), [form.file("actions")])
+    return await _assemble(request, parts, caller, model, inputs, params, "params.num_steps")
+
+
+async def _read_predict(
+    request: Request, parts: Services, caller: KeyRecord, model: ModelSpec, max_candidates: int
+) -> RolloutRequest:
+    """The validated request of `POST /v1/predict` and `/v1/predict/batch`."""
+    form = await read_form(request, max_candidates + 8, parts.args.limits.body_timeout_s)
+    form.only(files=("frame", "actions"), fields=PredictParams.model_fields)
+    params = form.fields(PredictParams)
+    frame = form.file("frame")
+    candidates = [form.file("actions")] if max_candidates == 1 else form.files("actions", max_candidates)
+    inputs = Inputs("frame", frame, candidates)
+    rollout, _ = await _assemble(request, parts, caller, model, inputs, params, "num_steps")
+    return rollout
+
+
+def _named_model(request: Request, parts: Services, active: str, slug: str) -> ModelSpec:
+    """A served model; under `/models/{slug}/` the one of the path. 422 and never 404, see `errors`."""
+    model = parts.models.get(slug)
     if model is None:
-        raise ModelRefused("params.model", f"{params.model!r} is not served here; see /v1/models")
-    if "base_model" in request.path_params and params.model != active:
-        raise ModelRefused("params.model", f"{params.model!r} is not active under this base URL; {active!r} is")
+        raise ModelRefused("params.model", f"{slug!r} is not served here; see /v1/models")
+    if "base_model" in request.path_params and slug != active:
+        raise ModelRefused("params.model", f"{slug!r} is not active under this base URL; {active!r} is")
     return model.spec
 
 
-async def _run(
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """The files of a request as they came, and the name that its frame has on this route."""
+
+    frame_field: str
+    frame: bytes
+    candidates: Sequence[bytes]
+
+
+async def _assemble(
     request: Request,
     parts: Services,
     caller: KeyRecord,
     model: ModelSpec,
-    frame_field: str,
-    frame: bytes,
-    candidates: Sequence[bytes],
+    inputs: Inputs,
     params: RolloutParams | PredictParams,
-) -> tuple[RolloutResult, bool]:
-    """Decode and validate everything, then run it unless an identical request of this customer just did."""
+    steps_field: str,
+) -> tuple[RolloutRequest, bool]:
+    """Decode and check everything. The files are let go of here: only arrays live as long as the rollout."""
+    num_steps = model.default_num_steps if params.num_steps is None else params.num_steps
+    most = parts.max_row_steps[model.slug]
+    if num_steps * len(inputs.candidates) > most:
+        raise InvalidRequest(
+            steps_field,
+            f"{num_steps} steps of {len(inputs.candidates)} candidates are too many; steps x candidates up to {most}"
+            " are accepted",
+        )
     start_frame, actions, resized = await asyncio.get_running_loop().run_in_executor(
-        parts.decoders, _decode, parts, model, frame_field, frame, candidates
+        parts.decoders, _decode, parts, model, inputs
     )
     rollout = RolloutRequest(
         request_id=request.state.request_id,
@@ -179,18 +220,17 @@ async def _run(
         start_frame=start_frame,
         candidates=tuple(actions),
         seed=params.seed,
-        num_steps=model.default_num_steps if params.num_steps is None else params.num_steps,
+        num_steps=num_steps,
         guidance=model.default_guidance if params.guidance is None else params.guidance,
     )
-    result = await parts.replays.run(_digest(rollout), lambda: parts.ingress.run(rollout))
-    return result, resized
+    return rollout, resized
 
 
-def _decode(
-    parts: Services, model: ModelSpec, frame_field: str, frame: bytes, candidates: Sequence[bytes]
-) -> tuple[Frame, list[Actions], bool]:
-    limits = parts.args.limits
-    start_frame, resized = decode_start_frame(frame, frame_field, model.resolution, limits.max_image_pixels)
+def _decode(parts: Services, model: ModelSpec, inputs: Inputs) -> tuple[Frame, list[Actions], bool]:
+    limits, candidates = parts.args.limits, inputs.candidates
+    start_frame, resized = decode_start_frame(
+        inputs.frame, inputs.frame_field, model.resolution, limits.max_image_pixels
+    )
     fields = ["actions"] if len(candidates) == 1 else [f"actions[{index}]" for index in range(len(candidates))]
     actions = [
         decode_actions(candidate, field, model.action_dim, limits.max_actions)
@@ -209,6 +249,10 @@ def _digest(rollout: RolloutRequest) -> str:
         digest.update(str(actions.shape).encode())
         digest.update(actions.tobytes())
     return digest.hexdigest()
+
+
+def _rollout_id(request_id: RequestId) -> str:
+    return f"rollout_{request_id.removeprefix('req_')}"
 
 
 def _headers(result: RolloutResult, caller: KeyRecord) -> dict[str, str]:

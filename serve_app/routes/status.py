@@ -5,13 +5,16 @@ import time
 from importlib.metadata import version
 from typing import Literal
 
+import structlog
 from fastapi import APIRouter
 
 from deployments.model_client import ModelClient
 from deployments.scheduler import SchedulerStatus
-from deployments.status import WINDOW_S, ModelReport, Percentiles
+from deployments.status import NOTHING_YET, WINDOW_S, ModelReport, Percentiles
 from serve_app.context import ActiveSlug, Parts
 from serve_app.schemas import Health, LatencyPercentiles, ModelStatus, Status
+
+log = structlog.get_logger(__name__)
 
 router = APIRouter(tags=["status"])
 
@@ -24,11 +27,18 @@ async def healthz() -> Health:
 @router.get("/v1/status")
 async def get_status(parts: Parts, active: ActiveSlug) -> Status:
     """Counts and percentiles over the last 24 hours, since this cluster started; queues as of now."""
-    counting_since, reports = await parts.status.report()
+    try:
+        counting_since, reports = await parts.status.report()
+    except Exception as error:  # the queues are still worth showing
+        log.warning("status_unreachable", error=type(error).__name__)
+        counting_since, reports = time.time(), {}
     queues = await asyncio.gather(*(_queue(model) for model in parts.models.values()))
     return Status(
         model=active,
-        models={slug: _model_status(reports[slug], queue) for slug, queue in zip(parts.models, queues, strict=True)},
+        models={
+            slug: _model_status(reports.get(slug, NOTHING_YET), queue)
+            for slug, queue in zip(parts.models, queues, strict=True)
+        },
         uptime_s=round(time.time() - counting_since, 3),
         window_s=WINDOW_S,
         version=version("dream-engine-cluster"),

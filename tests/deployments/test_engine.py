@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deployments.engine import Engine
+from deployments.engine import MAX_FAILED_JOBS, Engine
 from deployments.messages import ChunkDone, ChunkFailed, ChunkRow
 from deployments.video import join_chunks
 from tests.support.models import RAISE, StandInModel, StandInRow
@@ -84,8 +84,8 @@ def test_chunk_zero_begins_with_the_start_frame_and_later_chunks_do_not(engine: 
         (outcome,) = engine.submit([row(chunk=chunk)]).result(10).outcomes
         assert isinstance(outcome, ChunkDone)
         clips.append(outcome.video)
-    assert len(decode(join_chunks(clips[:1], FPS))) == 13
-    assert len(decode(join_chunks(clips[1:], FPS))) == 12
+    assert len(decode(join_chunks(clips[:1], FPS, 13))) == 13
+    assert len(decode(join_chunks(clips[1:], FPS, 12))) == 12
 
 
 def test_a_poisoned_candidate_fails_alone(engine: Engine) -> None:
@@ -137,9 +137,11 @@ def test_a_job_waits_until_it_fits_whole(stepped: tuple[Engine, SteppedModel]) -
     assert model.batches == [3, 2]
 
 
-def test_a_job_wider_than_the_engine_runs_when_it_is_empty(engine: Engine, model: StandInModel) -> None:
-    assert len(engine.submit([row(candidate) for candidate in range(20)]).result(10).outcomes) == 20
-    assert model.largest_batch == 20
+def test_a_job_wider_than_the_engine_runs_a_part_at_a_time(engine: Engine, model: StandInModel) -> None:
+    report = engine.submit([row(candidate, length=1 + candidate % 3) for candidate in range(20)]).result(10)
+    last = [int(outcome.last_frame[0, 0, 0]) for outcome in report.outcomes if isinstance(outcome, ChunkDone)]
+    assert last == [101 + candidate % 3 for candidate in range(20)]
+    assert model.largest_batch == 8
 
 
 def test_a_cancelled_job_leaves_the_batch_at_the_next_step(stepped: tuple[Engine, SteppedModel]) -> None:
@@ -172,5 +174,59 @@ def test_stopping_finishes_what_runs_and_takes_nothing_more(model: StandInModel)
     report = engine.submit([row(num_steps=5)])
     engine.stop()
     assert isinstance(report.result(0).outcomes[0], ChunkDone)
-    with pytest.raises(RuntimeError, match="stopping"):
+    with pytest.raises(RuntimeError, match="has stopped"):
         engine.submit([row()])
+
+
+def test_a_cancelled_job_at_the_head_does_not_hold_up_the_next(stepped: tuple[Engine, SteppedModel]) -> None:
+    engine, model = stepped
+    running = engine.submit([row(num_steps=3)])
+    model.entered.acquire(timeout=10)
+    wide, narrow = engine.submit([row(candidate) for candidate in range(4)]), engine.submit([row()])
+    assert wide.cancel()
+    model.permits.release(10)
+    running.result(10), narrow.result(10)
+    assert model.batches == [1, 2, 1]
+
+
+def test_a_hung_model_is_not_healthy() -> None:
+    model, now = SteppedModel(), [0.0]
+    engine = Engine(model, RESOLUTION, FPS, max_rows=4, stall_s=60.0, clock=lambda: now[0])
+    report = engine.submit([row()])
+    model.entered.acquire(timeout=10)
+    now[0] = 60.0
+    assert engine.healthy()
+    now[0] = 60.1
+    assert not engine.healthy()
+    model.permits.release(10)
+    report.result(10)
+    assert engine.healthy()
+    engine.stop()
+
+
+def test_a_model_that_fails_every_job_is_not_healthy_and_one_success_clears_it(engine: Engine) -> None:
+    for _ in range(MAX_FAILED_JOBS - 1):
+        engine.submit([row(poisoned=True)]).result(10)
+    assert engine.healthy()
+    engine.submit([row(poisoned=True), row()]).result(10)
+    for _ in range(MAX_FAILED_JOBS):
+        engine.submit([row(poisoned=True)]).result(10)
+    assert not engine.healthy()
+    engine.submit([row()]).result(10)
+    assert engine.healthy()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_engine_whose_loop_breaks_fails_its_jobs_and_takes_no_more(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken() -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(engine, "_drop_cancelled", broken)
+    with pytest.raises(RuntimeError, match="has stopped"):
+        engine.submit([row()]).result(10)
+    with pytest.raises(RuntimeError, match="has stopped"):
+        engine.submit([row()])
+    engine.stop()
+    assert not engine.healthy()

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from billing.commands import CustomerId, RevokeKey
+import deployments.ingress
+import deployments.ledger_client
+from billing.commands import Command, CustomerId, Outcome, RevokeKey, Settle
 from billing.keys import mint_request_id, token_sha256
 from billing.reader import KeyRecord
 from deployments.errors import CreditsInsufficient, EngineFailed, KeyNotAccepted, ModelOverloaded
@@ -158,7 +160,7 @@ async def test_the_refund_is_durable_before_the_failure_is_answered(app: App) ->
 async def test_an_overloaded_model_refunds_and_says_when_to_come_back(
     app: App, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def overloaded(*_: object) -> None:
+    async def overloaded(*_: object, **__: object) -> None:
         raise ModelOverloaded(SLUG, 7)
 
     monkeypatch.setattr(app.model, "run_chunk", overloaded)
@@ -170,7 +172,7 @@ async def test_an_overloaded_model_refunds_and_says_when_to_come_back(
 
 
 async def test_an_unexpected_error_refunds_too(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def broken(*_: object) -> None:
+    async def broken(*_: object, **__: object) -> None:
         raise KeyError("a bug")
 
     monkeypatch.setattr(app.model, "run_chunk", broken)
@@ -189,7 +191,7 @@ async def test_a_client_that_leaves_during_a_step_is_refunded_and_its_rows_leave
     with pytest.raises(asyncio.CancelledError):
         await running
     held.model.model.gate.set()
-    await held.services.ingress._ledger.flush()
+    await ingress(held).drain(0)
     assert held.ledger.rows(key.customer_id) == [("credit", 1_000), ("debit", -245), ("refund", 245)]
 
 
@@ -201,7 +203,7 @@ async def test_a_client_that_leaves_during_the_reservation_is_refunded(app: App)
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
         await running
-    await app.services.ingress._ledger.flush()
+    await ingress(app).drain(0)
     assert balance(app, key.customer_id) == 1_000
 
 
@@ -224,10 +226,66 @@ async def test_draining_refunds_what_does_not_finish_in_time(held: App) -> None:
     running = asyncio.create_task(ingress(held).run(request_of(key)))
     await asyncio.to_thread(held.model.model.entered.acquire)
     await ingress(held).drain(timeout_s=0)
-    with pytest.raises(asyncio.CancelledError):
+    assert running.done()
+    assert held.ledger.rows(key.customer_id)[-1] == ("refund", 245)
+    with pytest.raises(ModelOverloaded):
         await running
-    await held.services.ingress._ledger.flush()
-    assert balance(held, key.customer_id) == 245
+
+
+async def test_a_client_that_leaves_while_the_ledger_settles_is_answered_for_its_retry(
+    app: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once the frames exist nothing may come between them and their caller: the settlement is not waited for."""
+    away = asyncio.Event()
+    send = app.ledger_call.call
+
+    async def settlements_wait(commands: list[Command]) -> list[Outcome]:
+        if any(isinstance(command, Settle) for command in commands):
+            await away.wait()
+        return await send(commands)
+
+    monkeypatch.setattr(app.ledger_call, "call", settlements_wait)
+    key = customer(app, 1_000)
+    result = await ingress(app).run(request_of(key))
+    assert result.num_frames == 49
+    away.set()
+    await ingress(app).drain(0)
+    reservation = app.ledger.reader.reservation(result.request_id)
+    assert reservation is not None
+    assert (reservation.state, reservation.captured_mils) == ("settled", 245)
+
+
+async def test_a_settlement_is_tried_until_the_ledger_is_back(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deployments.ingress, "SETTLE_RETRY_S", 0.0)
+    monkeypatch.setattr(deployments.ledger_client, "RETRY_FOR_S", 0.05)
+    monkeypatch.setattr(deployments.ledger_client, "RETRY_EVERY_S", 0.01)
+    failures = 30
+    send = app.ledger_call.call
+
+    async def flaky(commands: list[Command]) -> list[Outcome]:
+        nonlocal failures
+        if any(isinstance(command, Settle) for command in commands) and failures:
+            failures -= 1
+            raise ConnectionError
+        return await send(commands)
+
+    monkeypatch.setattr(app.ledger_call, "call", flaky)
+    result = await ingress(app).run(request_of(customer(app, 1_000)))
+    await ingress(app).drain(0)
+    reservation = app.ledger.reader.reservation(result.request_id)
+    assert reservation is not None
+    assert reservation.state == "settled"
+    assert failures == 0
+
+
+async def test_a_video_that_cannot_be_kept_is_not_charged(app: App) -> None:
+    async def disk_full(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    key = customer(app, 1_000)
+    with pytest.raises(OSError, match="no space"):
+        await ingress(app).run(request_of(key), disk_full)
+    assert balance(app, key.customer_id) == 1_000
 
 
 async def test_concurrent_rollouts_spend_exactly_the_balance_and_not_a_mil_more(app: App) -> None:

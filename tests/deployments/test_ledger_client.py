@@ -85,10 +85,12 @@ async def test_a_failed_call_is_repeated_until_the_ledger_is_back(
 async def test_a_ledger_that_stays_away_is_reported_and_the_next_command_is_tried(
     client: LedgerClient, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(deployments.ledger_client, "RETRY_FOR_S", 0.2)
-    ledger.failures = 1
+    monkeypatch.setattr(deployments.ledger_client, "RETRY_FOR_S", 0.05)
+    monkeypatch.setattr(deployments.ledger_client, "RETRY_EVERY_S", 0.01)
+    ledger.failures = 1_000_000
     with pytest.raises(LedgerUnavailable):
         await client.apply(settle("a"))
+    ledger.failures = 0
     assert await client.apply(settle("b")) == HeartbeatDone(0)
 
 

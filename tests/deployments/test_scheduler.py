@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from deployments.messages import ReplicaId, TicketId
-from deployments.scheduler import Grant, Overloaded, Scheduler, SchedulerLimits, Ticket
+from deployments.scheduler import MAX_RETRY_AFTER_S, Grant, Overloaded, Scheduler, SchedulerLimits, Ticket
 
 LIMITS = SchedulerLimits(max_queued_rows=16, replica_timeout_s=5.0, grant_timeout_s=60.0)
 
@@ -90,16 +90,15 @@ def test_a_queue_with_exactly_enough_room_accepts(scheduler: Scheduler) -> None:
     assert scheduler.submit(ticket("b", 1)) is None
 
 
-def test_retry_after_follows_the_measured_time_per_row(clock: Clock) -> None:
+def test_retry_after_follows_the_measured_rate_and_has_a_ceiling(clock: Clock) -> None:
     waits = []
-    for row_s in (0.1, 3.0):
+    for row_s in (0.1, 1.0, 10.0):
         scheduler = Scheduler(clock, LIMITS)
-        scheduler.replica_alive(ReplicaId("r"), 1)
-        for index in range(100):
+        for index in range(50):
+            scheduler.replica_alive(ReplicaId("r"), 1)
             scheduler.submit(ticket(str(index)))
             scheduler.dispatch()
             clock.now += row_s
-            scheduler.replica_alive(ReplicaId("r"), 1)
             scheduler.complete(TicketId(str(index)))
         scheduler.submit(ticket("running"))
         scheduler.dispatch()
@@ -107,7 +106,65 @@ def test_retry_after_follows_the_measured_time_per_row(clock: Clock) -> None:
         refusal = scheduler.submit(ticket("refused"))
         assert isinstance(refusal, Overloaded)
         waits.append(refusal.retry_after_s)
-    assert waits == [2, 48]
+    assert waits[0] == 2
+    assert 16 <= waits[1] <= 17
+    assert waits[2] == MAX_RETRY_AFTER_S
+
+
+def test_a_rollout_that_has_begun_is_never_refused_and_goes_first(scheduler: Scheduler) -> None:
+    scheduler.submit(ticket("new", 16))
+    assert isinstance(scheduler.submit(ticket("refused")), Overloaded)
+    assert scheduler.submit(Ticket(TicketId("next chunk"), 8, begun=True)) is None
+    scheduler.replica_alive(ReplicaId("r"), 24)
+    assert granted(scheduler.dispatch()) == ["next chunk", "new"]
+
+
+@pytest.mark.parametrize("load", [1.2, 4.0])
+def test_under_overload_hardly_a_chunk_is_run_that_is_not_paid_for(clock: Clock, load: float) -> None:
+    """Rollouts of 20 chunks of 8 rows arrive faster than one replica can run them; a refused one gives up."""
+    scheduler = Scheduler(clock, LIMITS)
+    chunks, chunk_s, run, delivered, arrivals = 20, 1.0, 0, 0, 0.0
+    progress: dict[str, int] = {}
+    for tick in range(2_000):
+        clock.now = tick * chunk_s
+        scheduler.replica_alive(ReplicaId("r"), 8)
+        arrivals += load / chunks
+        while arrivals >= 1:
+            arrivals -= 1
+            if scheduler.submit(ticket(f"{tick}/{arrivals}", 8)) is None:
+                progress[f"{tick}/{arrivals}"] = 0
+        scheduler.expire()
+        for name in granted(scheduler.dispatch()):
+            scheduler.complete(TicketId(name))
+            run += 1
+            rollout = name.split("#")[0]
+            progress[rollout] += 1
+            if progress[rollout] == chunks:
+                delivered += chunks
+            else:
+                follow = Ticket(TicketId(f"{rollout}#{progress[rollout]}"), 8, begun=True)
+                assert scheduler.submit(follow) is None
+    assert delivered / run >= 0.95
+
+
+def test_a_ticket_that_is_sent_twice_is_queued_once(scheduler: Scheduler) -> None:
+    scheduler.submit(ticket("a", 8))
+    assert scheduler.submit(ticket("a", 8)) is None
+    assert scheduler.status().queued_rows == 8
+    scheduler.replica_alive(ReplicaId("r"), 8)
+    assert granted(scheduler.dispatch()) == ["a"]
+    scheduler.submit(ticket("a", 8))
+    assert scheduler.status().queued_rows == 0
+
+
+def test_a_ticket_out_of_patience_leaves_the_queue_and_is_named(scheduler: Scheduler, clock: Clock) -> None:
+    scheduler.submit(Ticket(TicketId("a"), 8, patience_s=10.0))
+    scheduler.submit(Ticket(TicketId("b"), 8, patience_s=20.0))
+    clock.now = 10.0
+    assert scheduler.expire() == []
+    clock.now = 10.1
+    assert scheduler.expire() == ["a"]
+    assert scheduler.status().queued_rows == 8
 
 
 def test_a_withdrawn_ticket_is_never_granted(scheduler: Scheduler) -> None:
@@ -165,7 +222,7 @@ def test_a_grant_whose_ingress_vanished_is_taken_back(scheduler: Scheduler, cloc
     scheduler.replica_alive(ReplicaId("r"), 1)
     scheduler.submit(ticket("orphan"))
     scheduler.dispatch()
-    scheduler.submit(ticket("waiting"))
+    scheduler.submit(Ticket(TicketId("waiting"), 1, patience_s=100.0))
     clock.now = LIMITS.grant_timeout_s + 1
     scheduler.replica_alive(ReplicaId("r"), 1)
     scheduler.expire()

@@ -60,7 +60,17 @@ def test_memory_is_bounded(clock: Clock) -> None:
 
 
 async def test_the_actor_keeps_models_apart() -> None:
-    actor = StatusActor(["a", "b"])
-    await actor.add([Sample("a", "failed", 1)])
+    actor = StatusActor()
+    await actor.add([Sample("a", "failed", 1), Sample("b", "refused", 1)])
     _, reports = await actor.report()
     assert (reports["a"].failed, reports["b"].failed) == (1, 0)
+
+
+async def test_a_report_is_made_anew_at_most_once_a_second(clock: Clock) -> None:
+    actor = StatusActor(clock)
+    await actor.add([done(1.0)])
+    for now, requests in ((0.0, 1), (0.9, 1), (1.0, 2)):
+        clock.now = now
+        assert (await actor.report())[1]["m"].requests == requests
+        if now == 0.0:
+            await actor.add([done(1.0)])

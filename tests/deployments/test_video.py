@@ -29,7 +29,7 @@ def psnr(one: list[Frame], other: list[Frame]) -> float:
 def test_chunks_encoded_apart_join_into_one_video_of_all_frames_in_order(resolution: tuple[int, int]) -> None:
     frames = moving_gradient(49, *resolution)
     pieces = [frames[:13], frames[13:25], frames[25:37], frames[37:]]
-    video = join_chunks([encode_chunk(piece, resolution, FPS) for piece in pieces], FPS)
+    video = join_chunks([encode_chunk(piece, resolution, FPS) for piece in pieces], FPS, 49)
     decoded = decode(video)
     assert len(decoded) == 49
     assert psnr(frames, decoded) > 35
@@ -37,7 +37,7 @@ def test_chunks_encoded_apart_join_into_one_video_of_all_frames_in_order(resolut
 
 def test_the_mp4_says_its_true_rate_and_length() -> None:
     frames = moving_gradient(49, 64, 64)
-    video = join_chunks([encode_chunk(frames[:13], (64, 64), FPS), encode_chunk(frames[13:], (64, 64), FPS)], FPS)
+    video = join_chunks([encode_chunk(frames[:13], (64, 64), FPS), encode_chunk(frames[13:], (64, 64), FPS)], FPS, 49)
     with av.open(io.BytesIO(video), "r") as container:
         stream = container.streams.video[0]
         assert stream.codec_context.name == "h264"
@@ -52,3 +52,9 @@ def test_the_mp4_says_its_true_rate_and_length() -> None:
 def test_the_same_frames_give_the_same_bytes() -> None:
     frames = moving_gradient(13, 64, 64)
     assert encode_chunk(frames, (64, 64), FPS) == encode_chunk(frames, (64, 64), FPS)
+
+
+def test_a_clip_that_lost_a_frame_is_never_passed_off_as_whole() -> None:
+    chunk = encode_chunk(moving_gradient(12, 64, 64), (64, 64), FPS)
+    with pytest.raises(ValueError, match="hold 12 frames, not 13"):
+        join_chunks([chunk], FPS, 13)

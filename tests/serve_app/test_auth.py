@@ -12,7 +12,7 @@ from structlog.testing import capture_logs
 from billing.commands import KeyId, KeyRevoked, RevokeKey
 from billing.keys import mint_token, token_sha256
 from billing.reader import LedgerReader
-from serve_app.logs import configure_logs
+from deployments.logs import configure_logs
 from tests.support.app import App
 from tests.support.hostile import MULTIPART
 from tests.support.payloads import actions, npy, png

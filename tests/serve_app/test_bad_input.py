@@ -219,7 +219,7 @@ class TestBody:
         await refused(app, body, "body: is not accepted as a multipart form: ", route=route)
 
     async def test_an_empty_form_is_refused_by_what_it_lacks(self, app: App, route: str) -> None:
-        lacks = {ROLLOUTS: "params: is missing", PREDICT: "frame: is missing", BATCH: "actions: is there 0 times"}
+        lacks = {ROLLOUTS: "params: is missing", PREDICT: "frame: is missing", BATCH: "frame: is missing"}
         await refused(app, multipart(), lacks[route], route=route)
 
     async def test_a_form_cut_off_before_its_closing_boundary_is_refused(self, app: App, route: str) -> None:

@@ -82,13 +82,13 @@ EXAMPLES: list[tuple[Exception, int, str, str]] = [
         LedgerUnavailable(),
         503,
         "OVERLOADED",
-        "the ledger cannot be reached, and nothing runs that is not paid for; try again shortly",
+        "the ledger cannot be reached; nothing runs that is not paid for. Try again shortly",
     ),
     (
         EngineFailed("tiny-pusher", "it raised"),
         500,
         "ENGINE_FAILED",
-        "tiny-pusher failed: it raised. The charge was refunded",
+        "tiny-pusher failed: it raised. Nothing is charged for it",
     ),
     (HTTPException(418, "teapot"), 418, "INVALID_REQUEST", "teapot"),
 ]

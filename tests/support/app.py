@@ -53,7 +53,15 @@ class LocalModel:
         self.model = model
         self.engine = Engine(model, spec.resolution, spec.fps, max_rows=16)
 
-    async def run_chunk(self, ticket_prefix: str, rows: Sequence[ChunkRow]) -> tuple[ChunkReport, ChunkTiming]:
+    def start(self) -> None:
+        pass
+
+    async def stop(self) -> None:
+        pass
+
+    async def run_chunk(
+        self, ticket_prefix: str, rows: Sequence[ChunkRow], begun: bool
+    ) -> tuple[ChunkReport, ChunkTiming]:
         report = await asyncio.wrap_future(self.engine.submit(rows))
         return report, ChunkTiming(0.0, report.infer_ms)
 
@@ -136,6 +144,7 @@ class App:
     api: FastAPI
     http: httpx.AsyncClient
     ledger: Ledgered
+    ledger_call: "LedgerCall"
     model: LocalModel
     services: Services
 
@@ -145,16 +154,23 @@ class App:
         return {"Authorization": f"Bearer {token}"}, customer_id
 
 
+@dataclass
+class LedgerCall:
+    """The hop to the ledger; a test may replace `call` with one that fails or waits."""
+
+    ledger: Ledgered
+
+    async def call(self, commands: list[Command]) -> list[Outcome]:
+        return await asyncio.wrap_future(self.ledger.writer.submit(commands))
+
+
 @contextlib.asynccontextmanager
 async def running_app(data_dir: Path, model: Any = None, limits: Limits | None = None) -> AsyncIterator[App]:
     """An application with its lifespan running over a new SQLite ledger, which must audit clean at the end."""
     with ledgered(f"sqlite:///{data_dir / 'ledger.db'}") as ledger:
-
-        async def call(commands: list[Command]) -> list[Outcome]:
-            return await asyncio.wrap_future(ledger.writer.submit(commands))
-
+        ledger_call = LedgerCall(ledger)
         local = LocalModel(model_spec(CATALOG[SLUG]), model or StandInModel(Path(), "cpu"))
-        status = StatusClient(LocalActor(StatusActor([SLUG])))
+        status = StatusClient(LocalActor(StatusActor()))
         services = Services(
             args=ClusterArgs(
                 data_dir=data_dir,
@@ -162,8 +178,9 @@ async def running_app(data_dir: Path, model: Any = None, limits: Limits | None =
                 models=(ModelArgs(slug=SLUG, checkpoint=""),),
                 limits=limits or Limits(),
             ),
-            ingress=Ingress(LedgerClient(call), {SLUG: local}, status),  # type: ignore[dict-item]
+            ingress=Ingress(LedgerClient(lambda commands: ledger_call.call(commands)), {SLUG: local}, status),  # type: ignore[dict-item]
             models={SLUG: local},  # type: ignore[dict-item]
+            max_row_steps={SLUG: 1024},
             reader=ledger.reader,
             buckets=TokenBuckets(time.monotonic),
             replays=Replays(time.monotonic),
@@ -178,6 +195,6 @@ async def running_app(data_dir: Path, model: Any = None, limits: Limits | None =
             api.router.lifespan_context(api),
             httpx.AsyncClient(transport=transport, base_url="http://cluster.test") as http,
         ):
-            yield App(api, http, ledger, local, services)
+            yield App(api, http, ledger, ledger_call, local, services)
         local.engine.stop()
         assert invariants.audit(ledger.database) == []

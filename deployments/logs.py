@@ -1,6 +1,7 @@
 """One JSON object per line, to standard error of whichever process logs. Values are ids and numbers, never secrets."""
 
 import logging
+import sys
 
 import structlog
 
@@ -14,6 +15,6 @@ def configure_logs(level: int = logging.INFO) -> None:
             structlog.processors.format_exc_info,
             structlog.processors.JSONRenderer(),
         ],
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        cache_logger_on_first_use=True,
     )

@@ -1,0 +1,231 @@
+"""The client of one model, between a real scheduler and replicas that a test plays; replies may be on their way."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any
+
+import numpy as np
+import pytest
+from ray.exceptions import ActorDiedError, RayTaskError
+
+import deployments.model_client
+from billing.money import Mils
+from deployments.errors import EngineFailed, ModelOverloaded
+from deployments.messages import ChunkDone, ChunkJob, ChunkReport, ChunkRow, ModelSpec, ReplicaId
+from deployments.model_client import ModelClient
+from deployments.scheduler import SchedulerLimits
+from deployments.scheduler_actor import SchedulerActor
+
+SPEC = ModelSpec("m", (64, 64), 8, 12, 10, 4, 0.0, Mils(5))
+ROW = ChunkRow(np.zeros((64, 64, 3), np.uint8), np.zeros((12, 8), np.float32), 0, 0, 0, 1, 0.0)
+REPORT = ChunkReport((ChunkDone(b"", ROW.start_frame),), 1.0)
+
+
+class Call:
+    """What `.remote()` returns: awaitable, cancellable, and already under way."""
+
+    def __init__(self, work: Coroutine[Any, Any, Any]) -> None:
+        self._task = asyncio.ensure_future(work)
+
+    def __await__(self) -> Any:
+        return asyncio.shield(self._task).__await__()
+
+    def cancel(self) -> None:
+        self._task.cancel()
+
+
+class Method:
+    def __init__(self, work: Callable[..., Coroutine[Any, Any, Any]], delay: asyncio.Event) -> None:
+        self._work, self._delay = work, delay
+
+    def remote(self, *args: Any) -> Call:
+        async def call() -> Any:
+            result = await self._work(*args)
+            await self._delay.wait()
+            return result
+
+        return Call(call())
+
+
+class Remote:
+    """An actor's handle. While `replies` is clear the actor works, but its answers are still on their way."""
+
+    def __init__(self, target: Any) -> None:
+        self.target = target
+        self.replies = asyncio.Event()
+        self.replies.set()
+
+    def __getattr__(self, name: str) -> Method:
+        return Method(getattr(self.target, name), self.replies)
+
+
+class Replicas:
+    """Answers each job with the next of `script`: a report, or what to raise; a job beyond it waits for ever."""
+
+    def __init__(self) -> None:
+        self.script: list[ChunkReport | BaseException] = []
+        self.jobs: list[ChunkJob] = []
+        self.cancelled = 0
+
+    async def run_chunk(self, job: ChunkJob) -> ChunkReport:
+        self.jobs.append(job)
+        if not self.script:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                self.cancelled += 1
+                raise
+        answer = self.script.pop(0)
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+
+@pytest.fixture
+def scheduler() -> Remote:
+    return Remote(SchedulerActor(SchedulerLimits(max_queued_rows=4)))
+
+
+@pytest.fixture
+def replicas() -> Replicas:
+    return Replicas()
+
+
+@pytest.fixture
+async def client(scheduler: Remote, replicas: Replicas, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[ModelClient]:
+    monkeypatch.setattr(deployments.model_client.ray, "cancel", lambda call: call.cancel())
+    running = ModelClient(SPEC, scheduler, Remote(replicas), queue_timeout_s=30.0, chunk_timeout_s=30.0)
+    running.start()
+    yield running
+    await running.stop()
+
+
+async def announce(scheduler: Remote, name: str = "r", rows: int = 1) -> None:
+    await scheduler.target.replica_alive(ReplicaId(name), rows)
+
+
+async def settled() -> None:
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+async def held_rows(scheduler: Remote) -> int:
+    await settled()
+    status = await scheduler.target.status()
+    return int(status.running_rows + status.queued_rows)
+
+
+async def test_a_chunk_runs_on_the_granted_replica_and_frees_its_room(
+    client: ModelClient, scheduler: Remote, replicas: Replicas
+) -> None:
+    await announce(scheduler, "the one")
+    replicas.script = [REPORT]
+    report, _ = await client.run_chunk("a/0", [ROW], begun=False)
+    assert report is REPORT
+    assert replicas.jobs[0].replica_id == "the one"
+    assert await held_rows(scheduler) == 0
+
+
+async def test_a_replica_that_dies_is_reported_and_the_same_rows_run_elsewhere(
+    client: ModelClient, scheduler: Remote, replicas: Replicas
+) -> None:
+    await announce(scheduler, "dies")
+    replicas.script = [ActorDiedError(), REPORT]
+    running = asyncio.create_task(client.run_chunk("a/0", [ROW], begun=False))
+    await settled()
+    await announce(scheduler, "lives")
+    await running
+    assert [job.replica_id for job in replicas.jobs] == ["dies", "lives"]
+    assert replicas.jobs[0].rows == replicas.jobs[1].rows
+    assert await held_rows(scheduler) == 0
+
+
+async def test_a_chunk_is_given_up_after_three_dead_replicas(
+    client: ModelClient, scheduler: Remote, replicas: Replicas
+) -> None:
+    for name in "abc":
+        await announce(scheduler, name)
+    replicas.script = [ActorDiedError() for _ in range(3)]
+    with pytest.raises(EngineFailed, match="died"):
+        await client.run_chunk("a/0", [ROW], begun=False)
+    assert len({job.replica_id for job in replicas.jobs}) == 3
+    assert await held_rows(scheduler) == 0
+
+
+async def test_a_replica_that_raises_is_an_engine_failure_that_says_nothing_of_its_inside(
+    client: ModelClient, scheduler: Remote, replicas: Replicas
+) -> None:
+    await announce(scheduler)
+    replicas.script = [RayTaskError("run_chunk", "Traceback: secret", ValueError("secret"))]
+    with pytest.raises(EngineFailed) as failure:
+        await client.run_chunk("a/0", [ROW], begun=False)
+    assert "secret" not in str(failure.value)
+    assert await held_rows(scheduler) == 0
+
+
+async def test_a_hung_replica_is_given_up_and_its_work_cancelled(
+    client: ModelClient, scheduler: Remote, replicas: Replicas, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "_chunk_timeout_s", 0.01)
+    await announce(scheduler)
+    with pytest.raises(EngineFailed, match="no answer"):
+        await client.run_chunk("a/0", [ROW], begun=False)
+    assert await held_rows(scheduler) == 0
+    assert replicas.cancelled == 1
+
+
+@pytest.mark.parametrize("stage", ["queued", "grant on its way", "running"])
+async def test_a_client_that_leaves_holds_no_room_whatever_was_under_way(
+    client: ModelClient, scheduler: Remote, replicas: Replicas, stage: str
+) -> None:
+    if stage != "queued":
+        await announce(scheduler)
+    if stage == "grant on its way":
+        scheduler.replies.clear()
+    running = asyncio.create_task(client.run_chunk("a/0", [ROW], begun=False))
+    await settled()
+    assert await held_rows(scheduler) == 1
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    scheduler.replies.set()
+    assert await held_rows(scheduler) == 0
+    assert replicas.cancelled == (1 if stage == "running" else 0)
+
+
+async def test_waiting_in_vain_is_overload_and_leaves_the_queue(
+    client: ModelClient, scheduler: Remote, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "_queue_timeout_s", 0.01)
+    with pytest.raises(ModelOverloaded):
+        await client.run_chunk("a/0", [ROW], begun=False)
+    assert await held_rows(scheduler) == 0
+
+
+async def test_a_full_queue_is_overload_at_once(client: ModelClient, scheduler: Remote) -> None:
+    waiting = asyncio.create_task(client.run_chunk("a/0", [ROW] * 4, begun=False))
+    await settled()
+    with pytest.raises(ModelOverloaded):
+        await client.run_chunk("b/0", [ROW], begun=False)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+
+
+async def test_a_scheduler_that_restarts_is_asked_again(
+    client: ModelClient, scheduler: Remote, replicas: Replicas, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deployments.model_client, "SCHEDULER_RETRY_S", 0.0)
+    works, deaths = scheduler.target.acquire, 2
+
+    async def dies_at_first(ticket: Any) -> Any:
+        nonlocal deaths
+        if deaths:
+            deaths -= 1
+            raise ActorDiedError()
+        return await works(ticket)
+
+    monkeypatch.setattr(scheduler.target, "acquire", dies_at_first)
+    await announce(scheduler)
+    replicas.script = [REPORT]
+    assert (await client.run_chunk("a/0", [ROW], begun=False))[0] is REPORT
