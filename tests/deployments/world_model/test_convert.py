@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from deployments.world_model import PRESETS, CheckpointError, ChunkInput, WorldModel, WorldModelConfig
 from deployments.world_model.checkpoint import convert as converting
-from deployments.world_model.checkpoint import read_checkpoint, write_checkpoint
+from deployments.world_model.checkpoint import manifest, read_checkpoint, write_checkpoint
 from deployments.world_model.checkpoint.__main__ import main
 from deployments.world_model.checkpoint.convert import convert
 from deployments.world_model.dit import DiT
@@ -100,6 +100,16 @@ def distributed(published: dict[str, Any], tmp_path_factory: pytest.TempPathFact
     return write_distributed(tmp_path_factory.mktemp("dcp") / "model", published)
 
 
+@pytest.fixture(scope="session")
+def converted(
+    config: WorldModelConfig, distributed: Path, tokenizer_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The distributed checkpoint, converted with a text of zeros."""
+    directory = tmp_path_factory.mktemp("converted")
+    convert(config, distributed, directory, tokenizer=tokenizer_file, progress=False)
+    return directory
+
+
 @pytest.fixture
 def to_file(tmp_path: Path) -> Callable[[Any], Path]:
     def write(content: Any) -> Path:
@@ -137,13 +147,17 @@ def assert_served(directory: Path, denoiser: Tensors) -> WorldModel:
     return model
 
 
+def assert_same_bytes(one: Path, other: Path) -> None:
+    for name in ("model.safetensors", "config.json"):
+        assert (one / name).read_bytes() == (other / name).read_bytes()
+
+
 def test_a_distributed_checkpoint_converts_to_its_averaged_weights_and_serves(
-    config: WorldModelConfig, distributed: Path, denoiser: Tensors, tokenizer_file: Path, tmp_path: Path
+    distributed: Path, converted: Path, denoiser: Tensors
 ) -> None:
     assert len(list(distributed.glob("*.distcp"))) > 1
-    convert(config, distributed, tmp_path / "out", tokenizer=tokenizer_file, progress=False)
-    assert_served(tmp_path / "out", denoiser)
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
+    assert_served(converted, denoiser)
+    assert sorted(path.name for path in converted.iterdir()) == ["config.json", "model.safetensors"]
 
 
 def test_a_tensor_that_ranks_wrote_in_shards_is_put_together(
@@ -188,7 +202,7 @@ def test_a_pt_file_converts_to_the_same_bytes_as_the_distributed_checkpoint(
     config: WorldModelConfig,
     published: dict[str, Any],
     denoiser: Tensors,
-    distributed: Path,
+    converted: Path,
     tokenizer_file: Path,
     to_file: Callable[[Any], Path],
     tmp_path: Path,
@@ -196,23 +210,18 @@ def test_a_pt_file_converts_to_the_same_bytes_as_the_distributed_checkpoint(
 ) -> None:
     renamed = {name.replace("net_ema.", "net."): tensor for name, tensor in denoiser.items()}
     source = to_file(published if averaged else renamed)
-    for name, path in (("file", source), ("directory", distributed)):
-        convert(config, path, tmp_path / name, tokenizer=tokenizer_file, progress=False)
-    one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("file", "directory"))
-    assert one == other
+    convert(config, source, tmp_path / "out", tokenizer=tokenizer_file, progress=False)
+    assert_same_bytes(tmp_path / "out", converted)
 
 
 # --- the constant prompt
 
 
-def test_without_an_embedding_the_text_is_zeros_and_costs_one_key(
-    config: WorldModelConfig, distributed: Path, denoiser: Tensors, tokenizer_file: Path, tmp_path: Path
-) -> None:
-    convert(config, distributed, tmp_path / "out", tokenizer=tokenizer_file, progress=False)
-    _, tensors = read_checkpoint(tmp_path / "out")
+def test_without_an_embedding_the_text_is_zeros_and_costs_one_key(converted: Path, denoiser: Tensors) -> None:
+    _, tensors = read_checkpoint(converted)
     expected = functional.gelu(denoiser["net_ema.crossattn_proj.0.bias"]).expand(TOKENS, -1)
     torch.testing.assert_close(tensors["context"].float(), expected, atol=0.01, rtol=0.01)
-    assert WorldModel.load(tmp_path / "out").context[0][0].shape[1] == 1
+    assert WorldModel.load(converted).context[0][0].shape[1] == 1
 
 
 @pytest.mark.parametrize("shape", [(TOKENS, TEXT_DIM), (1, TOKENS, TEXT_DIM)], ids=str)
@@ -230,11 +239,8 @@ def test_the_embedding_is_folded_into_what_the_denoiser_attends_to(
         torch.testing.assert_close(v, expected_v, atol=0.05, rtol=0.05)
 
 
-def test_a_context_of_another_shape_is_refused(
-    config: WorldModelConfig, distributed: Path, tokenizer_file: Path, tmp_path: Path
-) -> None:
-    convert(config, distributed, tmp_path / "out", tokenizer=tokenizer_file, progress=False)
-    _, tensors = read_checkpoint(tmp_path / "out")
+def test_a_context_of_another_shape_is_refused(config: WorldModelConfig, converted: Path, tmp_path: Path) -> None:
+    _, tensors = read_checkpoint(converted)
     with pytest.raises(CheckpointError, match="context: has shape"):
         write_checkpoint(tmp_path / "again", config, tensors | {"context": torch.zeros(2, 12)})
 
@@ -422,26 +428,24 @@ def interrupted(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], 
 def test_a_stopped_conversion_goes_on_and_ends_in_the_same_bytes(
     config: WorldModelConfig,
     distributed: Path,
+    converted: Path,
     tokenizer_file: Path,
     tmp_path: Path,
     reads: list[str],
     interrupted: Callable[[int, Callable[[], None]], None],
 ) -> None:
-    def run(destination: str) -> None:
-        convert(config, distributed, tmp_path / destination, tokenizer=tokenizer_file, progress=False)
+    def run() -> None:
+        convert(config, distributed, tmp_path / "out", tokenizer=tokenizer_file, progress=False)
 
-    run("whole")
-    total = len(reads)
-    interrupted(100, lambda: run("out"))
+    interrupted(100, run)
     assert not (tmp_path / "out" / "model.safetensors").exists()
     with (tmp_path / "out" / "model.safetensors.partial").open("r+b") as file:
         file.seek(-5, os.SEEK_END)  # the last tensor reached the disk in part
         file.write(b"\0" * 5)
     reads.clear()
-    run("out")
-    assert 0 < len(reads) <= total - 97
-    for name in ("model.safetensors", "config.json"):
-        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    run()
+    assert 0 < len(reads) <= len(manifest(config)) - 97
+    assert_same_bytes(tmp_path / "out", converted)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
 
 
@@ -449,6 +453,7 @@ def test_what_another_source_left_behind_is_not_used(
     config: WorldModelConfig,
     distributed: Path,
     published: dict[str, Any],
+    converted: Path,
     tokenizer_file: Path,
     to_file: Callable[[Any], Path],
     tmp_path: Path,
@@ -459,14 +464,12 @@ def test_what_another_source_left_behind_is_not_used(
         for name, value in published.items()
     }
 
-    def run(source: Path, destination: str) -> None:
-        convert(config, source, tmp_path / destination, tokenizer=tokenizer_file, progress=False)
+    def run(source: Path) -> None:
+        convert(config, source, tmp_path / "out", tokenizer=tokenizer_file, progress=False)
 
-    interrupted(100, lambda: run(to_file(halved), "out"))
-    run(distributed, "out")
-    run(distributed, "whole")
-    one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "whole"))
-    assert one == other
+    interrupted(100, lambda: run(to_file(halved)))
+    run(distributed)
+    assert_same_bytes(tmp_path / "out", converted)
 
 
 # --- the command
