@@ -27,7 +27,7 @@ from deployments.world_model.checkpoint import CONTEXT, read_checkpoint
 from deployments.world_model.config import MAX_GUIDANCE, MAX_NUM_STEPS, WorldModelConfig
 from deployments.world_model.denoiser import predict_guided
 from deployments.world_model.dit import DiT
-from deployments.world_model.errors import InvalidInputError
+from deployments.world_model.errors import InvalidInputError, WorldModelError
 from deployments.world_model.sampler import SamplerState, advance, sigma
 from deployments.world_model.tokenizer import Tokenizer, build_tokenizer
 
@@ -143,7 +143,10 @@ class WorldModel:
 
     @torch.inference_mode()
     def finish(self, rows: Sequence[Row]) -> list[Frames]:
-        """The n frames after each row's start frame, uint8 (n, H, W, 3)."""
+        """The n frames after each row's start frame, uint8 (n, H, W, 3).
+
+        Raises WorldModelError, for the whole batch, where a row's latents are not finite: no frame is made of NaN.
+        """
         if not rows:
             return []
         if not all(row.done for row in rows):
@@ -151,6 +154,9 @@ class WorldModel:
         latents_BCTHW = torch.stack(
             [torch.cat((row.condition_CHW[:, None], row.state.x[:, 1:]), dim=1) for row in rows]
         )
+        finite = torch.isfinite(latents_BCTHW).flatten(1).all(dim=1).tolist()
+        if not all(finite):
+            raise WorldModelError(f"row {finite.index(False)} of {len(rows)} ended in latents that are not finite")
         frames = to_uint8(self.tokenizer.decode(latents_BCTHW))
         # Frame 0 is the tokenizer's copy of the start frame, which the caller has.
         return [video[1 : 1 + len(row.chunk_input.actions)] for video, row in zip(frames, rows, strict=True)]
