@@ -220,8 +220,8 @@ def tokenizer_loss(config: WorldModelConfig, tokenizer: PatchTokenizer, settings
         # Unit variance over this batch: the noise below then costs information, however large the latents grow.
         mean, std = raw.mean((0, 2, 3, 4), keepdim=True), raw.std((0, 2, 3, 4), keepdim=True)
         latents = (raw - mean) / (std + 1e-4)
-        noisy = latents + LATENT_NOISE * torch.randn(latents.shape, generator=generator(settings, 1, step))
-        decoded = tokenizer.decode(noisy.to(settings.device))
+        noise = torch.randn(latents.shape, generator=generator(settings, 1, step)).to(settings.device)
+        decoded = tokenizer.decode(latents + LATENT_NOISE * noise)
     tokenizer.update_statistics(raw.detach())
     return (weight * (decoded.float() - video) ** 2).sum() / weight.sum()
 
@@ -342,7 +342,7 @@ def publish(config: WorldModelConfig, dit: DiT, codec: PatchTokenizer, phases: l
         training[phase.name] = f"{phase.step:,} steps of {batch} chunks in {phase.seconds / 60:.1f} min"
     training["device"] = f"{settings.device.type}, {torch.get_num_threads()} threads"
     sizes = {part: sum(p.numel() for p in module.parameters()) for part, module in modules.items()}
-    card = model_card(config, figures, sizes, training)
+    card = model_card(config, figures, sizes, settings.pool_chunks, training)
     write_whole(settings.out / "MODEL_CARD.md", card.encode())
     write_samples(settings.out / "samples.png", model)
     print(json.dumps(figures.to_json()))

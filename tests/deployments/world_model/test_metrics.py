@@ -1,0 +1,72 @@
+import numpy as np
+import pytest
+import torch
+
+from deployments.world_model.metrics import psnr, psnr_per_frame, ssim
+
+
+def image(seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+
+
+def test_psnr_of_one_level_off_everywhere_is_48_13_db() -> None:
+    a = np.full((8, 8, 3), 100, np.uint8)
+    assert psnr(a + np.uint8(1), a) == pytest.approx(20 * np.log10(255))
+
+
+def test_psnr_of_black_against_white_is_0_db() -> None:
+    assert psnr(np.zeros((8, 8, 3), np.uint8), np.full((8, 8, 3), 255, np.uint8)) == 0
+
+
+def test_psnr_of_equal_images_is_infinite() -> None:
+    assert psnr(image(), image()) == float("inf")
+
+
+def test_psnr_is_the_same_for_levels_and_for_the_unit_range() -> None:
+    a, b = image(0), image(1)
+    unit = psnr(torch.from_numpy(a).double() / 255, torch.from_numpy(b).double() / 255)
+    assert psnr(a, b) == pytest.approx(unit)
+
+
+def test_psnr_per_frame_is_the_psnr_of_each_frame() -> None:
+    video, other = np.stack([image(0), image(1)]), np.stack([image(2), image(3)])
+    assert psnr_per_frame(video, other).tolist() == pytest.approx([psnr(image(0), image(2)), psnr(image(1), image(3))])
+
+
+def test_ssim_of_equal_images_is_1() -> None:
+    assert ssim(image(), image()) == pytest.approx(1)
+
+
+def test_ssim_of_two_flat_images_is_their_luminance_term() -> None:
+    a, b = np.full((16, 16, 3), 0.2), np.full((16, 16, 3), 0.6)
+    assert ssim(a, b) == pytest.approx((2 * 0.2 * 0.6 + 1e-4) / (0.2**2 + 0.6**2 + 1e-4))
+
+
+def test_ssim_of_an_inverted_image_is_negative() -> None:
+    assert ssim(image(), 255 - image()) < 0
+
+
+def test_ssim_agrees_with_the_definition_summed_up_by_hand() -> None:
+    """One position only: an 11x11 image under the Gaussian window."""
+    generator = np.random.default_rng(0)
+    a, b = generator.random((2, 11, 11, 1))
+    distance = np.arange(11) - 5
+    window = np.exp(-(distance[:, None] ** 2 + distance[None] ** 2) / (2 * 1.5**2))
+    window /= window.sum()
+    x, y = a[..., 0], b[..., 0]
+    mean_x, mean_y = (window * x).sum(), (window * y).sum()
+    variance_x, variance_y = (window * (x - mean_x) ** 2).sum(), (window * (y - mean_y) ** 2).sum()
+    covariance = (window * (x - mean_x) * (y - mean_y)).sum()
+    expected = (2 * mean_x * mean_y + 1e-4) * (2 * covariance + 9e-4)
+    expected /= (mean_x**2 + mean_y**2 + 1e-4) * (variance_x + variance_y + 9e-4)
+    assert ssim(a, b) == pytest.approx(expected)
+
+
+def test_images_of_different_types_are_not_compared() -> None:
+    with pytest.raises(ValueError, match="cannot compare"):
+        psnr(image(), image().astype(np.float32))
+
+
+def test_an_image_smaller_than_the_window_has_no_ssim() -> None:
+    with pytest.raises(ValueError, match="at least 11x11"):
+        ssim(np.zeros((10, 16, 3)), np.zeros((10, 16, 3)))
