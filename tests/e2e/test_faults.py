@@ -113,6 +113,27 @@ def test_a_killed_ledger_is_back_without_losing_or_doubling_anything(
     eventually(lambda: idle(http))
 
 
+def test_a_ledger_whose_database_is_away_for_seconds_comes_back_with_it(
+    stand_in_cluster: Cluster, http: httpx.Client
+) -> None:
+    """Until then nothing runs that is not paid for: 503, and no frame for free."""
+    database = stand_in_cluster.data_dir / "ledger.db"
+    files = [path for path in stand_in_cluster.data_dir.iterdir() if path.name.startswith("ledger.db")]
+    (ledger,) = stand_in_cluster.processes("LedgerActor")
+    for path in files:
+        path.rename(path.with_name(f"away-{path.name}"))
+    database.write_text("not a database " * 1000)
+    ledger.kill()
+    response = predict(http, actions(seed=5))
+    assert response.status_code == 503
+    assert int(response.headers["Retry-After"]) >= 1
+    database.unlink()
+    for path in files:
+        path.with_name(f"away-{path.name}").rename(path)
+    eventually(lambda: predict(http, actions(seed=6)).status_code == 200)
+    assert amounts(http) == [10_000, -245]
+
+
 def test_a_killed_scheduler_is_back_and_running_rollouts_finish(stand_in_cluster: Cluster, http: httpx.Client) -> None:
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(predict, http, slow(0.1))

@@ -3,13 +3,17 @@
 import socket
 import stat
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import psutil
 import pytest
 
-from tests.support.cluster import SERVE, SERVE_STAND_IN, Cluster, environment, free_port, running_cluster
+from billing.database import open_database
+from billing.reader import LedgerReader
+from tests.support.cluster import SERVE, SERVE_STAND_IN, Cluster, environment, eventually, free_port, running_cluster
+from tests.support.models import SLEEP_S
 from tests.support.payloads import actions, npy, png
 
 
@@ -75,6 +79,7 @@ def test_the_development_key_is_kept_for_its_owner_only(cluster: Cluster) -> Non
 
 
 def test_a_cluster_stops_whole_keeps_key_and_balance_and_starts_again(tmp_path: Path) -> None:
+    """One Ctrl-C finishes what runs; a second one refunds it instead, and answers its client."""
     data_dir = tmp_path / "data"
     with running_cluster(data_dir, SERVE_STAND_IN) as first:
         with first.http() as http:
@@ -85,8 +90,21 @@ def test_a_cluster_stops_whole_keeps_key_and_balance_and_starts_again(tmp_path: 
         assert alive == []
         assert first.process.stdout is not None
         assert first.process.stdout.read() == "", "only the ready line goes to standard output"
-    assert not (data_dir / "cluster.json").exists()
+    assert not (data_dir / "ray-address").exists()
+    assert list((data_dir / "logs").iterdir())
     with running_cluster(data_dir, SERVE_STAND_IN) as second:
         assert second.key == first.key
-        with second.http() as http:
+        with second.http() as http, ThreadPoolExecutor(1) as pool:
             assert http.get("/v1/billing/balance").json()["balance_mils"] == 250_000 - 245
+            slow = actions(seed=1)
+            slow[:, SLEEP_S] = 2.0
+            running = pool.submit(http.post, "/v1/predict", files={"frame": png(), "actions": npy(slow)})
+            eventually(lambda: http.get("/v1/billing/balance").json()["balance_mils"] == 250_000 - 2 * 245)
+            second.interrupt()
+            second.interrupt()
+            assert running.result(60).status_code == 503
+            assert second.process.wait(timeout=60) == 0
+    refunded = LedgerReader(open_database(f"sqlite:///{data_dir / 'ledger.db'}"))
+    development = refunded.customer("development")
+    assert development is not None
+    assert development.balance_mils == 250_000 - 245

@@ -62,9 +62,17 @@ class Cluster:
                     found.append(process)
         return found
 
+    def progress(self) -> str:
+        """What it has said on standard error."""
+        return log_of(self.data_dir).read_text()
+
+    def interrupt(self) -> None:
+        """Ctrl-C as a terminal sends it: to the whole process group."""
+        os.killpg(self.process.pid, signal.SIGINT)
+
     def stop(self) -> int:
         """Ctrl-C, and wait."""
-        self.process.send_signal(signal.SIGINT)
+        self.interrupt()
         return self.process.wait(timeout=60)
 
 
@@ -74,6 +82,10 @@ def eventually(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(0.05)
+
+
+def log_of(data_dir: Path) -> Path:
+    return data_dir.parent / f"{data_dir.name}.stderr"
 
 
 def free_port() -> int:
@@ -97,10 +109,16 @@ def environment(data_dir: Path, port: int) -> dict[str, str]:
 def running_cluster(data_dir: Path, command: Sequence[str] = SERVE) -> Iterator[Cluster]:
     """Start `command`, wait for its ready line, stop it at the end unless the test did."""
     port = free_port()
-    log = data_dir.parent / f"{data_dir.name}.stderr"
+    log = log_of(data_dir)
     with log.open("w") as stderr:
         process = subprocess.Popen(
-            command, env=environment(data_dir, port), cwd=ROOT, stdout=subprocess.PIPE, stderr=stderr, text=True
+            command,
+            env=environment(data_dir, port),
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            start_new_session=True,
         )
     assert process.stdout is not None
     try:
