@@ -14,6 +14,7 @@ import numpy as np
 import structlog
 
 from deployments.actors import start_scheduler
+from deployments.checkpoints import local_checkpoint
 from deployments.engine import Engine, Model
 from deployments.logs import configure_logs
 from deployments.messages import ChunkFailed, ChunkJob, ChunkReport, ChunkRow, ModelSpec, ReplicaId
@@ -30,6 +31,8 @@ class ReplicaConfig:
     runner: str
     """`module:callable` that makes the model from `checkpoint` and `device`."""
     checkpoint: str
+    """A directory, or the URL of one that is copied to `cache_dir` first."""
+    cache_dir: str
     device: str
     max_rows: int
     """Rows in one forward."""
@@ -53,7 +56,8 @@ class Replica:
             import torch
 
             torch.set_num_threads(config.torch_threads)
-        model = load_runner(config.runner)(Path(config.checkpoint), config.device)
+        model = load_runner(config.runner)(local_checkpoint(config.checkpoint, Path(config.cache_dir)), config.device)
+        self._attention = str(getattr(model, "attention", ""))
         spec = config.spec
         self._engine = Engine(model, spec.resolution, spec.fps, config.max_rows, config.encoders, config.stall_s)
         warm_up(self._engine, spec)
@@ -76,7 +80,7 @@ class Replica:
     async def _announce(self) -> None:
         while True:
             try:
-                await self._scheduler.replica_alive.remote(self._id, self._config.max_rows)
+                await self._scheduler.replica_alive.remote(self._id, self._config.max_rows, self._attention)
             except Exception as error:
                 log.warning("scheduler_unreachable", model=self._config.spec.slug, error=type(error).__name__)
             await asyncio.sleep(ANNOUNCE_EVERY_S)

@@ -59,12 +59,15 @@ class SchedulerStatus:
     capacity_rows: int
     running_rows: int
     queued_rows: int
+    attention: str = ""
+    """The kernel that the replicas compute attention with; empty while none runs."""
 
 
 @dataclass(slots=True)
 class _Replica:
     capacity_rows: int
     seen_at: float
+    attention: str
     running: dict[TicketId, int] = field(default_factory=dict)
 
     @property
@@ -146,11 +149,11 @@ class Scheduler:
         else:
             self._release(ticket_id)
 
-    def replica_alive(self, replica_id: ReplicaId, capacity_rows: int) -> None:
+    def replica_alive(self, replica_id: ReplicaId, capacity_rows: int, attention: str = "") -> None:
         """A replica joined, or is still there."""
         replica = self._replicas.get(replica_id)
         if replica is None:
-            self._replicas[replica_id] = _Replica(capacity_rows, self._clock())
+            self._replicas[replica_id] = _Replica(capacity_rows, self._clock(), attention)
         else:
             replica.capacity_rows, replica.seen_at = capacity_rows, self._clock()
 
@@ -190,6 +193,7 @@ class Scheduler:
             capacity_rows=sum(replica.capacity_rows for replica in self._replicas.values()),
             running_rows=sum(running.num_rows for running in self._running.values()),
             queued_rows=sum(ticket.num_rows for ticket in self._queued.values()),
+            attention=next((replica.attention for replica in self._replicas.values()), ""),
         )
 
     def _roomiest(self, rows: int) -> ReplicaId | None:

@@ -48,10 +48,10 @@ class SchedulerActor:
         self._scheduler.withdraw(ticket_id)
         self._dispatch()
 
-    async def replica_alive(self, replica_id: ReplicaId, capacity_rows: int) -> None:
+    async def replica_alive(self, replica_id: ReplicaId, capacity_rows: int, attention: str = "") -> None:
         if self._expiry is None:
             self._expiry = asyncio.get_running_loop().create_task(self._expire_forever())
-        self._scheduler.replica_alive(replica_id, capacity_rows)
+        self._scheduler.replica_alive(replica_id, capacity_rows, attention)
         self._dispatch()
 
     async def replica_gone(self, replica_id: ReplicaId) -> None:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -19,6 +20,7 @@ from deployments.model_client import ModelClient
 from deployments.replays import Replays
 from deployments.replica import Replica, ReplicaConfig
 from deployments.results import ResultStore
+from deployments.robot_commands import RobotCommands
 from deployments.scheduler import SchedulerLimits
 from deployments.status_client import StatusClient
 from serve_app.api import create_api
@@ -68,6 +70,11 @@ class Gateway:
                 args=args,
                 ingress=self._ingress,
                 models=models,
+                commands={
+                    model.slug: RobotCommands.read(model.slug, Path(model.command_statistics))
+                    for model in args.models
+                    if model.command_statistics
+                },
                 max_row_steps={model.slug: model.max_row_steps for model in args.models},
                 reader=LedgerReader(open_database(args.database_url)),
                 buckets=TokenBuckets(time.monotonic, share=1 / args.ingress_replicas),
@@ -97,6 +104,7 @@ def _replicas(model: ModelArgs, args: ClusterArgs) -> serve.Application:
         spec=model_spec(CATALOG[model.slug]),
         runner=model.runner,
         checkpoint=model.checkpoint or str(PACKAGED_CHECKPOINTS.get(model.slug, "")),
+        cache_dir=str(args.data_dir / "checkpoints"),
         device=model.device,
         max_rows=model.max_rows,
         torch_threads=model.torch_threads,

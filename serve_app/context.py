@@ -18,6 +18,7 @@ from deployments.messages import ModelSpec
 from deployments.model_client import ModelClient
 from deployments.replays import Replays
 from deployments.results import ResultStore
+from deployments.robot_commands import RobotCommands
 from deployments.status_client import StatusClient
 from serve_app.catalog import CATALOG
 from serve_app.errors import ModelNotFound, NotAuthenticated, RateLimited
@@ -38,6 +39,8 @@ class Services:
     args: ClusterArgs
     ingress: Ingress
     models: Mapping[str, ModelClient]
+    commands: Mapping[str, RobotCommands]
+    """Per model that has them: how its robot's commands become actions."""
     max_row_steps: Mapping[str, int]
     """Per model, how many candidates x denoising steps one request may ask for."""
     reader: LedgerReader

@@ -8,6 +8,9 @@ MAX_NUM_STEPS = 100
 MAX_GUIDANCE = 20.0
 MAX_SEED = 2**63 - 1
 
+ActionsFormat = Literal["encoded", "commands"]
+"""Whether the actions part holds what the model is given, or the robot's own commands."""
+
 
 class UpstreamProvider(BaseModel):
     key: str
@@ -35,6 +38,7 @@ class CatalogSpec(BaseModel):
     ckpt_repo: str | None = None
     base_model: str | None = None
     tokenizer: str | None = None
+    attention: str | None = Field(None, description="The kernel of the running replicas; null while none runs")
 
 
 class Benchmark(BaseModel):
@@ -104,6 +108,7 @@ class RolloutParams(BaseModel):
     score: bool = False
     num_steps: int | None = Field(None, ge=1, le=MAX_NUM_STEPS)
     guidance: float | None = Field(None, ge=0.0, le=MAX_GUIDANCE, allow_inf_nan=False)
+    actions_format: ActionsFormat = "encoded"
     mode: Literal["sync", "async"] = "sync"
     webhook_url: str | None = None
 
@@ -116,6 +121,7 @@ class PredictParams(BaseModel):
     seed: int = Field(0, ge=0, le=MAX_SEED)
     num_steps: int | None = Field(None, ge=1, le=MAX_NUM_STEPS)
     guidance: float | None = Field(None, ge=0.0, le=MAX_GUIDANCE, allow_inf_nan=False)
+    actions_format: ActionsFormat = "encoded"
 
 
 class RolloutMetadata(BaseModel):

@@ -22,7 +22,9 @@ class ModelArgs(BaseModel):
 
     slug: str
     checkpoint: str = ""
-    """Directory of a converted checkpoint; empty takes the one that is packaged for this slug."""
+    """Directory of a converted checkpoint, or its URL; empty takes the one that is packaged for this slug."""
+    command_statistics: str = ""
+    """File with the range of the robot's commands (`*_stats.json`), so that clients may send commands for actions."""
     runner: str = WORLD_MODEL_RUNNER
     device: str = "cpu"
     num_cpus: float = Field(1.0, ge=0)
@@ -102,7 +104,9 @@ class Settings(BaseSettings):
     """Empty means SQLite in the data directory."""
     default_model: str = DEFAULT_MODEL
     model_checkpoints: dict[str, str] = Field(default_factory=dict)
-    """JSON object from a catalog slug to its checkpoint directory; the packaged models need no entry."""
+    """JSON object from a catalog slug to its checkpoint, a directory or a URL; the packaged models need no entry."""
+    model_statistics: dict[str, str] = Field(default_factory=dict)
+    """JSON object from a catalog slug to the file with the range of its robot's commands."""
     model_device: str = "cpu"
     public_url: str = ""
     ray_address: str = ""
@@ -123,6 +127,7 @@ class Settings(BaseSettings):
                 ModelArgs(
                     slug=slug,
                     checkpoint=checkpoint,
+                    command_statistics=self.model_statistics.get(slug, ""),
                     device=self.model_device,
                     num_gpus=1.0 if self.model_device.startswith("cuda") else 0.0,
                 )

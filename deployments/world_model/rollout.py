@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from deployments.world_model.actions import FloatArray, check_actions, encode_actions, pad_to_chunk, split_chunks
+from deployments.world_model.attention import attention_backend
 from deployments.world_model.checkpoint import CONTEXT, read_checkpoint
 from deployments.world_model.config import MAX_GUIDANCE, MAX_NUM_STEPS, WorldModelConfig
 from deployments.world_model.denoiser import predict_guided
@@ -99,6 +100,11 @@ class WorldModel:
             module.load_state_dict({name: tensor.to(device, dtype) for name, tensor in own.items()}, assign=True)
             module.eval().requires_grad_(False)
         return cls(config, dit, tokenizer, device, context_LE=tensors.get(CONTEXT))
+
+    @property
+    def attention(self) -> str:
+        """The kernel that this model's attention runs on: `xformers` or `sdpa`."""
+        return attention_backend(self.device, self.dit.final_layer.linear.weight.dtype, self.config.dit.head_dim)
 
     @torch.inference_mode()
     def start(self, inputs: Sequence[ChunkInput]) -> list[Row]:

@@ -1,11 +1,14 @@
 """The models and their prices; no key needed."""
 
+import asyncio
+
 from fastapi import APIRouter
 
 from billing.money import usd
 from serve_app.catalog import CATALOG, MILS_PER_FRAME
 from serve_app.context import ActiveSlug, Parts
 from serve_app.errors import ModelNotFound
+from serve_app.routes.status import queue_status
 from serve_app.schemas import Catalog, CatalogEntry, SpecPrice, Specs
 
 router = APIRouter(tags=["catalog"])
@@ -13,14 +16,14 @@ router = APIRouter(tags=["catalog"])
 
 @router.get("/v1/models")
 async def list_models(parts: Parts, active: ActiveSlug) -> Catalog:
-    return Catalog(data=[_entry(parts, slug, active) for slug in CATALOG])
+    return Catalog(data=list(await asyncio.gather(*(_entry(parts, slug, active) for slug in CATALOG))))
 
 
 @router.get("/v1/models/{slug}")
 async def get_model(slug: str, parts: Parts, active: ActiveSlug) -> CatalogEntry:
     if slug not in CATALOG:
         raise ModelNotFound(f"{slug} is not in the catalog; see /v1/models")
-    return _entry(parts, slug, active)
+    return await _entry(parts, slug, active)
 
 
 @router.get("/v1/specs")
@@ -31,5 +34,13 @@ async def list_specs() -> Specs:
     )
 
 
-def _entry(parts: Parts, slug: str, active: str) -> CatalogEntry:
-    return CATALOG[slug].model_copy(update={"active": slug == active and slug in parts.models})
+async def _entry(parts: Parts, slug: str, active: str) -> CatalogEntry:
+    """What is known of the model, and of it here: whether this base URL runs it, and on what."""
+    entry, model = CATALOG[slug], parts.models.get(slug)
+    if model is None:
+        return entry
+    queue = await queue_status(model)
+    attention = queue.attention or None if queue is not None else None
+    return entry.model_copy(
+        update={"active": slug == active, "spec": entry.spec.model_copy(update={"attention": attention})}
+    )

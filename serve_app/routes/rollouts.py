@@ -20,7 +20,7 @@ from serve_app.context import ActiveModel, ActiveSlug, Caller, Parts, Services
 from serve_app.errors import Forbidden, Gone, InvalidRequest, ModelRefused, NotFound
 from serve_app.forms import read_form, validate
 from serve_app.middleware import REQUEST_ID_HEADER
-from serve_app.schemas import PredictParams, RolloutEnvelope, RolloutMetadata, RolloutParams
+from serve_app.schemas import ActionsFormat, PredictParams, RolloutEnvelope, RolloutMetadata, RolloutParams
 from serve_app.uploads import decode_actions, decode_start_frame
 
 PROVIDER = "dream-engine-cluster"
@@ -154,7 +154,7 @@ async def _read_rollout(
         raise InvalidRequest("params.webhook_url", "webhooks are not offered by this version; nothing was run")
     if params.score:
         raise InvalidRequest("params.score", "scores are not offered by this version; false is accepted")
-    inputs = Inputs("start_frame", form.file("start_frame"), [form.file("actions")])
+    inputs = Inputs("start_frame", form.file("start_frame"), [form.file("actions")], params.actions_format)
     return await _assemble(request, parts, caller, model, inputs, params, "params.num_steps")
 
 
@@ -167,7 +167,7 @@ async def _read_predict(
     params = form.fields(PredictParams)
     frame = form.file("frame")
     candidates = [form.file("actions")] if max_candidates == 1 else form.files("actions", max_candidates)
-    inputs = Inputs("frame", frame, candidates)
+    inputs = Inputs("frame", frame, candidates, params.actions_format)
     rollout, _ = await _assemble(request, parts, caller, model, inputs, params, "num_steps")
     return rollout
 
@@ -189,6 +189,7 @@ class Inputs:
     frame_field: str
     frame: bytes
     candidates: Sequence[bytes]
+    actions_format: ActionsFormat
 
 
 async def _assemble(
@@ -232,10 +233,22 @@ def _decode(parts: Services, model: ModelSpec, inputs: Inputs) -> tuple[Frame, l
         inputs.frame, inputs.frame_field, model.resolution, limits.max_image_pixels
     )
     fields = ["actions"] if len(candidates) == 1 else [f"actions[{index}]" for index in range(len(candidates))]
-    actions = [
-        decode_actions(candidate, field, model.action_dim, limits.max_actions)
-        for field, candidate in zip(fields, candidates, strict=True)
-    ]
+    if inputs.actions_format == "encoded":
+        actions = [
+            decode_actions(candidate, field, model.action_dim, limits.max_actions)
+            for field, candidate in zip(fields, candidates, strict=True)
+        ]
+        return start_frame, actions, resized
+    robot = parts.commands.get(model.slug)
+    if robot is None:
+        raise InvalidRequest("actions_format", f"{model.slug} takes encoded actions only")
+    actions = []
+    for field, candidate in zip(fields, candidates, strict=True):
+        commands = decode_actions(candidate, field, robot.num_dimensions, limits.max_actions + 2)
+        try:
+            actions.append(robot.actions(commands))
+        except ValueError as error:
+            raise InvalidRequest(field, str(error)) from None
     return start_frame, actions, resized
 
 

@@ -32,7 +32,7 @@ async def get_status(parts: Parts, active: ActiveSlug) -> Status:
     except Exception as error:  # the queues are still worth showing
         log.warning("status_unreachable", error=type(error).__name__)
         counting_since, reports = time.time(), {}
-    queues = await asyncio.gather(*(_queue(model) for model in parts.models.values()))
+    queues = await asyncio.gather(*(queue_status(model) for model in parts.models.values()))
     return Status(
         model=active,
         models={
@@ -45,7 +45,8 @@ async def get_status(parts: Parts, active: ActiveSlug) -> Status:
     )
 
 
-async def _queue(model: ModelClient) -> SchedulerStatus | None:
+async def queue_status(model: ModelClient) -> SchedulerStatus | None:
+    """What the model's scheduler says, or None if it does not answer."""
     try:
         return await model.status()
     except Exception:  # whatever ails it, its scheduler does not answer, and that is the status to show

@@ -8,7 +8,7 @@ import httpx
 import numpy as np
 import pytest
 
-from tests.support.cluster import Cluster
+from tests.support.cluster import Cluster, eventually
 from tests.support.payloads import actions, npy, png
 from tests.support.video import decode
 
@@ -41,6 +41,15 @@ def test_dreamdojo_entries_carry_their_true_figures(client: dream.Client) -> Non
     spec = client.models.get("dreamdojo-2b-gr1").spec
     assert (spec.action_dim, spec.chunk_size, spec.resolution) == (384, 12, (480, 640))
     assert (spec.default_num_steps, spec.price_per_frame_usd, spec.benchmark) == (35, 0.0005, None)
+
+
+def test_the_catalog_says_what_the_running_replicas_compute_attention_with(cluster: Cluster) -> None:
+    def attention(slug: str) -> str | None:
+        kernel: str | None = httpx.get(f"{cluster.base_url}/v1/models/{slug}").json()["spec"]["attention"]
+        return kernel
+
+    eventually(lambda: attention("tiny-pusher") == "sdpa")
+    assert attention("dreamdojo-2b-gr1") is None
 
 
 def test_a_49_frame_rollout_debits_exactly_245_mils(client: dream.Client, model: dream.ModelHandle) -> None:

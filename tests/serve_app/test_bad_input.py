@@ -360,7 +360,10 @@ class TestRolloutParams:
             ({"mode": "later"}, "params.mode: Input should be 'sync' or 'async'"),
             ({"mode": None}, "params.mode: Input should be 'sync' or 'async'"),
             ({"webhook_url": 7}, "params.webhook_url: Input should be a valid string"),
-            ({"Seed": 7}, "params.Seed: is not known; model, seed, score, num_steps, guidance, mode, webhook_url are"),
+            (
+                {"Seed": 7},
+                "params.Seed: is not known; model, seed, score, num_steps, guidance, actions_format, mode, webhook_url",
+            ),
             ({"": 7}, "params"),
         ],
         ids=lambda case: str(case)[:30],
@@ -439,7 +442,7 @@ class TestPredictFields:
     @pytest.mark.parametrize("name", ["model", "params", "start_frame", "score", "Seed"])
     async def test_a_field_of_another_route_is_refused_and_not_ignored(self, app: App, route: str, name: str) -> None:
         sent = Sent(route, fields={name: "7"})
-        accepted = "frame, actions, seed, num_steps, guidance are accepted"
+        accepted = "frame, actions, seed, num_steps, guidance, actions_format are accepted"
         await refused(app, sent, f"{name}: is not a part of this request; {accepted}")
 
     @pytest.mark.parametrize("base", ["/models/unknown", "/models/dreamdojo-2b-gr1", "/models/%00"])

@@ -1,6 +1,7 @@
 """What the paid routes answer when all is well."""
 
 import httpx
+import numpy as np
 import pytest
 
 from tests.support.app import App
@@ -94,3 +95,28 @@ async def test_more_steps_than_a_replica_finishes_in_time_are_refused_by_what_is
     assert refused_batch.status_code == 422
     assert refused_batch.json()["detail"].startswith("num_steps: 65 steps of 16 candidates are too many")
     assert app.ledger.rows(customer) == [("credit", 1_000_000), ("debit", -16 * 2 * 5)]
+
+
+async def test_commands_are_taken_where_the_model_knows_its_robot_and_refused_elsewhere(
+    app: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Robot:
+        """Doubles what it is told, and drops the command before the start frame."""
+
+        num_dimensions = 8
+
+        def actions(self, commands: np.ndarray) -> np.ndarray:
+            if len(commands) != 13:
+                raise ValueError(f"{len(commands)} rows, must be 13")
+            return commands[1:] * 2
+
+    headers, customer = app.key()
+    send = {"headers": headers, "data": {"actions_format": "commands"}}
+    refused = await app.http.post("/v1/predict", files={"frame": png(), "actions": npy(actions(13))}, **send)
+    assert refused.json()["detail"] == "actions_format: tiny-pusher takes encoded actions only"
+    monkeypatch.setitem(app.services.commands, "tiny-pusher", Robot())  # type: ignore[arg-type]
+    too_many = await app.http.post("/v1/predict", files={"frame": png(), "actions": npy(actions(14))}, **send)
+    assert too_many.json()["detail"] == "actions: 14 rows, must be 13"
+    answer = await app.http.post("/v1/predict", files={"frame": png(), "actions": npy(actions(13))}, **send)
+    assert answer.headers["X-DreamEngine-Frames"] == "13"
+    assert app.ledger.rows(customer) == [("credit", 1_000_000), ("debit", -65)]

@@ -180,6 +180,7 @@ async def running_app(data_dir: Path, model: Any = None, limits: Limits | None =
             ),
             ingress=Ingress(LedgerClient(lambda commands: ledger_call.call(commands)), {SLUG: local}, status),  # type: ignore[dict-item]
             models={SLUG: local},  # type: ignore[dict-item]
+            commands={},
             max_row_steps={SLUG: 1024},
             reader=ledger.reader,
             buckets=TokenBuckets(time.monotonic),
