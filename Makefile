@@ -10,13 +10,17 @@ export HOST ?= 127.0.0.1
 export DATA_DIR ?= ./.data
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: serve test lint clean
+.PHONY: serve test fuzz lint clean
 
 serve: $(VENV)/.installed
 	@exec $(BIN)/dream-admin serve
 
 test: $(VENV)/.installed-dev lint
 	$(BIN)/python -m pytest
+
+# The property tests with new examples, many more of them: tens of minutes.
+fuzz: $(VENV)/.installed-dev
+	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest tests --ignore tests/e2e
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

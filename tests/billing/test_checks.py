@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from billing.checks import MAX_DETAIL_CHARS, MAX_ID_CHARS, MAX_LEASE_S, malformed, printable
+from billing.checks import (
+    MAX_DEDUPE_WINDOW_S,
+    MAX_DETAIL_CHARS,
+    MAX_ID_CHARS,
+    MAX_LEASE_S,
+    malformed,
+    printable,
+)
 from billing.commands import Command, CreateKey, ExpireLeases, Grant, Heartbeat, Rejected, Reserve, RevokeKey, Settle
 from billing.money import MAX_MILS, Mils
 
@@ -18,12 +25,15 @@ GRANT = Grant("cus_1", Mils(1), "adm_1", "")
 CREATE_KEY = CreateKey("key_1", "0" * 64, "abcd", "ann", "cus_1", Mils(0), 50.0, 200)
 REVOKE_KEY = RevokeKey("key_1")
 
+KEYED = replace(RESERVE, idempotency_key="k", payload_sha256="0" * 64, dedupe_window_s=60.0)
+NOT_SHA256S = ["0" * 63, "0" * 65, "G" * 64, "A" * 64, None]
+NOT_WINDOWS = [-1.0, math.nan, math.inf, MAX_DEDUPE_WINDOW_S + 1, "60", None, True]
 NOT_IDS = ["", " ", " padded", "a\nb", "a\x00b", "\ud800", "x" * (MAX_ID_CHARS + 1), None, 7]
 NOT_COUNTS = [-1, 1.0, True, "1", None, math.nan, MAX_MILS + 1]
 NOT_LEASES = [0, -1.0, math.nan, math.inf, MAX_LEASE_S + 1, "60", None, True]
 
 
-@pytest.mark.parametrize("command", [RESERVE, SETTLE, HEARTBEAT, GRANT, CREATE_KEY, REVOKE_KEY, ExpireLeases()])
+@pytest.mark.parametrize("command", [RESERVE, KEYED, SETTLE, HEARTBEAT, GRANT, CREATE_KEY, REVOKE_KEY, ExpireLeases()])
 def test_a_right_command_passes(command: Command):
     assert malformed(command) is None
 
@@ -35,6 +45,11 @@ WRONG = (
     + [(RESERVE, "mils_per_frame", value) for value in [0, *NOT_COUNTS]]
     + [(RESERVE, "detail", None)]
     + [(RESERVE, "lease_s", value) for value in NOT_LEASES]
+    + [(KEYED, "idempotency_key", value) for value in ["a\nb", "\x00", "\ud800", "x" * 257, None, 7]]
+    + [(KEYED, "payload_sha256", value) for value in ["", *NOT_SHA256S]]
+    + [(replace(KEYED, idempotency_key=""), "payload_sha256", "")]
+    + [(replace(KEYED, dedupe_window_s=0), "payload_sha256", "")]
+    + [(KEYED, "dedupe_window_s", value) for value in NOT_WINDOWS]
     + [(SETTLE, "request_id", value) for value in NOT_IDS]
     + [(SETTLE, "frames_delivered", value) for value in NOT_COUNTS]
     + [(SETTLE, "reason", None)]
@@ -47,7 +62,7 @@ WRONG = (
     + [(CREATE_KEY, "customer_name", value) for value in NOT_IDS]
     + [(CREATE_KEY, "customer_id", value) for value in NOT_IDS]
     + [(CREATE_KEY, "initial_credits_mils", value) for value in NOT_COUNTS]
-    + [(CREATE_KEY, "sha256", value) for value in ["", "0" * 63, "0" * 65, "G" * 64, "A" * 64, None]]
+    + [(CREATE_KEY, "sha256", value) for value in ["", *NOT_SHA256S]]
     + [(CREATE_KEY, "last4", value) for value in ["", "abc", "abcde", "ab\nc", "äöüß", None]]
     + [(CREATE_KEY, "refill_per_s", value) for value in [0, -1, math.nan, math.inf, None, True]]
     + [(CREATE_KEY, "burst", value) for value in [0, *NOT_COUNTS]]
@@ -80,7 +95,8 @@ GARBAGE = st.one_of(
 def test_no_garbage_in_any_field_breaks_the_check_itself(data: st.DataObject):
     command = data.draw(st.sampled_from([RESERVE, SETTLE, HEARTBEAT, GRANT, CREATE_KEY, REVOKE_KEY]))
     garbled = type(command)(*(data.draw(GARBAGE) for _ in fields(command)))
-    assert isinstance(malformed(garbled), str)
+    reason = malformed(garbled)
+    assert reason is None or reason
 
 
 @pytest.mark.parametrize("thing", [None, "Reserve", object(), Rejected("")])

@@ -171,7 +171,7 @@ async def test_a_body_that_never_arrives_is_given_up() -> None:
         await read_form(waiting, 8, timeout_s=0)
 
 
-@settings(max_examples=80, deadline=None, derandomize=True)
+@settings(max_examples=80, deadline=None)
 @given(
     pieces=st.lists(
         st.one_of(

@@ -56,7 +56,7 @@ def test_a_refusal_costs_nothing() -> None:
     assert buckets.take("key", 0.1, 1) is None
 
 
-@settings(deadline=None, derandomize=True)
+@settings(deadline=None)
 @given(
     rate=st.one_of(st.floats(1e-6, 1e6), st.integers(1, 10_000).map(lambda seconds: 1 / seconds)),
     burst=st.integers(1, 1000),

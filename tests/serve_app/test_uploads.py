@@ -28,7 +28,7 @@ ACTION_DIM = 8
 MAX_ACTIONS = 100
 MIB = 2**20
 
-fuzz = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+fuzz = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def decode(data: bytes, height: int = 64, width: int = 64) -> np.ndarray[Any, np.dtype[np.uint8]]:
