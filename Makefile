@@ -29,17 +29,17 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/lint-imports
 
 $(VENV)/bin/python:
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, found " + sys.version.split()[0])'
-	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, found " + sys.version.split()[0])'
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 $(VENV)/.installed: pyproject.toml $(VENV)/bin/python
-	@echo 'installing into $(VENV); the first time takes a minute or two'
-	$(BIN)/pip install --quiet --editable .
+	@echo 'installing into $(VENV); the first time takes a minute or two' >&2
+	@$(BIN)/pip install --quiet --editable . >&2
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml $(VENV)/bin/python
-	@echo 'installing into $(VENV); the first time takes a minute or two'
-	$(BIN)/pip install --quiet --editable '.[dev]'
+	@echo 'installing into $(VENV); the first time takes a minute or two' >&2
+	@$(BIN)/pip install --quiet --editable '.[dev]' >&2
 	@touch $@ $(VENV)/.installed
 
 clean:
