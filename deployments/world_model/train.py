@@ -1,8 +1,9 @@
 """Train the toy world model: `python -m deployments.world_model.train --out DIR --minutes 30`.
 
-First the tokenizer on rendered frames, then the denoiser on a pool of the tokenizer's latents. All data comes from the
-simulator, drawn from (seed, phase, step), so a run that is stopped and started again sees what it would have
-seen. With `--steps` the result is a function of the seed on a given machine; with `--minutes` also of its speed.
+First the tokenizer on rendered frames, then the denoiser on a pool of their latents. `--refine-minutes M` adds
+M minutes in which the denoiser alone is trained on episodes that it rolls out itself (`refine.py`). All data comes from
+the simulator, drawn from (seed, phase, step), so a run that is stopped and started again sees what it would have seen.
+With `--steps` the result is a function of the seed on a given machine; with `--minutes` also of its speed.
 
 Written to DIR: the checkpoint, `MODEL_CARD.md`, `metrics.json`, `losses.csv`, `samples.png`, and `train_state.pt`, from
 which the same command continues.
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from deployments.world_model import pusher
+from deployments.world_model import pusher, refine
 from deployments.world_model.actions import FloatArray, encode_actions
 from deployments.world_model.checkpoint import write_checkpoint, write_whole
 from deployments.world_model.config import PRESETS, WorldModelConfig
@@ -41,7 +42,8 @@ from deployments.world_model.tokenizer import PatchTokenizer
 TOKENIZER_SHARE = 0.3  # of the time or steps
 TOKENIZER_BATCH = 32  # chunks of one group of frames and the frame before it
 DIT_BATCH = 32
-TOKENIZER_LR, DIT_LR = 2e-3, 1.2e-3
+REFINE_BATCH = 64
+TOKENIZER_LR, DIT_LR, REFINE_LR = 2e-3, 1.2e-3, 1e-3
 WARMUP, DECAY = 0.02, 0.4  # share of a phase in which the learning rate rises, and falls at the end
 EMA_DECAY = 0.998
 FOREGROUND_WEIGHT = 8.0  # objects cover a tenth of a frame, and are all that matters
@@ -51,6 +53,9 @@ POOL_CHUNKS, POOL_CHUNKS_PER_MINUTE = 32_768, 1_024  # encoded once for the deno
 ROUND_TRIP_SHARE = 0.5  # of start frames that have passed through the tokenizer, as those of later chunks have
 ACTION_DROPOUT = 0.1  # of chunks that teach the unconditional pass
 MIN_SIGMA = 0.2  # the weight 1 / sigma^2 of the loss stops growing here
+ROUND_STEPS = 300  # of the last phase's training per pool
+ROUND_EPISODES, ROLLOUT_BATCH = 1_024, 128
+ROUND_NUM_STEPS = (1, 2, 4)  # denoising steps that the rounds roll out with, in turn
 SAVE_EVERY_S = 60.0
 LOG_EVERY = 25  # steps
 EVALUATION_EPISODES, QUICK_EPISODES = 64, 8
@@ -117,6 +122,8 @@ class Settings:
     device: torch.device
     bf16: bool
     compiled: bool
+    refine_minutes: float | None = None
+    refine_steps: int | None = None
 
     @property
     def pool_chunks(self) -> int:
@@ -131,6 +138,12 @@ class Settings:
         assert self.minutes is not None
         return Budget(None, self.minutes * 60 * share)
 
+    @property
+    def refine_budget(self) -> Budget | None:
+        if self.refine_steps is None and self.refine_minutes is None:
+            return None
+        return Budget(self.refine_steps, None if self.refine_minutes is None else self.refine_minutes * 60)
+
 
 def train(config: WorldModelConfig, settings: Settings) -> None:
     """The whole run, from nothing or from where it stopped."""
@@ -138,8 +151,13 @@ def train(config: WorldModelConfig, settings: Settings) -> None:
     torch.manual_seed(settings.seed)  # of this process's initial weights; the training data has its own generators
     tokenizer = PatchTokenizer(config.tokenizer, config.temporal_compression).to(settings.device)
     dit = DiT(config.dit, config.grouped_action_dim).to(settings.device)
-    phases = [Phase.of("tokenizer", tokenizer, TOKENIZER_LR), Phase.of("dit", dit, DIT_LR)]
-    resume(phases, settings)
+    phases = [
+        Phase.of("tokenizer", tokenizer, TOKENIZER_LR),
+        Phase.of("dit", dit, DIT_LR),
+        Phase.of("refine", dit, REFINE_LR),
+    ]
+    rounds = Rounds(copy.deepcopy(dit).requires_grad_(False))
+    resume(phases, rounds, settings)
     if settings.compiled:
         for block in (*dit.blocks, *tokenizer.encoder, *tokenizer.decoder):
             block.compile()
@@ -150,16 +168,30 @@ def train(config: WorldModelConfig, settings: Settings) -> None:
         phases[0],
         settings.budget(TOKENIZER_SHARE),
         lambda step: tokenizer_loss(config, tokenizer, settings, step),
-        lambda: save(phases, settings),
+        lambda: save(phases, rounds, settings),
     )
     budget = settings.budget(1 - TOKENIZER_SHARE)
     if budget.progress(phases[1]) < 1:
         pool = encode_pool(config, codec, settings)
         run_phase(
-            phases[1], budget, lambda step: dit_loss(config, dit, pool, settings, step), lambda: save(phases, settings)
+            phases[1],
+            budget,
+            lambda step: dit_loss(config, dit, pool, settings, step),
+            lambda: save(phases, rounds, settings),
+        )
+    refined = phases[2]
+    if refined.step == 0:
+        for network in (dit, refined.averaged):
+            network.load_state_dict(phases[1].averaged.state_dict())
+    if settings.refine_budget is not None:
+        run_phase(
+            refined,
+            settings.refine_budget,
+            lambda step: refine_loss(config, rounds, refined, codec, settings, step),
+            lambda: save(phases, rounds, settings),
         )
 
-    averaged = phases[1].averaged
+    averaged = refined.averaged
     assert isinstance(averaged, DiT)
     publish(config, averaged, codec, phases, settings)
 
@@ -280,6 +312,44 @@ def dit_loss(config: WorldModelConfig, dit: DiT, pool: Pool, settings: Settings,
     return (error**2).mean()
 
 
+@dataclass
+class Rounds:
+    """The last phase goes in rounds: each has a pool, rolled out by the weights that the round began with."""
+
+    actor: DiT
+    index: int = -1
+    pool: refine.Pool | None = None
+
+    def pool_at(
+        self, step: int, config: WorldModelConfig, phase: Phase, codec: PatchTokenizer, settings: Settings
+    ) -> refine.Pool:
+        index = step // ROUND_STEPS
+        if index != self.index:
+            self.actor.load_state_dict(phase.averaged.state_dict())
+            self.index, self.pool = index, None
+        if self.pool is None:
+            model = WorldModel(config, self.actor, codec, str(settings.device))
+            draw = np.random.default_rng([settings.seed, 4, index])
+            num_steps = ROUND_NUM_STEPS[index % len(ROUND_NUM_STEPS)]
+            with autocast(settings):
+                self.pool = refine.roll_out_pool(model, draw, ROUND_EPISODES, ROLLOUT_BATCH, num_steps)
+            tqdm.write(
+                f"round {index}, {num_steps} denoising steps, end of chunk: "
+                f"agent {self.pool.agent_error_px:.2f} px, puck {self.pool.puck_error_px:.2f} px off"
+            )
+        return self.pool
+
+
+def refine_loss(
+    config: WorldModelConfig, rounds: Rounds, phase: Phase, codec: PatchTokenizer, settings: Settings, step: int
+) -> Tensor:
+    """The loss of `refine.py` on the round's pool."""
+    pool = rounds.pool_at(step, config, phase, codec, settings)
+    assert isinstance(phase.module, DiT)
+    with autocast(settings):
+        return refine.loss(config, phase.module, pool, REFINE_BATCH, generator(settings, 4, step))
+
+
 def draw_chunks(key: list[int], chunks: int, length: int) -> tuple[Frames, FloatArray]:
     """Frames (B, length + 1, H, W, 3) and the moves (B, length, 2) between them, a function of the key."""
     random = np.random.default_rng(key)
@@ -306,14 +376,16 @@ def autocast(settings: Settings) -> torch.autocast:
     return torch.autocast(settings.device.type, torch.bfloat16, enabled=settings.bf16)
 
 
-def save(phases: list[Phase], settings: Settings) -> None:
+def save(phases: list[Phase], rounds: Rounds, settings: Settings) -> None:
     partial = settings.out / "train_state.pt.partial"
-    torch.save({phase.name: phase.state_dict() for phase in phases} | {"seed": settings.seed}, partial)
+    state: dict[str, Any] = {phase.name: phase.state_dict() for phase in phases}
+    state |= {"seed": settings.seed, "actor": rounds.actor.state_dict(), "round": rounds.index}
+    torch.save(state, partial)
     partial.replace(settings.out / "train_state.pt")
     write_losses(settings.out / "losses.csv", [(p.name, step, loss) for p in phases for step, loss in p.losses])
 
 
-def resume(phases: list[Phase], settings: Settings) -> None:
+def resume(phases: list[Phase], rounds: Rounds, settings: Settings) -> None:
     path = settings.out / "train_state.pt"
     if not path.exists():
         return
@@ -321,7 +393,11 @@ def resume(phases: list[Phase], settings: Settings) -> None:
     if state["seed"] != settings.seed:
         raise SystemExit(f"{path} was trained with --seed {state['seed']}: continue with it, or choose another --out")
     for phase in phases:
-        phase.load_state_dict(state[phase.name])
+        if phase.name in state:  # a run from before the last phase existed lacks it
+            phase.load_state_dict(state[phase.name])
+    if "actor" in state:
+        rounds.actor.load_state_dict(state["actor"])
+        rounds.index = state["round"]
 
 
 def publish(config: WorldModelConfig, dit: DiT, codec: PatchTokenizer, phases: list[Phase], settings: Settings) -> None:
@@ -337,9 +413,14 @@ def publish(config: WorldModelConfig, dit: DiT, codec: PatchTokenizer, phases: l
     write_whole(settings.out / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
     asked = f"--steps {settings.steps}" if settings.steps is not None else f"--minutes {settings.minutes:g}"
     flags = "".join(f" {flag}" for flag, on in (("--bf16", settings.bf16), ("--compile", settings.compiled)) if on)
+    if settings.refine_steps is not None:
+        flags += f" --refine-steps {settings.refine_steps}"
+    elif settings.refine_minutes is not None:
+        flags += f" --refine-minutes {settings.refine_minutes:g}"
     training = {"command": f"`python -m deployments.world_model.train {asked} --seed {settings.seed}{flags}`"}
-    for phase, batch in zip(phases, (TOKENIZER_BATCH, DIT_BATCH), strict=True):
-        training[phase.name] = f"{phase.step:,} steps of {batch} chunks in {phase.seconds / 60:.1f} min"
+    for phase, batch in zip(phases, (TOKENIZER_BATCH, DIT_BATCH, REFINE_BATCH), strict=True):
+        if phase.step:
+            training[phase.name] = f"{phase.step:,} steps of {batch} chunks in {phase.seconds / 60:.1f} min"
     training["device"] = f"{settings.device.type}, {torch.get_num_threads()} threads"
     sizes = {part: sum(p.numel() for p in module.parameters()) for part, module in modules.items()}
     card = model_card(config, figures, sizes, settings.pool_chunks, training)
@@ -354,6 +435,9 @@ def main() -> None:
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--minutes", type=float, default=30.0, help="time for both phases together (default 30)")
     length.add_argument("--steps", type=int, help="steps of both phases together, instead of a time")
+    more = parser.add_mutually_exclusive_group()
+    more.add_argument("--refine-minutes", type=float, help="time after those, for the denoiser on its own rollouts")
+    more.add_argument("--refine-steps", type=int, help="steps after those, instead of a time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16: faster on a GPU or a CPU with AMX")
@@ -369,6 +453,8 @@ def main() -> None:
         device=torch.device(arguments.device),
         bf16=arguments.bf16,
         compiled=arguments.compile,
+        refine_minutes=arguments.refine_minutes,
+        refine_steps=arguments.refine_steps,
     )
     train(PRESETS[arguments.preset], settings)
 

@@ -1,5 +1,5 @@
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,49 +13,69 @@ from deployments.world_model.train import Settings, draw_chunks, schedule
 FILES = {"model.safetensors", "config.json", "MODEL_CARD.md", "metrics.json", "losses.csv", "samples.png"}
 
 
-@pytest.fixture
-def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
-    for name, value in {"EVALUATION_EPISODES": 2, "QUICK_EPISODES": 2, "TOKENIZER_BATCH": 4, "DIT_BATCH": 4}.items():
-        monkeypatch.setattr(train, name, value)
-    return Settings(
-        out=tmp_path / "run", seed=3, minutes=None, steps=8, device=torch.device("cpu"), bf16=False, compiled=False
-    )
+SETTINGS = Settings(
+    out=Path("run"),
+    seed=3,
+    minutes=None,
+    steps=6,
+    device=torch.device("cpu"),
+    bf16=False,
+    compiled=False,
+    refine_steps=3,
+)
 
 
-def weights(settings: Settings) -> bytes:
-    return (settings.out / "model.safetensors").read_bytes()
+@pytest.fixture(scope="module")
+def run(small_config: WorldModelConfig) -> Iterator[Callable[[Settings], None]]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("EVALUATION_EPISODES", "QUICK_EPISODES", "ROUND_EPISODES", "ROUND_STEPS", "TOKENIZER_BATCH"):
+            patch.setattr(train, name, 2)
+        for name in ("DIT_BATCH", "REFINE_BATCH"):
+            patch.setattr(train, name, 4)
+        yield lambda settings: train.train(small_config, settings)
 
 
-@pytest.fixture
-def run(small_config: WorldModelConfig) -> Callable[[Settings], None]:
-    return lambda settings: train.train(small_config, settings)
+@pytest.fixture(scope="module")
+def straight(run: Callable[[Settings], None], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing stopped."""
+    out = tmp_path_factory.mktemp("straight")
+    run(replace(SETTINGS, out=out))
+    return out
+
+
+def weights(out: Path) -> bytes:
+    return (out / "model.safetensors").read_bytes()
 
 
 def test_a_run_leaves_a_checkpoint_that_loads_and_its_description(
-    settings: Settings, run: Callable[[Settings], None], small_config: WorldModelConfig
+    straight: Path, small_config: WorldModelConfig
 ) -> None:
-    run(settings)
-    assert {path.name for path in settings.out.iterdir()} == FILES | {"train_state.pt"}
-    assert WorldModel.load(settings.out).config == small_config
-    metrics = json.loads((settings.out / "metrics.json").read_text())
+    assert {path.name for path in straight.iterdir()} == FILES | {"train_state.pt"}
+    assert WorldModel.load(straight).config == small_config
+    metrics = json.loads((straight / "metrics.json").read_text())
     assert metrics["held_out"]["episodes"] == 2
-    assert "--steps 8 --seed 3" in (settings.out / "MODEL_CARD.md").read_text()
+    assert "--steps 6 --seed 3 --refine-steps 3" in (straight / "MODEL_CARD.md").read_text()
 
 
-def test_the_same_seed_trains_the_same_weights(settings: Settings, run: Callable[[Settings], None]) -> None:
-    again, other = replace(settings, out=settings.out / "again"), replace(settings, out=settings.out / "other", seed=4)
-    for each in (settings, again, other):
-        run(each)
-    assert weights(settings) == weights(again)
-    assert weights(settings) != weights(other)
-
-
-@pytest.mark.parametrize(("phase", "stop_at"), [("tokenizer_loss", 1), ("dit_loss", 3)])
-def test_a_stopped_run_goes_on_to_the_same_weights(
-    settings: Settings, run: Callable[[Settings], None], monkeypatch: pytest.MonkeyPatch, phase: str, stop_at: int
+@pytest.mark.parametrize("seed", [3, 4])
+def test_the_same_seed_trains_the_same_weights(
+    straight: Path, run: Callable[[Settings], None], tmp_path: Path, seed: int
 ) -> None:
-    straight = replace(settings, out=settings.out / "straight")
-    run(straight)
+    run(replace(SETTINGS, out=tmp_path, seed=seed))
+    assert (weights(tmp_path) == weights(straight)) == (seed == SETTINGS.seed)
+
+
+@pytest.mark.parametrize(
+    ("phase", "stop_at"), [("tokenizer_loss", 1), ("dit_loss", 2), ("refine_loss", 1), ("refine_loss", 2)]
+)
+def test_a_stopped_run_goes_on_to_the_same_weights(
+    straight: Path,
+    run: Callable[[Settings], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    phase: str,
+    stop_at: int,
+) -> None:
     loss = getattr(train, phase)
 
     def interrupted(*args: object) -> torch.Tensor:
@@ -68,15 +88,14 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
         patch.setattr(train, "SAVE_EVERY_S", 0.0)
         patch.setattr(train, phase, interrupted)
         with pytest.raises(KeyboardInterrupt):
-            run(settings)
-    run(settings)
-    assert weights(settings) == weights(straight)
+            run(replace(SETTINGS, out=tmp_path))
+    run(replace(SETTINGS, out=tmp_path))
+    assert weights(tmp_path) == weights(straight)
 
 
-def test_a_run_is_not_continued_with_another_seed(settings: Settings, run: Callable[[Settings], None]) -> None:
-    run(settings)
+def test_a_run_is_not_continued_with_another_seed(straight: Path, run: Callable[[Settings], None]) -> None:
     with pytest.raises(SystemExit, match="--seed 3"):
-        run(replace(settings, seed=5))
+        run(replace(SETTINGS, out=straight, seed=5))
 
 
 def test_every_step_draws_its_own_data() -> None:
