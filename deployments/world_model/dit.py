@@ -61,15 +61,11 @@ class DiT(nn.Module):
         """
         batch, _, frames, height, width = x_BCTHW.shape
         grid = (frames, height // self.config.patch_spatial, width // self.config.patch_spatial)
-        embedding_BTD, shared_BT3D = self.t_embedder(timesteps_BT)
         weight_B11 = action_weight_B[:, None, None]
         # The zero row: no action leads to the first frame.
         action_BTD = functional.pad(weight_B11 * self.action_embedder_B_D(actions_BFA), (0, 0, 1, 0))
         action_BT3D = functional.pad(weight_B11 * self.action_embedder_B_3D(actions_BFA), (0, 0, 1, 0))
-        embedding_BTD = embedding_BTD + action_BTD
-        norm = self.t_embedding_norm
-        embedding_BTD = functional.rms_norm(embedding_BTD, norm.normalized_shape, norm.weight.float(), norm.eps)
-        shared_BT3D = shared_BT3D + action_BT3D
+        embedding_BTD, shared_BT3D = self.embed(timesteps_BT, action_BTD, action_BT3D)
 
         tables = rotary_tables(self.config, grid, x_BCTHW.device)
         tokens_BTSD = self.x_embedder(x_BCTHW, mask_BT)
@@ -77,6 +73,15 @@ class DiT(nn.Module):
             tokens_BTSD = block(tokens_BTSD, embedding_BTD, shared_BT3D, tables, text)
         patches_BTSP = self.final_layer(tokens_BTSD, embedding_BTD, shared_BT3D)
         return unpatchify(patches_BTSP.view(batch, *grid, -1), self.config.patch_spatial)
+
+    def embed(self, timesteps_BT: Tensor, action_BTD: Tensor, action_BT3D: Tensor) -> tuple[Tensor, Tensor]:
+        """Per latent frame: the embedding that each block's modulation is made of, and the vector that all share."""
+        embedding_BTD, shared_BT3D = self.t_embedder(timesteps_BT)
+        norm = self.t_embedding_norm
+        embedding_BTD = functional.rms_norm(
+            embedding_BTD + action_BTD, norm.normalized_shape, norm.weight.float(), norm.eps
+        )
+        return embedding_BTD, shared_BT3D + action_BT3D
 
     def context(self, text_LE: Tensor) -> Context:
         """Every block's keys and values of the constant text; compute once per loaded model."""
