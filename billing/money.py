@@ -29,7 +29,7 @@ def cents_rounded_up(amount: Mils) -> int:
 
 
 def usd(amount: Mils) -> float:
-    """Dollars for display; exact to the mil for any balance below 2**53 mils."""
+    """Dollars for display; exact to the mil for any balance below 2**51 mils, about $225 billion."""
     return amount / MILS_PER_USD
 
 

@@ -33,9 +33,13 @@ def test_rounded_up_cents_cover_the_amount(mils: int, covering: int):
     assert cents_rounded_up(Mils(mils)) == covering
 
 
-@given(AMOUNTS)
-def test_dollars_are_exact_to_the_mil(amount: Mils):
+@given(st.integers(-(2**51), 2**51).map(Mils))
+def test_dollars_in_a_float_are_exact_to_the_mil(amount: Mils):
     assert round(usd(amount) * 10_000) == amount
+
+
+@given(AMOUNTS)
+def test_dollars_in_words_are_exact_to_the_mil(amount: Mils):
     assert mils_from_usd(Decimal(dollars(amount).replace("$", ""))) == amount
 
 
