@@ -166,6 +166,22 @@ class TestSettle:
         desk.settle(request_id, delivered)
         assert desk.balance(account) == 245 - 5 * delivered
 
+    @pytest.mark.parametrize("delivered", [(), (0,), (0, 2, 5), (0, 1, 2, 3, 4, 5)])
+    def test_a_batch_of_candidates_pays_for_those_that_were_delivered(self, desk: Desk, delivered: tuple[int, ...]):
+        lengths = (49, 49, 25, 13, 49, 2)
+        account = desk.account(10_000)
+        request_id = desk.reserved(account, frames=sum(lengths))
+        frames = sum(lengths[candidate] for candidate in delivered)
+        captured, missing = Mils(5 * frames), sum(lengths) - frames
+        settled = Settled(request_id, captured, Mils(5 * missing), Mils(10_000 - captured))
+        assert desk.settle(request_id, frames, "engine failed") == settled
+        newest = desk.reader.transactions(account.customer_id, 1)[0]
+        if missing:
+            assert newest.detail == f"refund · {missing} of 187 frames not delivered · engine failed"
+        else:
+            assert newest.kind == "debit"
+        assert desk.settle(request_id, sum(lengths)) == settled
+
     def test_the_first_settlement_is_final_and_every_later_one_is_answered_with_it(self, desk: Desk):
         account = desk.account(1000)
         request_id = desk.reserved(account, frames=49)
