@@ -11,6 +11,9 @@ from billing.money import MAX_MILS
 MAX_ID_CHARS = 200
 MAX_DETAIL_CHARS = 300
 MAX_LEASE_S = 7 * 86_400
+MAX_IDEMPOTENCY_KEY_CHARS = 256
+MAX_DEDUPE_WINDOW_S = 86_400
+"""As long as payloads are remembered."""
 
 
 def printable(text: str) -> str:
@@ -33,6 +36,7 @@ def malformed(command: Command) -> str | None:
                 or _not_whole("frames x mils_per_frame", command.frames * command.mils_per_frame, 1)
                 or _not_text("detail", command.detail)
                 or _not_lease(command.lease_s)
+                or _not_recognisable(command)
             )
         case Settle():
             return (
@@ -57,7 +61,7 @@ def malformed(command: Command) -> str | None:
                 _not_id("key_id", command.key_id)
                 or _not_id("customer_id", command.customer_id)
                 or _not_id("customer_name", command.customer_name)
-                or _not_sha256(command.sha256)
+                or _not_sha256("sha256", command.sha256)
                 or _not_last4(command.last4)
                 or _not_whole("initial_credits_mils", command.initial_credits_mils, 0)
                 or _not_whole("burst", command.burst, 1)
@@ -100,10 +104,22 @@ def _not_lease(value: object) -> str | None:
     return f"lease_s must be more than 0 and at most {MAX_LEASE_S} seconds"
 
 
-def _not_sha256(value: object) -> str | None:
+def _not_recognisable(command: Reserve) -> str | None:
+    """What is wrong with the fields that tell a repeated request from a new one."""
+    key, payload, window = command.idempotency_key, command.payload_sha256, command.dedupe_window_s
+    if not (isinstance(key, str) and len(key) <= MAX_IDEMPOTENCY_KEY_CHARS and key.isprintable()):
+        return f"idempotency_key must be at most {MAX_IDEMPOTENCY_KEY_CHARS} printable characters"
+    if type(window) not in (int, float) or not 0 <= window <= MAX_DEDUPE_WINDOW_S:
+        return f"dedupe_window_s must be from 0 to {MAX_DEDUPE_WINDOW_S} seconds"
+    if payload == "" and (key or window):
+        return "payload_sha256 must be given with a key or a window, or other work could not be told apart"
+    return None if payload == "" else _not_sha256("payload_sha256", payload)
+
+
+def _not_sha256(name: str, value: object) -> str | None:
     if isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef"):
         return None
-    return "sha256 must be 64 lower-case hex digits"
+    return f"{name} must be 64 lower-case hex digits"
 
 
 def _not_last4(value: object) -> str | None:

@@ -3,7 +3,7 @@
 Every write is one command; every expected refusal is an answer, not an exception. Each command carries the id that its
 caller chose, so the same command again gives the same answer and no second row.
 
-    Reserve       -> Reserved | InsufficientCredits | KeyRefused
+    Reserve       -> Reserved | Repeated | IdempotencyConflict | InsufficientCredits | KeyRefused
     Settle        -> Settled | UnknownReservation
     Heartbeat     -> HeartbeatDone
     Grant         -> Granted | UnknownCustomer
@@ -14,7 +14,7 @@ caller chose, so the same command again gives the same answer and no second row.
 """
 
 from dataclasses import dataclass
-from typing import NewType
+from typing import Literal, NewType
 
 from billing.money import Mils
 
@@ -35,6 +35,12 @@ class Reserve:
     """What the customer reads in the transaction list, such as `predict · tiny-pusher · 49 frames`."""
     lease_s: float
     """An open reservation whose lease runs out is refunded by the sweeper; `Heartbeat` renews it."""
+    idempotency_key: str = ""
+    """What the customer calls this request, 1 to 256 printable characters; empty when it has no name for it."""
+    payload_sha256: str = ""
+    """Hex digest of all that makes two requests the same work; needed with a key or a window, else optional."""
+    dedupe_window_s: float = 0.0
+    """Without a key, how far back the same payload of the same customer counts as this request sent again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +49,25 @@ class Reserved:
     customer_id: CustomerId
     amount_mils: Mils
     balance_after_mils: Mils
+
+
+@dataclass(frozen=True, slots=True)
+class Repeated:
+    """The customer sent this before, under another request id. Nothing was reserved; the first request stands."""
+
+    request_id: RequestId
+    """The first one's."""
+    state: Literal["open", "settled"]
+    captured_mils: Mils
+    created_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class IdempotencyConflict:
+    """The key already names other work. Nothing was reserved; the first request is untouched."""
+
+    request_id: RequestId
+    """The first one's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +184,10 @@ class UnknownKey:
 
 @dataclass(frozen=True, slots=True)
 class ExpireLeases:
-    """Refund every open reservation whose lease has run out."""
+    """Refund every open reservation whose lease has run out, and forget idempotency keys that are older than a day.
+
+    A sweep forgets a bounded number of keys; the next one goes on.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +205,8 @@ class Rejected:
 Command = Reserve | Settle | Heartbeat | Grant | CreateKey | RevokeKey | ExpireLeases
 Outcome = (
     Reserved
+    | Repeated
+    | IdempotencyConflict
     | InsufficientCredits
     | KeyRefused
     | Settled

@@ -5,7 +5,7 @@ what has to be written; it never touches a database, so a batch is decided in me
 """
 
 from dataclasses import dataclass, field
-from typing import assert_never
+from typing import Literal, assert_never
 
 from billing.checks import printable
 from billing.commands import (
@@ -17,6 +17,7 @@ from billing.commands import (
     Granted,
     Heartbeat,
     HeartbeatDone,
+    IdempotencyConflict,
     InsufficientCredits,
     KeyCreated,
     KeyId,
@@ -25,6 +26,7 @@ from billing.commands import (
     LeasesExpired,
     Outcome,
     Rejected,
+    Repeated,
     RequestId,
     Reserve,
     Reserved,
@@ -39,6 +41,9 @@ from billing.keys import initial_grant_id
 from billing.money import MAX_MILS, Mils, dollars
 
 LEASE_EXPIRED = "lease expired"
+KEY_MEMORY_S = 86_400.0
+"""How long an idempotency key is remembered at least; a sweep forgets it some time after."""
+MAX_FORGOTTEN_PER_SWEEP = 1_000
 ZERO = Mils(0)
 
 
@@ -93,6 +98,21 @@ class Reservation:
     is_changed: bool = False
 
 
+@dataclass(slots=True)
+class Submission:
+    """By what a request is recognised when it comes again."""
+
+    request_id: RequestId
+    customer_id: CustomerId
+    amount: Mils
+    idempotency_key: str
+    payload_sha256: str
+    created_at: float
+    released_at: float | None = None
+    is_new: bool = False
+    is_changed: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
     customer_id: CustomerId
@@ -123,6 +143,13 @@ class Book:
     keys: dict[KeyId, Key] = field(default_factory=dict)
     key_by_sha256: dict[str, KeyId] = field(default_factory=dict)
     reservations: dict[RequestId, Reservation] = field(default_factory=dict)
+    submissions: dict[RequestId, Submission] = field(default_factory=dict)
+    """Of the batch's requests, and those that may be what the batch repeats."""
+    submission_by_key: dict[tuple[CustomerId, str], Submission] = field(default_factory=dict)
+    """The one that holds each idempotency key."""
+    submissions_by_payload: dict[tuple[CustomerId, str], list[Submission]] = field(default_factory=dict)
+    forgotten: list[RequestId] = field(default_factory=list)
+    """Submissions that are to be deleted."""
     credits: dict[str, Entry] = field(default_factory=dict)
     """Credits from outside by their public id."""
     entries: list[Entry] = field(default_factory=list)
@@ -135,6 +162,23 @@ class Book:
     def add_key(self, key: Key) -> None:
         self.keys[key.key_id] = key
         self.key_by_sha256[key.sha256] = key.key_id
+
+    def add_submission(self, submission: Submission) -> None:
+        if submission.request_id in self.submissions:
+            return
+        self.submissions[submission.request_id] = submission
+        if submission.idempotency_key and submission.released_at is None:
+            self.submission_by_key[submission.customer_id, submission.idempotency_key] = submission
+        payload = (submission.customer_id, submission.payload_sha256)
+        self.submissions_by_payload.setdefault(payload, []).append(submission)
+
+    def forget(self, submission: Submission) -> None:
+        del self.submissions[submission.request_id]
+        key = (submission.customer_id, submission.idempotency_key)
+        if self.submission_by_key.get(key) is submission:
+            del self.submission_by_key[key]
+        self.submissions_by_payload[submission.customer_id, submission.payload_sha256].remove(submission)
+        self.forgotten.append(submission.request_id)
 
     def open_wallet(self, customer_id: CustomerId, name: str) -> Wallet:
         wallet = Wallet(customer_id, name, 0, ZERO, self.ts, is_new=True)
@@ -198,16 +242,29 @@ def _reserve(book: Book, command: Reserve) -> Outcome:
             command.frames,
             command.mils_per_frame,
         )
+        known = book.submissions.get(command.request_id)
+        if known is not None and command.payload_sha256:
+            same &= (known.idempotency_key, known.payload_sha256) == (command.idempotency_key, command.payload_sha256)
         if not same:
             return Rejected(f"{command.request_id} is already reserved for other work")
         return Reserved(earlier.request_id, earlier.customer_id, earlier.amount, earlier.balance_after_debit)
     key = book.keys.get(command.key_id)
     if key is None or key.revoked_at is not None:
         return KeyRefused()
+    holder = book.submission_by_key.get((key.customer_id, command.idempotency_key))
+    if holder is not None and holder.payload_sha256 != command.payload_sha256:
+        return IdempotencyConflict(holder.request_id)
+    first = _first_of(book, key.customer_id, command, holder)
+    if first is not None:
+        state: Literal["open", "settled"] = "open" if first.state == "open" else "settled"
+        return Repeated(first.request_id, state, first.captured, first.created_at)
     wallet = book.wallets[key.customer_id]
     amount = Mils(command.frames * command.mils_per_frame)
     if amount > wallet.balance:
         return InsufficientCredits(wallet.balance, amount)
+    if holder is not None:  # refunded in full, so the key is free for this attempt
+        holder.released_at = book.ts
+        holder.is_changed = True
     debit = book.move(wallet, "debit", Mils(-amount), command.request_id, printable(command.detail), reserved=amount)
     book.reservations[command.request_id] = Reservation(
         request_id=command.request_id,
@@ -222,7 +279,33 @@ def _reserve(book: Book, command: Reserve) -> Outcome:
         balance_after_debit=debit.balance_after,
         is_new=True,
     )
+    if command.payload_sha256:
+        book.add_submission(
+            Submission(
+                request_id=command.request_id,
+                customer_id=wallet.customer_id,
+                amount=amount,
+                idempotency_key=command.idempotency_key,
+                payload_sha256=command.payload_sha256,
+                created_at=debit.ts,
+                is_new=True,
+            )
+        )
     return Reserved(command.request_id, wallet.customer_id, amount, debit.balance_after)
+
+
+def _first_of(book: Book, customer_id: CustomerId, command: Reserve, holder: Submission | None) -> Reservation | None:
+    """The request that this one repeats: under its key, or without one the newest of the same payload."""
+    if command.idempotency_key:
+        candidates = [holder] if holder is not None else []
+    else:
+        since = book.ts - command.dedupe_window_s
+        same_payload = book.submissions_by_payload.get((customer_id, command.payload_sha256), [])
+        candidates = [each for each in same_payload if command.dedupe_window_s and each.created_at >= since]
+    stand = [book.reservations[each.request_id] for each in candidates]
+    # What was refunded in full does not stand in the way of another attempt.
+    stand = [each for each in stand if each.state == "open" or each.captured > 0]
+    return max(stand, key=lambda each: (each.created_at, each.debit_seq), default=None)
 
 
 def _settle(book: Book, command: Settle) -> Outcome:
@@ -355,4 +438,13 @@ def _expire_leases(book: Book) -> Outcome:
     )
     for _, request_id in expired:
         _close(book, book.reservations[request_id], 0, LEASE_EXPIRED)
+    old = [
+        submission
+        for submission in book.submissions.values()
+        if submission.created_at <= book.now - KEY_MEMORY_S
+        and book.reservations[submission.request_id].state == "settled"
+    ]
+    old.sort(key=lambda each: (each.created_at, each.request_id))
+    for submission in old[:MAX_FORGOTTEN_PER_SWEEP]:
+        book.forget(submission)
     return LeasesExpired(tuple(request_id for _, request_id in expired))

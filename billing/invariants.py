@@ -134,6 +134,27 @@ AUDITS = (
         """,
     ),
     Audit(
+        "one_request_per_idempotency_key",
+        "Of all requests that one customer sent under one key, at most one is open or kept money.",
+        """
+        SELECT submission.customer_id, idempotency_key, COUNT(*) AS requests
+        FROM submission JOIN reservation ON reservation.request_id = submission.request_id
+        WHERE idempotency_key <> '' AND (state = 'open' OR captured > 0)
+        GROUP BY submission.customer_id, idempotency_key HAVING COUNT(*) > 1
+        """,
+    ),
+    Audit(
+        "submission_is_its_request",
+        "What a request is recognised by belongs to its customer, and a key was released only where nothing was kept.",
+        """
+        SELECT submission.request_id, submission.customer_id, released_at, state, captured
+        FROM submission LEFT JOIN reservation ON reservation.request_id = submission.request_id
+        WHERE reservation.request_id IS NULL OR reservation.customer_id <> submission.customer_id
+          OR reservation.amount <> submission.amount
+          OR (released_at IS NOT NULL AND (state = 'open' OR captured > 0))
+        """,
+    ),
+    Audit(
         "history_runs_forward",
         "Along a wallet neither the time nor the writer's epoch decreases, and no epoch is newer than the fence.",
         """

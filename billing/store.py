@@ -3,16 +3,41 @@
 Decides nothing. Everything happens on the caller's connection, inside the caller's transaction.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, assert_never
 
-from sqlalchemy import ColumnElement, Connection, Row, and_, bindparam, func, insert, select, text, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Row,
+    and_,
+    bindparam,
+    delete,
+    func,
+    insert,
+    or_,
+    select,
+    text,
+    tuple_,
+    update,
+)
 
-from billing.commands import Command, CreateKey, ExpireLeases, Grant, Heartbeat, Reserve, RevokeKey, Settle
-from billing.core import Book, Entry, Key, Reservation, Wallet
+from billing.commands import (
+    Command,
+    CreateKey,
+    CustomerId,
+    ExpireLeases,
+    Grant,
+    Heartbeat,
+    KeyId,
+    Reserve,
+    RevokeKey,
+    Settle,
+)
+from billing.core import KEY_MEMORY_S, MAX_FORGOTTEN_PER_SWEEP, Book, Entry, Key, Reservation, Submission, Wallet
 from billing.keys import initial_grant_id
-from billing.tables import api_key, entry, reservation, wallet, writer_fence
+from billing.tables import api_key, entry, reservation, submission, wallet, writer_fence
 
 AnyRow = Row[*tuple[Any, ...]]
 
@@ -65,11 +90,24 @@ _RESERVATIONS = (
 )
 _WALLETS = select(wallet)
 _CREDITS = select(entry).where(entry.c.kind == "credit")
+_SUBMISSIONS = select(submission)
+_stands = or_(reservation.c.state == "open", reservation.c.captured > 0)
+_STANDING = select(submission).join(reservation, reservation.c.request_id == submission.c.request_id).where(_stands)
+_FORGETTABLE = (
+    select(submission)
+    .join(reservation, reservation.c.request_id == submission.c.request_id)
+    .where(reservation.c.state == "settled", submission.c.created_at <= bindparam("before"))
+    .order_by(submission.c.created_at, submission.c.request_id)
+    .limit(MAX_FORGOTTEN_PER_SWEEP)
+)
 
 _INSERT_WALLET = insert(wallet)
 _INSERT_KEY = insert(api_key)
 _INSERT_RESERVATION = insert(reservation)
 _INSERT_ENTRY = insert(entry)
+_INSERT_SUBMISSION = insert(submission)
+_RELEASE_KEY = update(submission).where(submission.c.request_id == bindparam("of")).values(released_at=bindparam("at"))
+_FORGET = delete(submission).where(submission.c.request_id == bindparam("of"))
 _UPDATE_WALLET = (
     update(wallet)
     .where(wallet.c.customer_id == bindparam("of"))
@@ -121,12 +159,15 @@ def load(connection: Connection, commands: Sequence[Command], now: float, ts: fl
     customer_ids: set[str] = set()
     names: set[str] = set()
     credit_ids: set[str] = set()
+    recognised: list[Reserve] = []
     expires = False
     for command in commands:
         match command:
             case Reserve():
                 key_ids.add(command.key_id)
                 request_ids.add(command.request_id)
+                if command.payload_sha256:
+                    recognised.append(command)
             case Settle():
                 request_ids.add(command.request_id)
             case Heartbeat():
@@ -147,7 +188,7 @@ def load(connection: Connection, commands: Sequence[Command], now: float, ts: fl
             case _:
                 assert_never(command)
 
-    def fetch(statement: Any, column: ColumnElement[str], wanted: set[str], add: Callable[[AnyRow], None]) -> None:
+    def fetch(statement: Any, column: ColumnElement[Any], wanted: set[Any], add: Callable[[AnyRow], None]) -> None:
         for part in _parts(wanted):
             for row in connection.execute(statement.where(column.in_(part))):
                 add(row)
@@ -162,6 +203,21 @@ def load(connection: Connection, commands: Sequence[Command], now: float, ts: fl
 
     fetch(_KEYS, api_key.c.key_id, key_ids, add_key)
     fetch(_KEYS, api_key.c.sha256, sha256s, add_key)
+
+    def add_submission(row: AnyRow) -> None:
+        book.add_submission(Submission(*row))
+        request_ids.add(row.request_id)
+
+    if recognised:
+        fetch(_WALLETS, wallet.c.name, names, lambda row: book.add_wallet(Wallet(*row)))
+        owners = {key_id: key.customer_id for key_id, key in book.keys.items()}
+        for command in commands:  # a key may be made and used in one batch
+            if isinstance(command, CreateKey) and command.customer_name in book.customer_by_name:
+                owners.setdefault(command.key_id, book.customer_by_name[command.customer_name])
+        _load_submissions(owners, recognised, ts, fetch, add_submission)
+    if expires:
+        for row in connection.execute(_FORGETTABLE, {"before": now - KEY_MEMORY_S}):
+            add_submission(row)
     fetch(_RESERVATIONS, reservation.c.request_id, request_ids, add_reservation)
     if expires:
         run_out = _RESERVATIONS.where(reservation.c.state == "open", reservation.c.lease_until <= now)
@@ -171,6 +227,32 @@ def load(connection: Connection, commands: Sequence[Command], now: float, ts: fl
     fetch(_WALLETS, wallet.c.customer_id, customer_ids, lambda row: book.add_wallet(Wallet(*row)))
     fetch(_WALLETS, wallet.c.name, names - book.customer_by_name.keys(), lambda row: book.add_wallet(Wallet(*row)))
     return book
+
+
+def _load_submissions(
+    owners: Mapping[KeyId, CustomerId],
+    commands: Sequence[Reserve],
+    ts: float,
+    fetch: Callable[[Any, ColumnElement[Any], set[Any], Callable[[AnyRow], None]], None],
+    add: Callable[[AnyRow], None],
+) -> None:
+    """Those that the commands may repeat."""
+    fetch(_SUBMISSIONS, submission.c.request_id, {command.request_id for command in commands}, add)
+    by_key, by_payload = set(), set()
+    window_s = 0.0
+    for command in commands:
+        customer_id = owners.get(command.key_id)
+        if customer_id is None:
+            continue
+        if command.idempotency_key:
+            by_key.add((customer_id, command.idempotency_key))
+        elif command.dedupe_window_s:
+            by_payload.add((customer_id, command.payload_sha256))
+            window_s = max(window_s, command.dedupe_window_s)
+    held = _SUBMISSIONS.where(submission.c.released_at.is_(None), submission.c.idempotency_key != "")
+    fetch(held, tuple_(submission.c.customer_id, submission.c.idempotency_key), by_key, add)
+    recent = _STANDING.where(submission.c.created_at >= ts - window_s)
+    fetch(recent, tuple_(submission.c.customer_id, submission.c.payload_sha256), by_payload, add)
 
 
 def write(connection: Connection, book: Book) -> None:
@@ -193,6 +275,18 @@ def write(connection: Connection, book: Book) -> None:
         _UPDATE_RESERVATION,
         [_reservation_change(each) for each in reservations if each.is_changed and not each.is_new],
     )
+    submissions = book.submissions.values()
+    _execute(connection, _FORGET, [{"of": request_id} for request_id in book.forgotten])
+    _execute(
+        connection,
+        _RELEASE_KEY,
+        [
+            {"of": each.request_id, "at": each.released_at}
+            for each in submissions
+            if each.is_changed and not each.is_new
+        ],
+    )
+    _execute(connection, _INSERT_SUBMISSION, [_submission_row(each) for each in submissions if each.is_new])
     _execute(connection, _INSERT_ENTRY, [_entry_row(each) for each in book.entries])
     _execute(
         connection,
@@ -210,7 +304,7 @@ def _execute(connection: Connection, statement: Any, rows: list[dict[str, Any]])
         connection.execute(statement, rows)
 
 
-def _parts(wanted: Iterable[str]) -> Iterator[list[str]]:
+def _parts(wanted: Iterable[Any]) -> Iterator[list[Any]]:
     ids = iter(sorted(wanted))
     while part := list(islice(ids, MAX_IDS_PER_QUERY)):
         yield part
@@ -309,6 +403,18 @@ def _reservation_change(each: Reservation) -> dict[str, Any]:
         "new_reason": each.reason,
         "new_settled_at": each.settled_at,
         "new_settled_seq": each.settled_seq,
+    }
+
+
+def _submission_row(each: Submission) -> dict[str, Any]:
+    return {
+        "request_id": each.request_id,
+        "customer_id": each.customer_id,
+        "amount": each.amount,
+        "idempotency_key": each.idempotency_key,
+        "payload_sha256": each.payload_sha256,
+        "created_at": each.created_at,
+        "released_at": each.released_at,
     }
 
 

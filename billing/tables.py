@@ -1,4 +1,4 @@
-"""The five tables of the ledger, and every rule about them that a constraint can say.
+"""The six tables of the ledger, and every rule about them that a constraint can say.
 
 The rules that only a trigger can say are in `billing.triggers`. A deployed database is made by `billing.migrations`,
 never from here; a test holds the two equal.
@@ -167,6 +167,47 @@ class ReservationTable(Table, table=True):
     """The wallet's last entry once this was settled: the refund, if there was one."""
 
 
+class SubmissionTable(Table, table=True):
+    """By what a customer's request is recognised when it comes again: its idempotency key and its payload.
+
+    A key belongs to one request at a time. A request that was refunded in full releases it when the key comes again;
+    its row stays, so the attempts under one key can be read until they are forgotten, a day later.
+    """
+
+    __tablename__ = "submission"
+    __table_args__ = (
+        PrimaryKeyConstraint("request_id", name="pk_submission"),
+        CheckConstraint("length(payload_sha256) = 64", name="ck_submission_payload"),
+        CheckConstraint("length(idempotency_key) <= 256", name="ck_submission_key"),
+        # The request must be this customer's.
+        ForeignKeyConstraint(
+            ["request_id", "customer_id", "amount"],
+            ["reservation.request_id", "reservation.customer_id", "reservation.amount"],
+            name="fk_submission_reservation",
+        ),
+        Index(
+            "uq_submission_key",
+            "customer_id",
+            "idempotency_key",
+            unique=True,
+            sqlite_where=text("released_at IS NULL AND idempotency_key <> ''"),
+            postgresql_where=text("released_at IS NULL AND idempotency_key <> ''"),
+        ),
+        Index("ix_submission_payload", "customer_id", "payload_sha256", "created_at"),
+        Index("ix_submission_age", "created_at"),
+        STRICT,
+    )
+
+    request_id: str = Field(sa_column=Column(Text, nullable=False))
+    customer_id: str = Field(sa_column=Column(Text, nullable=False))
+    amount: int = Field(sa_column=Column(INT64, nullable=False))
+    idempotency_key: str = Field(sa_column=Column(Text, nullable=False))
+    """Empty for a request that is recognised by its payload alone."""
+    payload_sha256: str = Field(sa_column=Column(Text, nullable=False))
+    created_at: float = Field(sa_column=Column(SECONDS, nullable=False))
+    released_at: float | None = Field(default=None, sa_column=Column(SECONDS, nullable=True))
+
+
 class EntryTable(Table, table=True):
     """One change of one wallet's balance. Written once, never touched again.
 
@@ -236,4 +277,5 @@ writer_fence = billing_metadata.tables["writer_fence"]
 wallet = billing_metadata.tables["wallet"]
 api_key = billing_metadata.tables["api_key"]
 reservation = billing_metadata.tables["reservation"]
+submission = billing_metadata.tables["submission"]
 entry = billing_metadata.tables["entry"]

@@ -61,6 +61,20 @@ BEGIN SELECT RAISE(ABORT, 'tr_writer_fence_update: the epoch only grows'); END
 CREATE TRIGGER tr_writer_fence_delete BEFORE DELETE ON writer_fence
 BEGIN SELECT RAISE(ABORT, 'tr_writer_fence_delete: the fence stays'); END
 """,
+    """
+CREATE TRIGGER tr_submission_update BEFORE UPDATE ON submission
+WHEN OLD.released_at IS NOT NULL OR NEW.released_at IS NULL OR NEW.request_id <> OLD.request_id
+  OR NEW.customer_id <> OLD.customer_id OR NEW.amount <> OLD.amount OR NEW.idempotency_key <> OLD.idempotency_key
+  OR NEW.payload_sha256 <> OLD.payload_sha256 OR NEW.created_at <> OLD.created_at
+  OR NOT EXISTS (SELECT 1 FROM reservation
+    WHERE request_id = OLD.request_id AND state = 'settled' AND captured = 0)
+BEGIN SELECT RAISE(ABORT, 'tr_submission_update: a key is released once, by a request that kept nothing'); END
+""",
+    """
+CREATE TRIGGER tr_submission_delete BEFORE DELETE ON submission
+WHEN EXISTS (SELECT 1 FROM reservation WHERE request_id = OLD.request_id AND state = 'open')
+BEGIN SELECT RAISE(ABORT, 'tr_submission_delete: a request is not forgotten while it is open'); END
+""",
 )
 
 POSTGRESQL = (
@@ -137,5 +151,36 @@ WHEN (NEW.epoch <= OLD.epoch) EXECUTE FUNCTION billing_refuse('the epoch only gr
     """
 CREATE TRIGGER tr_writer_fence_delete BEFORE DELETE ON writer_fence
 FOR EACH ROW EXECUTE FUNCTION billing_refuse('the fence stays')
+""",
+    """
+CREATE FUNCTION billing_check_submission() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+  IF TG_OP = 'DELETE' THEN
+    IF EXISTS (SELECT 1 FROM reservation WHERE request_id = OLD.request_id AND state = 'open') THEN
+      RAISE EXCEPTION USING
+        MESSAGE = 'tr_submission_delete: a request is not forgotten while it is open',
+        ERRCODE = 'integrity_constraint_violation';
+    END IF;
+    RETURN OLD;
+  END IF;
+  IF OLD.released_at IS NOT NULL OR NEW.released_at IS NULL OR NEW.request_id <> OLD.request_id
+    OR NEW.customer_id <> OLD.customer_id OR NEW.amount <> OLD.amount OR NEW.idempotency_key <> OLD.idempotency_key
+    OR NEW.payload_sha256 <> OLD.payload_sha256 OR NEW.created_at <> OLD.created_at
+    OR NOT EXISTS (SELECT 1 FROM reservation
+      WHERE request_id = OLD.request_id AND state = 'settled' AND captured = 0) THEN
+    RAISE EXCEPTION USING
+      MESSAGE = 'tr_submission_update: a key is released once, by a request that kept nothing',
+      ERRCODE = 'integrity_constraint_violation';
+  END IF;
+  RETURN NEW;
+END $$
+""",
+    """
+CREATE TRIGGER tr_submission_update BEFORE UPDATE ON submission
+FOR EACH ROW EXECUTE FUNCTION billing_check_submission()
+""",
+    """
+CREATE TRIGGER tr_submission_delete BEFORE DELETE ON submission
+FOR EACH ROW EXECUTE FUNCTION billing_check_submission()
 """,
 )

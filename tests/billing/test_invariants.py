@@ -1,6 +1,7 @@
 """Each audit finds the damage it is for, on tables that have the rows but none of the rules that prevent it."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from sqlalchemy import Column, Engine, MetaData, Table, text
@@ -8,6 +9,7 @@ from sqlalchemy import Column, Engine, MetaData, Table, text
 from billing.commands import RevokeKey
 from billing.database import open_database, writer
 from billing.invariants import AUDITS, MAX_ROWS_PER_AUDIT, Violation, audit
+from billing.keys import mint_request_id
 from billing.tables import billing_metadata
 from tests.billing.conftest import Clock, Databases, Desk
 
@@ -24,6 +26,10 @@ def unruled(databases: Databases) -> Iterator[Engine]:
         desk.settle(desk.reserved(ann, 49), 12, "engine_failed")
         desk.reserved(ann, 10)
         desk.settle(desk.reserved(ann, 2), 2)
+        keyed = replace(desk.reserve(ann, 3), idempotency_key="k", payload_sha256="0" * 64)
+        desk.do(keyed)
+        desk.settle(keyed.request_id, 0)
+        desk.settle(desk.do(replace(keyed, request_id=mint_request_id())).request_id, 3)
         desk.settle(desk.reserved(bob, 20), 0)
         desk.do(RevokeKey(bob.key.key_id))
         desk.ledger = desk.new_ledger()
@@ -94,6 +100,10 @@ DAMAGE = [
         "no_spending_by_revoked_key",
         f"UPDATE api_key SET customer_id = {BOB} WHERE customer_id = {ANN}",
     ),
+    ("one key charged twice", "one_request_per_idempotency_key", "UPDATE reservation SET captured = amount"),
+    ("a submission without its request", "submission_is_its_request", "DELETE FROM reservation"),
+    ("a submission of another customer", "submission_is_its_request", f"UPDATE submission SET customer_id = {BOB}"),
+    ("a paid request's key released", "submission_is_its_request", "UPDATE reservation SET captured = amount"),
     ("time that runs back", "history_runs_forward", f"UPDATE entry SET ts = 0 WHERE customer_id = {ANN} AND seq = 3"),
     (
         "a stale writer's entry",

@@ -16,6 +16,7 @@ from billing.commands import (
     Granted,
     Heartbeat,
     HeartbeatDone,
+    IdempotencyConflict,
     InsufficientCredits,
     KeyCreated,
     KeyRefused,
@@ -23,6 +24,7 @@ from billing.commands import (
     LeasesExpired,
     Outcome,
     Rejected,
+    Repeated,
     Reserve,
     Reserved,
     RevokeKey,
@@ -32,6 +34,7 @@ from billing.commands import (
     UnknownKey,
     UnknownReservation,
 )
+from billing.core import KEY_MEMORY_S
 from billing.invariants import audit
 from billing.keys import initial_grant_id
 from billing.money import Mils
@@ -47,28 +50,43 @@ class Oracle:
         self.keys: dict[str, dict[str, Any]] = {}
         self.requests: dict[str, dict[str, Any]] = {}
         self.credits: dict[str, tuple[str, Granted]] = {}
+        self.now = self.written_at = 0.0
+        """The writer's own time, which does not run back, and that of the newest row."""
 
     def balance(self, customer: str) -> Mils:
         return Mils(sum(amount for _, amount, _ in self.rows[customer]))
 
+    def tick(self, now: float) -> None:
+        self.now = max(self.now, now)
+
+    def write(self, customer: str, *row: Any) -> None:
+        self.rows[customer].append(row)
+        self.written_at = self.now
+
     def take_over(self, now: float) -> None:
+        self.now = self.written_at
         for request in self.requests.values():
             request["lease"] = max(request["lease"], now + GRACE_S)
 
     def answer(self, command: Command, now: float) -> Outcome:
         match command:
-            case Reserve(request_id, key_id, frames, rate, _, lease_s):
+            case Reserve(request_id, key_id, frames, rate, _, lease_s, name, payload, window_s):
                 earlier = self.requests.get(request_id)
                 if earlier is not None:
                     same = earlier["work"] == (key_id, frames, rate)
+                    if earlier["sent"] and payload:
+                        same &= earlier["sent"] == (name, payload)
                     return earlier["reserved"] if same else Rejected("")
                 key = self.keys.get(key_id)
                 if key is None or key["revoked"]:
                     return KeyRefused()
                 customer, amount = key["customer"], Mils(frames * rate)
+                repeated = self.repeated(customer, name, payload, self.now - window_s if window_s else None)
+                if repeated is not None:
+                    return repeated
                 if amount > self.balance(customer):
                     return InsufficientCredits(self.balance(customer), amount)
-                self.rows[customer].append(("debit", -amount, request_id))
+                self.write(customer, "debit", -amount, request_id)
                 reserved = Reserved(request_id, customer, amount, self.balance(customer))
                 self.requests[request_id] = {
                     "work": (key_id, frames, rate),
@@ -76,6 +94,8 @@ class Oracle:
                     "reserved": reserved,
                     "settled": None,
                     "lease": now + lease_s,
+                    "at": self.now,
+                    "sent": (name, payload) if payload else None,
                 }
                 return reserved
             case Settle(request_id, delivered, _):
@@ -112,6 +132,7 @@ class Oracle:
                     if customer in self.rows:
                         return Rejected("")
                     self.names[name], self.rows[customer] = customer, []
+                    self.written_at = self.now
                 customer = self.names[name]
                 if credit:
                     self.credit(customer, credit, initial_grant_id(key_id))
@@ -136,20 +157,40 @@ class Oracle:
                 )
                 for _, request_id in run_out:
                     self.settle(request_id, 0)
+                for request in self.requests.values():
+                    if request["settled"] is not None and request["at"] <= now - KEY_MEMORY_S:
+                        request["sent"] = None
                 return LeasesExpired(tuple(request_id for _, request_id in run_out))
+
+    def repeated(
+        self, customer: str, name: str, payload: str, since: float | None
+    ) -> Repeated | IdempotencyConflict | None:
+        mine = [each for each in self.requests.values() if each["customer"] == customer and each["sent"]]
+        if name:
+            mine = [each for each in mine if each["sent"][0] == name]
+            if mine and mine[-1]["sent"][1] != payload:
+                return IdempotencyConflict(mine[-1]["reserved"].request_id)
+        else:
+            mine = [each for each in mine if each["sent"][1] == payload and since is not None and each["at"] >= since]
+        for each in reversed(mine):
+            if each["settled"] is None:
+                return Repeated(each["reserved"].request_id, "open", Mils(0), each["at"])
+            if each["settled"].captured_mils:
+                return Repeated(each["reserved"].request_id, "settled", each["settled"].captured_mils, each["at"])
+        return None
 
     def settle(self, request_id: str, delivered: int) -> Settled:
         request = self.requests[request_id]
         if request["settled"] is None:
             customer, (_, frames, rate) = request["customer"], request["work"]
             if delivered < frames:
-                self.rows[customer].append(("refund", (frames - delivered) * rate, request_id))
+                self.write(customer, "refund", (frames - delivered) * rate, request_id)
             captured, refunded = Mils(delivered * rate), Mils((frames - delivered) * rate)
             request["settled"] = Settled(request_id, captured, refunded, self.balance(customer))
         return request["settled"]
 
     def credit(self, customer: str, amount: Mils, public_id: str) -> Granted:
-        self.rows[customer].append(("credit", amount, public_id))
+        self.write(customer, "credit", amount, public_id)
         granted = Granted(public_id, amount, self.balance(customer))
         self.credits[public_id] = (customer, granted)
         return granted
@@ -165,7 +206,18 @@ LEASES = st.sampled_from([1.0, 30.0, 60.0])
 FRAMES = st.sampled_from([1, 2, 10, 49])
 COMMANDS: st.SearchStrategy[Command] = st.one_of(
     st.builds(Reserve, REQUESTS, KEYS, FRAMES, st.sampled_from([1, 5, 5, 5]), st.just("predict"), LEASES),
-    st.builds(Reserve, REQUESTS, KEYS, FRAMES, st.just(5), st.just("predict"), LEASES),
+    st.builds(
+        Reserve,
+        REQUESTS,
+        KEYS,
+        FRAMES,
+        st.just(5),
+        st.just("predict"),
+        LEASES,
+        st.sampled_from(["", "name_0", "name_1"]),
+        st.sampled_from(["a" * 64, "b" * 64]),
+        st.sampled_from([0.0, 1.0, 60.0]),
+    ),
     st.builds(Settle, REQUESTS, st.integers(0, 50), st.sampled_from(["", "engine_failed"])),
     st.builds(Heartbeat, st.lists(REQUESTS, max_size=4).map(tuple), LEASES),
     st.builds(
@@ -206,6 +258,7 @@ class LedgerAgainstOracle(RuleBasedStateMachine):
         self.resources.close()
 
     def apply(self, commands: Sequence[Command]) -> None:
+        self.oracle.tick(self.desk.clock.now)
         expected = [self.oracle.answer(command, self.desk.clock.now) for command in commands]
         answers = self.desk.ledger.apply(commands)
         for command, answer, right in zip(commands, answers, expected, strict=True):
@@ -230,7 +283,7 @@ class LedgerAgainstOracle(RuleBasedStateMachine):
         self.apply([command, command])
         self.apply([command])
 
-    @rule(seconds=st.sampled_from([0.5, 1.0, 29.5, 30.0, 61.0, -10.0]))
+    @rule(seconds=st.sampled_from([0.5, 1.0, 29.5, 30.0, 61.0, -10.0, KEY_MEMORY_S]))
     def the_clock_steps(self, seconds: float) -> None:
         self.desk.clock.advance(seconds)
 

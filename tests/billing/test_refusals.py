@@ -86,6 +86,10 @@ def settle(request: str, captured: int, refunded: int) -> str:
     )
 
 
+def submission(request: str = "'held'", *, key: str = "''", payload: str = "0" * 64, amount: object = 50) -> str:
+    return f"INSERT INTO submission VALUES ({request}, :ann, {amount}, {key}, '{payload}', 1, NULL)"
+
+
 FENCED = "tr_entry_epoch"
 REFUND = "tr_entry_refund"
 
@@ -430,6 +434,45 @@ ATTACKS = [
     ),
     Attack("the same request twice", "pk_reservation", [reservation("'held'")]),
     Attack("deleting a reservation", "tr_reservation_delete", ["DELETE FROM reservation WHERE request_id = 'held'"]),
+    # What requests are recognised by. `part` and `gone` were sent with keys; `gone` was refunded.
+    Attack(
+        "one key, two requests",
+        "uq_submission_key",
+        [
+            reservation(),
+            entry("debit", -50, reserved=50),
+            wallet("-50"),
+            submission("'new'", key="'key of part'"),
+        ],
+    ),
+    Attack("one request submitted twice", "pk_submission", [submission("'part'", amount=245)]),
+    Attack("a submission without a request", "fk_submission_reservation", [submission("'new'")]),
+    Attack("a submission of another customer's request", "fk_submission_reservation", [submission("'bobs'")]),
+    Attack("a payload instead of its hash", "ck_submission_payload", [submission(payload="the actions")]),
+    Attack("a key without end", "ck_submission_key", [submission(key=f"'{'x' * 257}'")]),
+    Attack(
+        "taking the key from work that was paid",
+        "tr_submission_update",
+        ["UPDATE submission SET released_at = 1 WHERE request_id = 'part'"],
+    ),
+    Attack(
+        "another payload for a key",
+        "tr_submission_update",
+        [f"UPDATE submission SET payload_sha256 = '{'1' * 64}', released_at = 1 WHERE request_id = 'gone'"],
+    ),
+    Attack(
+        "taking a released key back",
+        "tr_submission_update",
+        [
+            "UPDATE submission SET released_at = 1 WHERE request_id = 'gone'",
+            "UPDATE submission SET released_at = NULL WHERE request_id = 'gone'",
+        ],
+    ),
+    Attack(
+        "forgetting a request that is open",
+        "tr_submission_delete",
+        [submission(), "DELETE FROM submission WHERE request_id = 'held'"],
+    ),
     # History.
     Attack(
         "deleting the last entry",
@@ -597,7 +640,13 @@ def history(databases: Databases) -> Iterator[History]:
         revoked = desk.account(0, name="ann")
         desk.ledger.apply([RevokeKey(revoked.key.key_id)])
         for account, request_id, frames in ((ann, "part", 49), (ann, "kept", 2), (ann, "held", 10), (bob, "bobs", 10)):
-            assert isinstance(desk.do(desk.reserve(account, frames, RequestId(request_id))), Reserved)
+            command = desk.reserve(account, frames, RequestId(request_id))
+            if request_id == "part":
+                command = replace(command, idempotency_key="key of part", payload_sha256="0" * 64)
+            assert isinstance(desk.do(command), Reserved)
+        gone = desk.reserve(bob, 1, RequestId("gone"))
+        desk.do(replace(gone, idempotency_key="key of gone", payload_sha256="0" * 64))
+        desk.settle(RequestId("gone"), 0)
         desk.settle(RequestId("kept"), 2)
         desk.settle(RequestId("part"), 12)
         tail, before_tail = desk.reader.transactions(ann.customer_id, 2)
@@ -683,6 +732,10 @@ def test_the_same_statements_are_accepted_when_they_are_right(databases: Databas
         run(
             History(engine, names | {"tail": 3, "next": 4, "balance": 960}),
             [settle("'new'", 25, 25), entry("refund", 25, reserved=50), wallet("25")],
+        )
+        run(
+            History(engine, names),
+            [submission("'new'", key="'key'"), "DELETE FROM submission WHERE request_id = 'new'"],
         )
         assert desk.balance(account) == 985
         assert audit(engine) == []
