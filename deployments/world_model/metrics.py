@@ -1,7 +1,7 @@
 """PSNR and SSIM of frames, on uint8 (0..255) or float (0..1) arrays of shape (..., H, W, C).
 
 SSIM is that of Wang et al. 2004: Gaussian window 11x11 with standard deviation 1.5, K1 = 0.01, K2 = 0.03, population
-variances, averaged over the positions where the window fits, over channels and over frames.
+variances, averaged over the positions where the window fits, over channels and over frames. LPIPS is in `lpips.py`.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ K1, K2 = 0.01, 0.03
 
 def psnr(image: Image, reference: Image) -> float:
     """Peak signal-to-noise ratio in dB over all values together; infinite for equal images."""
-    a, b = _unit_range(image, reference)
+    a, b = unit_range(image, reference)
     error = float(((a - b) ** 2).mean())
     return float("inf") if error == 0 else -10 * float(np.log10(error))
 
 
 def psnr_per_frame(frames: Image, reference: Image) -> npt.NDArray[np.float64]:
     """PSNR in dB of each image of (..., H, W, C); what a table averages."""
-    a, b = _unit_range(frames, reference)
+    a, b = unit_range(frames, reference)
     error = ((a - b) ** 2).mean((-3, -2, -1)).numpy()
     with np.errstate(divide="ignore"):
         decibels: npt.NDArray[np.float64] = -10 * np.log10(error)
@@ -36,7 +36,7 @@ def psnr_per_frame(frames: Image, reference: Image) -> npt.NDArray[np.float64]:
 
 def ssim(image: Image, reference: Image) -> float:
     """Structural similarity, 1 for equal images. Both sides must be at least 11 pixels."""
-    a, b = (x.movedim(-1, -3) for x in _unit_range(image, reference))  # (..., C, H, W)
+    a, b = (x.movedim(-1, -3) for x in unit_range(image, reference))  # (..., C, H, W)
     if min(a.shape[-2:]) < WINDOW:
         raise ValueError(f"images are {tuple(a.shape[-2:])}, SSIM needs at least {WINDOW}x{WINDOW}")
     rows, columns = (_window_matrix(side) for side in a.shape[-2:])
@@ -65,7 +65,8 @@ def _window_matrix(side: int) -> Tensor:
     return matrix
 
 
-def _unit_range(*images: Image) -> list[Tensor]:
+def unit_range(*images: Image) -> list[Tensor]:
+    """The images in [0, 1] and double precision. Raises ValueError unless shape and dtype are the same."""
     tensors = [torch.as_tensor(image).cpu() for image in images]
     if tensors[0].shape != tensors[1].shape or tensors[0].dtype != tensors[1].dtype:
         raise ValueError(f"cannot compare {[(tuple(t.shape), str(t.dtype)) for t in tensors]}")
