@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import platform
@@ -32,6 +33,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import av
 import dream
 import numpy as np
 import numpy.typing as npt
@@ -154,9 +156,15 @@ def over_http(client: dream.Client, num_steps: int | None) -> Predict:
         actions = np.zeros((*moves.shape[:2], MODEL_ACTION_DIM), np.float32)
         actions[..., :2] = moves
         batch = model.predict_batch(start_frame=Image.fromarray(frame), actions=actions, num_steps=num_steps, seed=seed)
-        return np.stack([rollout.video()[-1] for rollout in batch])
+        return np.stack([last_frame(rollout.mp4_bytes()) for rollout in batch])
 
     return predict
+
+
+def last_frame(mp4: bytes) -> npt.NDArray[np.uint8]:
+    with av.open(io.BytesIO(mp4)) as container:
+        *_, last = container.decode(video=0)
+        return last.to_ndarray(format="rgb24")
 
 
 @contextlib.contextmanager
