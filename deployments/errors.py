@@ -3,6 +3,8 @@
 RolloutError
 ├── CreditsInsufficient   the balance does not cover the price; nothing was reserved
 ├── KeyNotAccepted        the key was revoked before the reservation
+├── IdempotencyKeyReused  the idempotency key already names other work; nothing was reserved
+├── ResultExpired         it was delivered before and is no longer kept; nothing was reserved
 ├── ModelOverloaded       the queue is full, or nothing could run the work in time; refunded
 ├── EngineFailed          the model or its replica failed; refunded
 └── LedgerUnavailable     nothing runs unless it is reserved first
@@ -28,6 +30,16 @@ class CreditsInsufficient(RolloutError):
 class KeyNotAccepted(RolloutError):
     def __str__(self) -> str:
         return "the API key was revoked"
+
+
+class IdempotencyKeyReused(RolloutError):
+    def __str__(self) -> str:
+        return "Idempotency-Key: was used before with another payload; use a new key for new work"
+
+
+class ResultExpired(RolloutError):
+    def __str__(self) -> str:
+        return "Idempotency-Key: its rollout was delivered and its video has expired; use a new key to run it again"
 
 
 class ModelOverloaded(RolloutError):

@@ -5,14 +5,16 @@ Every way out after the reservation ends in a settlement: all frames delivered, 
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import structlog
 
 from billing.commands import (
     Heartbeat,
+    IdempotencyConflict,
     InsufficientCredits,
     KeyRefused,
+    Repeated,
     RequestId,
     Reserve,
     Reserved,
@@ -20,16 +22,20 @@ from billing.commands import (
     Settled,
     UnknownReservation,
 )
+from billing.reader import LedgerReader
 from deployments.errors import (
     CreditsInsufficient,
     EngineFailed,
+    IdempotencyKeyReused,
     KeyNotAccepted,
     LedgerUnavailable,
     ModelOverloaded,
+    ResultExpired,
 )
 from deployments.ledger_client import LedgerClient
 from deployments.messages import Actions, ChunkFailed, ChunkRow, RolloutRequest, RolloutResult
 from deployments.model_client import ChunkTiming, ModelClient
+from deployments.results import ResultStore
 from deployments.status import Outcome, Sample
 from deployments.status_client import StatusClient
 from deployments.video import join_chunks
@@ -46,8 +52,10 @@ LEASE_S = 30.0
 HEARTBEAT_EVERY_S = 5.0
 """A beat may take 10 s to be given up, so two may be missed."""
 
-Keep = Callable[[RequestId, tuple[bytes, ...]], Awaitable[None]]
-"""Stores the videos of a request before it is settled; if it raises, the request is refunded."""
+DEDUPE_WINDOW_S = 60.0
+"""How far back the same payload of the same customer counts as sent again: clients do so after a lost connection."""
+JOIN_POLL_S = 0.05
+"""Between looks at a first request that still runs, perhaps on another ingress replica."""
 
 log = structlog.get_logger(__name__)
 
@@ -55,8 +63,17 @@ log = structlog.get_logger(__name__)
 class Ingress:
     """Runs paid rollouts on the models it was given."""
 
-    def __init__(self, ledger: LedgerClient, models: Mapping[str, ModelClient], status: StatusClient) -> None:
+    def __init__(
+        self,
+        ledger: LedgerClient,
+        reader: LedgerReader,
+        models: Mapping[str, ModelClient],
+        results: ResultStore,
+        status: StatusClient,
+    ) -> None:
         self._ledger = ledger
+        self._reader = reader
+        self._results = results
         self._models = models
         self._status = status
         self._open: set[RequestId] = set()
@@ -96,22 +113,33 @@ class Ingress:
             await asyncio.wait(self._settling)
         await self._ledger.flush()
 
-    async def run(self, request: RolloutRequest, keep: Keep | None = None) -> RolloutResult:
-        """Reserve the price, roll out all candidates, keep the videos if asked to, settle.
+    async def run(self, request: RolloutRequest, lasting: bool = False) -> RolloutResult:
+        """Reserve the price, roll out all candidates, store the result, settle; or answer what was answered before.
+
+        A request that the ledger recognises (by its idempotency key, or as a payload that this customer sent lately)
+        waits for the first one if that still runs, and gets its result; if the first was refunded, this one runs.
+        `lasting` results are kept for a link; those with an idempotency key always are.
 
         Raises:
             CreditsInsufficient, KeyNotAccepted, LedgerUnavailable: nothing ran and nothing was charged.
-            ModelOverloaded, EngineFailed: what was reserved has been refunded.
+            IdempotencyKeyReused, ResultExpired: nothing ran, the first request stands.
+            ModelOverloaded, EngineFailed, OSError: what was reserved has been refunded.
             asyncio.CancelledError: the client left; what was reserved is being refunded.
-            Whatever `keep` raises: what was reserved has been refunded.
         """
         if self._draining:
             raise ModelOverloaded(request.model, RESTART_S)
         task = asyncio.current_task()
         assert task is not None
         self._running.add(task)
+        started = time.perf_counter()
         try:
-            return await self._run(request, keep)
+            while True:
+                reserved = await self._reserve(request)
+                if isinstance(reserved, Reserved):
+                    return await self._run(request, reserved, lasting or bool(request.idempotency_key), started)
+                first = await self._first_result(reserved)
+                if first is not None:
+                    return first
         except asyncio.CancelledError:
             if task not in self._stopped:
                 raise
@@ -121,32 +149,53 @@ class Ingress:
             self._running.discard(task)
             self._stopped.discard(task)
 
-    async def _run(self, request: RolloutRequest, keep: Keep | None) -> RolloutResult:
-        started = time.perf_counter()
-        reserved = await self._reserve(request)
+    async def _run(self, request: RolloutRequest, reserved: Reserved, lasting: bool, started: float) -> RolloutResult:
         try:
             videos, timings = await self._roll_out(request)
-            if keep is not None:
-                await keep(request.request_id, videos)
+            result = RolloutResult(
+                request_id=request.request_id,
+                model=request.model,
+                videos=videos,
+                created_at=time.time(),
+                num_frames=request.num_frames,
+                cost_mils=reserved.amount_mils,
+                queue_ms=sum(timing.queue_ms for timing in timings),
+                infer_ms=sum(timing.infer_ms for timing in timings),
+                total_ms=(time.perf_counter() - started) * 1e3,
+            )
+            await asyncio.to_thread(self._results.put, result, lasting)
         except BaseException as failure:
             await self._refund(request, failure)
             raise
         # No await from here on: the frames exist, so nothing may come between them and their caller.
         self._settle_later(request)
-        result = RolloutResult(
-            request_id=request.request_id,
-            model=request.model,
-            videos=videos,
-            num_frames=request.num_frames,
-            cost_mils=reserved.amount_mils,
-            queue_ms=sum(timing.queue_ms for timing in timings),
-            infer_ms=sum(timing.infer_ms for timing in timings),
-            total_ms=(time.perf_counter() - started) * 1e3,
-        )
         self._report(request, "succeeded", result)
         return result
 
-    async def _reserve(self, request: RolloutRequest) -> Reserved:
+    async def _first_result(self, repeated: Repeated) -> RolloutResult | None:
+        """What the request that this one repeats was answered with; None if it was refunded after all.
+
+        Raises:
+            ResultExpired: it was delivered, and its result is no longer kept.
+        """
+        captured = repeated.captured_mils
+        if repeated.state == "open":
+            while (first := await asyncio.to_thread(self._reader.reservation, repeated.request_id)) is not None:
+                result = await asyncio.to_thread(self._results.get, repeated.request_id)
+                if result is not None:  # stored before it is settled
+                    return result
+                if first.state == "settled":
+                    captured = first.captured_mils
+                    break
+                await asyncio.sleep(JOIN_POLL_S)
+        if not captured:
+            return None
+        result = await asyncio.to_thread(self._results.get, repeated.request_id)
+        if result is None:
+            raise ResultExpired()
+        return result
+
+    async def _reserve(self, request: RolloutRequest) -> Reserved | Repeated:
         kind = "predict" if len(request.candidates) == 1 else f"predict_batch ×{len(request.candidates)}"
         self._open.add(request.request_id)
         outcome = None
@@ -159,6 +208,9 @@ class Ingress:
                     mils_per_frame=self._models[request.model].spec.mils_per_frame,
                     detail=f"{kind} · {request.model} · {request.num_frames} frames",
                     lease_s=LEASE_S,
+                    idempotency_key=request.idempotency_key,
+                    payload_sha256=request.payload_sha256,
+                    dedupe_window_s=DEDUPE_WINDOW_S,
                 )
             )
         finally:
@@ -167,12 +219,16 @@ class Ingress:
         if isinstance(outcome, Reserved):
             return outcome
         self._open.discard(request.request_id)
+        if isinstance(outcome, Repeated):
+            return outcome
         self._report(request, "refused")
         match outcome:
             case InsufficientCredits(balance_mils, requested_mils):
                 raise CreditsInsufficient(balance_mils, requested_mils)
             case KeyRefused():
                 raise KeyNotAccepted()
+            case IdempotencyConflict():
+                raise IdempotencyKeyReused()
         raise AssertionError(f"the ledger answered a reservation with {outcome}")
 
     async def _roll_out(self, request: RolloutRequest) -> tuple[tuple[bytes, ...], list[ChunkTiming]]:

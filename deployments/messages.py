@@ -50,6 +50,10 @@ class RolloutRequest:
     seed: int
     num_steps: int
     guidance: float
+    payload_sha256: str
+    """Of all that makes two requests the same work, by whichever route they come."""
+    idempotency_key: str = ""
+    """What the customer calls this request; empty when it has no name for it."""
 
     @property
     def num_frames(self) -> int:
@@ -63,6 +67,8 @@ class RolloutResult:
     model: str
     videos: tuple[bytes, ...]
     """One mp4 per candidate, in submission order."""
+    created_at: float
+    """POSIX seconds."""
     num_frames: int
     cost_mils: Mils
     queue_ms: float

@@ -15,7 +15,7 @@ from serve_app.middleware import RequestEnvelope
 from serve_app.routes import billing, catalog, rollouts, status
 from serve_app.schemas import ErrorBody
 
-SWEEP_RESULTS_EVERY_S = 600.0
+SWEEP_RESULTS_EVERY_S = 30.0
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
 
 log = structlog.get_logger(__name__)

@@ -17,7 +17,6 @@ from deployments import actors, ledger_client
 from deployments.ingress import Ingress
 from deployments.logs import configure_logs
 from deployments.model_client import ModelClient
-from deployments.replays import Replays
 from deployments.replica import Replica, ReplicaConfig
 from deployments.results import ResultStore
 from deployments.robot_commands import RobotCommands
@@ -64,7 +63,9 @@ class Gateway:
             )
             for slug, replicas in self._replicas.items()
         }
-        self._ingress = Ingress(ledger, models, status)
+        reader = LedgerReader(open_database(args.database_url))
+        results = ResultStore(args.data_dir / "results", args.video_ttl_s)
+        self._ingress = Ingress(ledger, reader, models, results, status)
         return create_api(
             Services(
                 args=args,
@@ -76,10 +77,9 @@ class Gateway:
                     if model.command_statistics
                 },
                 max_row_steps={model.slug: model.max_row_steps for model in args.models},
-                reader=LedgerReader(open_database(args.database_url)),
+                reader=reader,
                 buckets=TokenBuckets(time.monotonic, share=1 / args.ingress_replicas),
-                replays=Replays(time.monotonic),
-                results=ResultStore(args.data_dir / "results", args.video_ttl_s),
+                results=results,
                 signer=LinkSigner(load_secret(args.data_dir / "link-secret")),
                 status=status,
                 decoders=ThreadPoolExecutor(limits.image_decoders, thread_name_prefix="decode"),

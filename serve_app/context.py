@@ -16,7 +16,6 @@ from deployments.errors import LedgerUnavailable
 from deployments.ingress import Ingress
 from deployments.messages import ModelSpec
 from deployments.model_client import ModelClient
-from deployments.replays import Replays
 from deployments.results import ResultStore
 from deployments.robot_commands import RobotCommands
 from deployments.status_client import StatusClient
@@ -45,7 +44,6 @@ class Services:
     """Per model, how many candidates x denoising steps one request may ask for."""
     reader: LedgerReader
     buckets: TokenBuckets
-    replays: Replays
     results: ResultStore
     signer: LinkSigner
     status: StatusClient

@@ -27,9 +27,11 @@ from billing.money import Mils, cents, cents_rounded_up
 from deployments.errors import (
     CreditsInsufficient,
     EngineFailed,
+    IdempotencyKeyReused,
     KeyNotAccepted,
     LedgerUnavailable,
     ModelOverloaded,
+    ResultExpired,
     RolloutError,
 )
 
@@ -118,6 +120,8 @@ class ModelNotFound(ApiError):
 ROLLOUT_ERRORS: Mapping[type[RolloutError], tuple[int, str]] = {
     CreditsInsufficient: (402, "INSUFFICIENT_BALANCE"),
     KeyNotAccepted: (401, "AUTHENTICATION_FAILED"),
+    IdempotencyKeyReused: (422, "IDEMPOTENCY_CONFLICT"),
+    ResultExpired: (410, "INVALID_REQUEST"),
     ModelOverloaded: (503, "OVERLOADED"),
     LedgerUnavailable: (503, "OVERLOADED"),
     EngineFailed: (500, "ENGINE_FAILED"),

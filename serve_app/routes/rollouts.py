@@ -24,6 +24,7 @@ from serve_app.schemas import ActionsFormat, PredictParams, RolloutEnvelope, Rol
 from serve_app.uploads import decode_actions, decode_start_frame
 
 PROVIDER = "dream-engine-cluster"
+MAX_IDEMPOTENCY_KEY = 256
 PROVIDER_NAME = "Dream Engine Cluster"
 
 FILE = {"type": "string", "format": "binary"}
@@ -39,15 +40,12 @@ def multipart(required: Sequence[str], **properties: Any) -> dict[str, Any]:
 
 
 async def refuse_unoffered(
-    request: Request,
     _: Caller,
     dry_run: Annotated[bool, Query(alias="dryRun", description="Not offered yet: refused, never run")] = False,
 ) -> None:
     """A promise that this version does not keep is refused; ignoring it could cost the caller money."""
     if dry_run:
         raise InvalidRequest("dryRun", "quotes are not offered by this version; nothing was run")
-    if "idempotency-key" in request.headers:
-        raise InvalidRequest("Idempotency-Key", "is not offered by this version; nothing was run")
 
 
 router = APIRouter(tags=["rollouts"])
@@ -65,22 +63,18 @@ async def create_rollout(
 ) -> RolloutEnvelope:
     """One rollout; the answer links to its video. `params` is JSON text with the fields of `RolloutParams`."""
     rollout, resized = await _read_rollout(request, parts, caller, active)
-
-    async def keep(request_id: RequestId, videos: tuple[bytes, ...]) -> None:
-        await asyncio.to_thread(parts.results.put, _rollout_id(request_id), videos[0])
-
-    result = await parts.replays.run(_digest(rollout), lambda: parts.ingress.run(rollout, keep))
+    result = await parts.ingress.run(rollout, lasting=True)
+    if parts.results.video(result.request_id) is None:  # another route's: it was kept only for a repetition
+        await asyncio.to_thread(parts.results.put, result, True)
     rollout_id = _rollout_id(result.request_id)
-    if not parts.results.path(rollout_id).exists():  # the first run of this payload was another route's
-        await keep(result.request_id, result.videos)
     response.headers.update(_headers(result, caller))
-    now = int(time.time())
-    expires_at = now + int(parts.results.ttl_s)
+    created = int(result.created_at)
+    expires_at = created + int(parts.results.ttl_s)
     cost_usd = usd(result.cost_mils)
     return RolloutEnvelope(
         id=rollout_id,
         model=result.model,
-        created=now,
+        created=created,
         status="succeeded",
         frames=result.num_frames,
         resolution=parts.models[result.model].spec.resolution,
@@ -109,7 +103,7 @@ async def create_rollout(
 async def predict(request: Request, parts: Parts, caller: Caller, model: ActiveModel) -> Response:
     """One rollout on the active model; the answer is its mp4."""
     rollout = await _read_predict(request, parts, caller, model, max_candidates=1)
-    result = await parts.replays.run(_digest(rollout), lambda: parts.ingress.run(rollout))
+    result = await parts.ingress.run(rollout)
     return Response(result.videos[0], media_type="video/mp4", headers=_headers(result, caller))
 
 
@@ -122,7 +116,7 @@ async def predict(request: Request, parts: Parts, caller: Caller, model: ActiveM
 async def predict_batch(request: Request, parts: Parts, caller: Caller, model: ActiveModel) -> Response:
     """K rollouts that share a start frame, reserved and charged as one; the answer is a tar of K mp4s in order."""
     rollout = await _read_predict(request, parts, caller, model, parts.args.limits.max_candidates)
-    result = await parts.replays.run(_digest(rollout), lambda: parts.ingress.run(rollout))
+    result = await parts.ingress.run(rollout)
     headers = _headers(result, caller) | {"X-DreamEngine-Batch-Size": str(len(result.videos))}
     return Response(_tar(result.videos), media_type="application/x-tar", headers=headers)
 
@@ -132,10 +126,10 @@ async def get_video(rollout_id: str, expires: int, signature: str, parts: Parts)
     """The video behind a rollout's `video_url`: the signature is the permission, no key is sent."""
     if not parts.signer.is_valid(rollout_id, expires, signature):
         raise Forbidden("signature: does not match this link; use a rollout's video_url unchanged")
-    path = parts.results.path(rollout_id)
     if time.time() > expires:
         raise Gone("expires: this link has expired; run the rollout again")
-    if not path.is_file():
+    path = parts.results.video(RequestId(f"req_{rollout_id.removeprefix('rollout_')}"))
+    if path is None:
         raise NotFound("this video is no longer stored")
     return FileResponse(path, media_type="video/mp4", filename=f"{rollout_id}.mp4", content_disposition_type="inline")
 
@@ -213,6 +207,7 @@ async def _assemble(
     start_frame, actions, resized = await asyncio.get_running_loop().run_in_executor(
         parts.decoders, _decode, parts, model, inputs
     )
+    guidance = model.default_guidance if params.guidance is None else params.guidance
     rollout = RolloutRequest(
         request_id=request.state.request_id,
         customer_id=caller.customer_id,
@@ -222,7 +217,9 @@ async def _assemble(
         candidates=tuple(actions),
         seed=params.seed,
         num_steps=num_steps,
-        guidance=model.default_guidance if params.guidance is None else params.guidance,
+        guidance=guidance,
+        payload_sha256=_digest(model.slug, params.seed, num_steps, guidance, start_frame, actions),
+        idempotency_key=_idempotency_key(request),
     )
     return rollout, resized
 
@@ -252,16 +249,26 @@ def _decode(parts: Services, model: ModelSpec, inputs: Inputs) -> tuple[Frame, l
     return start_frame, actions, resized
 
 
-def _digest(rollout: RolloutRequest) -> str:
-    """What makes two requests the same work for the same customer, by whichever route they came."""
-    digest = hashlib.sha256(
-        f"{rollout.customer_id}\n{rollout.model}\n{rollout.seed}\n{rollout.num_steps}\n{rollout.guidance}\n".encode()
-    )
-    digest.update(rollout.start_frame.tobytes())
-    for actions in rollout.candidates:
+def _digest(
+    model: str, seed: int, num_steps: int, guidance: float, start_frame: Frame, candidates: Sequence[Actions]
+) -> str:
+    """What makes two requests the same work, by whichever route they came."""
+    digest = hashlib.sha256(f"{model}\n{seed}\n{num_steps}\n{guidance}\n".encode())
+    digest.update(start_frame.tobytes())
+    for actions in candidates:
         digest.update(str(actions.shape).encode())
         digest.update(actions.tobytes())
     return digest.hexdigest()
+
+
+def _idempotency_key(request: Request) -> str:
+    """The header's value, or empty if it is not sent."""
+    key = request.headers.get("idempotency-key")
+    if key is None:
+        return ""
+    if not 1 <= len(key) <= MAX_IDEMPOTENCY_KEY or not key.isascii() or not key.isprintable():
+        raise InvalidRequest("Idempotency-Key", f"is not 1 to {MAX_IDEMPOTENCY_KEY} printable ASCII characters")
+    return key
 
 
 def _rollout_id(request_id: RequestId) -> str:

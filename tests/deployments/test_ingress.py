@@ -1,6 +1,7 @@
 """A request's whole life, with the real ledger and engine, and only the hops between processes left out."""
 
 import asyncio
+import hashlib
 import threading
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -14,7 +15,14 @@ import deployments.ledger_client
 from billing.commands import Command, CustomerId, Outcome, RevokeKey, Settle
 from billing.keys import mint_request_id, token_sha256
 from billing.reader import KeyRecord
-from deployments.errors import CreditsInsufficient, EngineFailed, KeyNotAccepted, ModelOverloaded
+from deployments.errors import (
+    CreditsInsufficient,
+    EngineFailed,
+    IdempotencyKeyReused,
+    KeyNotAccepted,
+    ModelOverloaded,
+    ResultExpired,
+)
 from deployments.ingress import Ingress
 from deployments.messages import RolloutRequest
 from tests.support.app import SLUG, App, running_app
@@ -54,7 +62,8 @@ def customer(app: App, credits_mils: int) -> KeyRecord:
     return key
 
 
-def request_of(key: KeyRecord, *candidates: Any) -> RolloutRequest:
+def request_of(key: KeyRecord, *candidates: Any, idempotency_key: str = "", payload: str = "") -> RolloutRequest:
+    """Each is its own work unless `payload` says which work it is."""
     return RolloutRequest(
         request_id=mint_request_id(),
         customer_id=key.customer_id,
@@ -65,6 +74,8 @@ def request_of(key: KeyRecord, *candidates: Any) -> RolloutRequest:
         seed=0,
         num_steps=1,
         guidance=0.0,
+        payload_sha256=hashlib.sha256((payload or mint_request_id()).encode()).hexdigest(),
+        idempotency_key=idempotency_key,
     )
 
 
@@ -278,13 +289,14 @@ async def test_a_settlement_is_tried_until_the_ledger_is_back(app: App, monkeypa
     assert failures == 0
 
 
-async def test_a_video_that_cannot_be_kept_is_not_charged(app: App) -> None:
-    async def disk_full(*_: object) -> None:
+async def test_a_video_that_cannot_be_kept_is_not_charged(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
+    def disk_full(*_: object) -> None:
         raise OSError("no space left on device")
 
+    monkeypatch.setattr(app.services.results, "put", disk_full)
     key = customer(app, 1_000)
     with pytest.raises(OSError, match="no space"):
-        await ingress(app).run(request_of(key), disk_full)
+        await ingress(app).run(request_of(key))
     assert balance(app, key.customer_id) == 1_000
 
 
@@ -295,3 +307,86 @@ async def test_concurrent_rollouts_spend_exactly_the_balance_and_not_a_mil_more(
     )
     assert sum(isinstance(outcome, CreditsInsufficient) for outcome in outcomes) == 7
     assert balance(app, key.customer_id) == 0
+
+
+class TestRepetition:
+    """The same request again: by its idempotency key, or as the same payload within the window."""
+
+    @pytest.fixture(params=["key", "payload"])
+    def same(self, request: pytest.FixtureRequest) -> dict[str, str]:
+        return {"payload": "work"} | ({"idempotency_key": "name"} if request.param == "key" else {})
+
+    async def test_it_gets_the_first_answer_and_is_charged_once(self, app: App, same: dict[str, str]) -> None:
+        key = customer(app, 1_000)
+        first = await ingress(app).run(request_of(key, **same))
+        again = await ingress(app).run(request_of(key, **same))
+        assert again == first
+        assert app.ledger.rows(key.customer_id) == [("credit", 1_000), ("debit", -245)]
+
+    async def test_it_waits_for_the_first_while_that_runs(self, held: App, same: dict[str, str]) -> None:
+        key = customer(held, 1_000)
+        first = asyncio.create_task(ingress(held).run(request_of(key, **same)))
+        await asyncio.to_thread(held.model.model.entered.acquire)
+        again = [asyncio.create_task(ingress(held).run(request_of(key, **same))) for _ in range(5)]
+        await asyncio.sleep(0)
+        held.model.model.gate.set()
+        assert {result.request_id for result in await asyncio.gather(first, *again)} == {(await first).request_id}
+        assert balance(held, key.customer_id) == 755
+
+    async def test_it_runs_itself_when_the_first_was_refunded(self, app: App, same: dict[str, str]) -> None:
+        key = customer(app, 1_000)
+        poisoned = actions()
+        poisoned[0, RAISE] = 1
+        with pytest.raises(EngineFailed):
+            await ingress(app).run(request_of(key, poisoned, **same))
+        assert (await ingress(app).run(request_of(key, **same))).num_frames == 49
+        assert balance(app, key.customer_id) == 755
+
+    async def test_it_runs_itself_when_the_first_client_leaves_meanwhile(self, held: App, same: dict[str, str]) -> None:
+        key = customer(held, 1_000)
+        first = asyncio.create_task(ingress(held).run(request_of(key, **same)))
+        await asyncio.to_thread(held.model.model.entered.acquire)
+        again = asyncio.create_task(ingress(held).run(request_of(key, **same)))
+        await asyncio.sleep(0)
+        first.cancel()
+        held.model.model.gate.set()
+        assert (await again).num_frames == 49
+        await ingress(held).drain(0)
+        assert sorted(held.ledger.rows(key.customer_id)) == [
+            ("credit", 1_000),
+            ("debit", -245),
+            ("debit", -245),
+            ("refund", 245),
+        ]
+
+    async def test_it_is_recognised_by_another_ingress_after_a_restart(
+        self, tmp_path: Path, same: dict[str, str]
+    ) -> None:
+        async with running_app(tmp_path) as before:
+            key = customer(before, 1_000)
+            first = await ingress(before).run(request_of(key, **same))
+        async with running_app(tmp_path) as after:
+            assert await ingress(after).run(request_of(key, **same)) == first
+            assert balance(after, key.customer_id) == 755
+
+    async def test_another_customer_is_not_answered_with_it(self, app: App, same: dict[str, str]) -> None:
+        one, other = customer(app, 245), customer(app, 245)
+        first = await ingress(app).run(request_of(one, **same))
+        assert (await ingress(app).run(request_of(other, **same))).request_id != first.request_id
+        assert balance(app, other.customer_id) == 0
+
+    async def test_a_key_with_another_payload_is_refused_and_nothing_runs(self, app: App) -> None:
+        key = customer(app, 1_000)
+        await ingress(app).run(request_of(key, idempotency_key="name", payload="one"))
+        with pytest.raises(IdempotencyKeyReused):
+            await ingress(app).run(request_of(key, idempotency_key="name", payload="other"))
+        assert app.ledger.rows(key.customer_id) == [("credit", 1_000), ("debit", -245)]
+
+    async def test_a_key_whose_result_has_expired_says_so_and_does_not_run_again(self, app: App) -> None:
+        key = customer(app, 1_000)
+        await ingress(app).run(request_of(key, idempotency_key="name", payload="work"))
+        app.services.results.ttl_s = -1.0
+        assert app.services.results.sweep() == 1
+        with pytest.raises(ResultExpired):
+            await ingress(app).run(request_of(key, idempotency_key="name", payload="work"))
+        assert app.ledger.rows(key.customer_id) == [("credit", 1_000), ("debit", -245)]

@@ -61,6 +61,19 @@ def test_a_49_frame_rollout_debits_exactly_245_mils(client: dream.Client, model:
     assert len(decode(rollout.mp4_bytes())) == 49
 
 
+def test_an_idempotency_key_gives_the_first_rollout_again_and_charges_once(
+    client: dream.Client, model: dream.ModelHandle
+) -> None:
+    before = client.billing.balance().balance_mils
+    call = {"start_frame": FRAME, "actions": actions(seed=9), "seed": 9, "idempotency_key": "decision-0001"}
+    first, again = model.predict(**call), model.predict(**call)
+    assert again.id == first.id
+    assert again.mp4_bytes() == first.mp4_bytes()
+    with pytest.raises(dream.ValidationError, match="another payload"):
+        model.predict(**call | {"seed": 10})
+    assert before - client.billing.balance().balance_mils == 245
+
+
 def test_a_batch_of_eight_debits_exactly_1960_mils(client: dream.Client, model: dream.ModelHandle) -> None:
     before = client.billing.balance().balance_mils
     candidates = np.stack([actions(seed=seed) for seed in range(8)])

@@ -277,10 +277,10 @@ class TestNotOffered:
     async def test_an_explicit_real_run_is_run(self, app: App, route: str) -> None:
         assert await charged(app, Sent(route, query={"dryRun": "false"})) == 245
 
-    @pytest.mark.parametrize("value", ["0f8fad5b-d9cb-469f-a165-70867728950e", ""])
-    async def test_an_idempotency_key_is_refused_and_nothing_runs(self, app: App, route: str, value: str) -> None:
-        sent = Sent(route, headers={"Idempotency-Key": value})
-        await refused(app, sent, "Idempotency-Key: is not offered by this version; nothing was run")
+    @pytest.mark.parametrize("value", ["", "x" * 257, "caf\u00e9".encode("latin-1").decode("latin-1"), "a\tb"])
+    async def test_an_idempotency_key_that_cannot_be_one_is_refused(self, app: App, route: str, value: str) -> None:
+        sent = Sent(route, headers={"Idempotency-Key": value.encode("latin-1")})
+        await refused(app, sent, "Idempotency-Key: is not 1 to 256 printable ASCII characters")
 
 
 KNOBS_OUT_OF_RANGE = [

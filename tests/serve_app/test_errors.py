@@ -14,9 +14,11 @@ from deployments import errors as engine_errors
 from deployments.errors import (
     CreditsInsufficient,
     EngineFailed,
+    IdempotencyKeyReused,
     KeyNotAccepted,
     LedgerUnavailable,
     ModelOverloaded,
+    ResultExpired,
     RolloutError,
 )
 from serve_app import errors
@@ -70,6 +72,18 @@ EXAMPLES: list[tuple[Exception, int, str, str]] = [
         402,
         "INSUFFICIENT_BALANCE",
         "the balance is 244 mils and this request needs 245; add credits",
+    ),
+    (
+        IdempotencyKeyReused(),
+        422,
+        "IDEMPOTENCY_CONFLICT",
+        "Idempotency-Key: was used before with another payload; use a new key for new work",
+    ),
+    (
+        ResultExpired(),
+        410,
+        "INVALID_REQUEST",
+        "Idempotency-Key: its rollout was delivered and its video has expired; use a new key to run it again",
     ),
     (KeyNotAccepted(), 401, "AUTHENTICATION_FAILED", "the API key was revoked"),
     (

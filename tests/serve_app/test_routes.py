@@ -120,3 +120,15 @@ async def test_commands_are_taken_where_the_model_knows_its_robot_and_refused_el
     answer = await app.http.post("/v1/predict", files={"frame": png(), "actions": npy(actions(13))}, **send)
     assert answer.headers["X-DreamEngine-Frames"] == "13"
     assert app.ledger.rows(customer) == [("credit", 1_000_000), ("debit", -65)]
+
+
+async def test_an_idempotency_key_gets_the_first_answer_and_refuses_another_payload(app: App) -> None:
+    headers, customer = app.key()
+    headers["Idempotency-Key"] = "0f8fad5b-d9cb-469f-a165-70867728950e"
+    first, again = await rollout(app, headers), await rollout(app, headers)
+    assert again.json() | {"video_url": ""} == first.json() | {"video_url": ""}
+    assert (await app.http.get(again.json()["video_url"])).status_code == 200
+    other = await app.http.post("/v1/predict", headers=headers, files={"frame": png(), "actions": npy(actions(12))})
+    assert other.status_code == 422
+    assert other.json()["error"]["code"] == "IDEMPOTENCY_CONFLICT"
+    assert app.ledger.rows(customer) == [("credit", 1_000_000), ("debit", -245)]

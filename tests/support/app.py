@@ -29,7 +29,6 @@ from deployments.ingress import Ingress
 from deployments.ledger_client import LedgerClient
 from deployments.messages import ChunkReport, ChunkRow, ModelSpec
 from deployments.model_client import ChunkTiming
-from deployments.replays import Replays
 from deployments.results import ResultStore
 from deployments.scheduler import SchedulerStatus
 from deployments.status import StatusActor
@@ -171,6 +170,7 @@ async def running_app(data_dir: Path, model: Any = None, limits: Limits | None =
         ledger_call = LedgerCall(ledger)
         local = LocalModel(model_spec(CATALOG[SLUG]), model or StandInModel(Path(), "cpu"))
         status = StatusClient(LocalActor(StatusActor()))
+        results = ResultStore(data_dir / "results", ttl_s=3600)
         services = Services(
             args=ClusterArgs(
                 data_dir=data_dir,
@@ -178,14 +178,19 @@ async def running_app(data_dir: Path, model: Any = None, limits: Limits | None =
                 models=(ModelArgs(slug=SLUG, checkpoint=""),),
                 limits=limits or Limits(),
             ),
-            ingress=Ingress(LedgerClient(lambda commands: ledger_call.call(commands)), {SLUG: local}, status),  # type: ignore[dict-item]
+            ingress=Ingress(
+                LedgerClient(lambda commands: ledger_call.call(commands)),
+                ledger.reader,
+                {SLUG: local},  # type: ignore[dict-item]
+                results,
+                status,
+            ),
             models={SLUG: local},  # type: ignore[dict-item]
             commands={},
             max_row_steps={SLUG: 1024},
             reader=ledger.reader,
             buckets=TokenBuckets(time.monotonic),
-            replays=Replays(time.monotonic),
-            results=ResultStore(data_dir / "results", ttl_s=3600),
+            results=results,
             signer=LinkSigner(b"0" * 32),
             status=status,
             decoders=ThreadPoolExecutor(2),

@@ -1,8 +1,9 @@
-"""What must hold of the checkpoint that ships: on episodes it never saw, it follows its actions."""
+"""What must hold of the checkpoint that ships: on episodes it never saw, it follows its actions.
+
+The bars are those that the model has to meet, on the episodes that the published figures were measured on.
+"""
 
 import json
-import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,14 +11,30 @@ import pytest
 
 from deployments.world_model import PRESETS, WorldModel, pusher, rollout
 from deployments.world_model.checkpoint import WEIGHTS_FILE
-from deployments.world_model.evaluate import HELD_OUT_SEED, Figures, embed_actions, evaluate
+from deployments.world_model.evaluate import (
+    HELD_OUT_SEED,
+    Accuracy,
+    accuracy,
+    embed_actions,
+    held_out_episodes,
+    predict,
+)
 
-OTHER_SEED = HELD_OUT_SEED + 1  # episodes that no published figure was measured on
+FEW = 16  # episodes for what is many times beyond its bar
 
 
 @pytest.fixture(scope="module")
-def figures(shipped_model: WorldModel) -> Figures:
-    return evaluate(shipped_model, episodes=16, seed=OTHER_SEED)
+def published(shipped: Path) -> dict[str, float]:
+    metrics = json.loads((shipped / "metrics.json").read_text())
+    assert metrics["seed"] == HELD_OUT_SEED
+    figures: dict[str, float] = metrics["held_out"]
+    return figures
+
+
+@pytest.fixture(scope="module")
+def measured(shipped_model: WorldModel, published: dict[str, float]) -> Accuracy:
+    episodes = held_out_episodes(shipped_model, int(published["episodes"]))
+    return accuracy(predict(shipped_model, episodes, episodes.actions), episodes)
 
 
 def test_it_is_the_preset(shipped_model: WorldModel) -> None:
@@ -28,27 +45,34 @@ def test_it_is_smaller_than_10_mb(shipped: Path) -> None:
     assert (shipped / WEIGHTS_FILE).stat().st_size < 10_000_000
 
 
-def test_it_beats_holding_the_first_frame_still(figures: Figures) -> None:
-    assert figures.psnr_db > figures.copy_first_psnr_db + 2.0
-    assert figures.psnr_db_1_12 > figures.copy_first_psnr_db + 4.0
+def test_its_first_chunk_has_27_db(measured: Accuracy) -> None:
+    assert measured.psnr_db_1_12 >= 27
 
 
-def test_its_agent_goes_where_the_actions_say(figures: Figures) -> None:
-    assert figures.agent_error_px_1_12 < 2.0
-    assert figures.agent_error_px < 4.0
+def test_its_rollouts_are_3_5_db_above_holding_the_first_frame_still(
+    measured: Accuracy, published: dict[str, float]
+) -> None:
+    assert measured.psnr_db >= published["copy_first_psnr_db"] + 3.5
 
 
-def test_actions_of_another_episode_predict_worse(figures: Figures) -> None:
-    assert figures.shuffled_psnr_db < figures.psnr_db - 2.0
-    assert figures.shuffled_agent_error_px > 3 * figures.agent_error_px
+def test_its_agent_goes_where_the_actions_say(measured: Accuracy) -> None:
+    assert measured.agent_error_px_1_12 < 1.0
+    assert measured.agent_error_px < 3.2
 
 
-def test_no_actions_predict_worse(figures: Figures) -> None:
-    assert figures.zeroed_psnr_db < figures.psnr_db - 2.0
+def test_its_pucks_end_where_they_truly_do(measured: Accuracy) -> None:
+    assert measured.puck_error_px_1_12 < 1.0
 
 
-def test_it_knows_more_of_the_puck_than_that_it_may_rest(figures: Figures) -> None:
-    assert figures.puck_error_px < figures.copy_first_puck_error_px
+def test_actions_of_another_episode_or_none_predict_clearly_worse(shipped_model: WorldModel) -> None:
+    episodes = held_out_episodes(shipped_model, FEW)
+    own, other, none = (
+        accuracy(predict(shipped_model, episodes, actions), episodes)
+        for actions in (episodes.actions, np.roll(episodes.actions, 1, axis=0), np.zeros_like(episodes.actions))
+    )
+    for worse in (other, none):
+        assert worse.psnr_db < own.psnr_db - 3
+        assert worse.agent_error_px > 3 * own.agent_error_px
 
 
 @pytest.mark.parametrize(("x", "y"), [(1, 0), (-1, 0), (0, 1), (0, -1)])
@@ -61,26 +85,13 @@ def test_the_agent_moves_in_the_direction_asked_for(shipped_model: WorldModel, x
     assert np.abs(moved - 15 * np.array([x, y])).max() < 3.0
 
 
-def test_the_published_metrics_are_what_is_measured(shipped: Path, shipped_model: WorldModel) -> None:
-    published = json.loads((shipped / "metrics.json").read_text())
-    assert published["seed"] == HELD_OUT_SEED
-    quick = Figures(**published["quick"])
-    measured = evaluate(shipped_model, episodes=quick.episodes, num_steps=quick.num_steps)
-    for name, value in replace(measured).to_json().items():
+def test_the_published_figures_are_what_is_measured(measured: Accuracy, published: dict[str, float]) -> None:
+    for name, value in measured.to_json().items():
         # Another CPU sums in another order; the difference grows over the chunks of a rollout.
-        assert getattr(quick, name) == pytest.approx(value, rel=0.02, abs=0.1), name
+        assert published[name] == pytest.approx(value, rel=0.02, abs=0.1 if name.endswith("_px") else 0.02), name
 
 
-def test_the_model_card_states_the_published_figures(shipped: Path) -> None:
+def test_the_model_card_states_the_published_figures(shipped: Path, published: dict[str, float]) -> None:
     card = (shipped / "MODEL_CARD.md").read_text()
-    for name, value in json.loads((shipped / "metrics.json").read_text())["held_out"].items():
+    for name, value in published.items():
         assert f"| `{name}` | {value:g} |" in card
-
-
-def test_a_rollout_of_49_frames_takes_less_than_a_second_of_one_core(shipped_model: WorldModel) -> None:
-    start = pusher.reset(1, np.random.default_rng(0))
-    frame, actions = pusher.render(start)[0], np.zeros((48, 8), np.float32)
-    rollout(shipped_model, frame, actions, seed=0)
-    started = time.process_time()
-    assert len(rollout(shipped_model, frame, actions, seed=0)) == 49
-    assert time.process_time() - started < 1.0

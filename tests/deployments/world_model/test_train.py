@@ -28,7 +28,7 @@ SETTINGS = Settings(
 @pytest.fixture(scope="module")
 def run(small_config: WorldModelConfig) -> Iterator[Callable[[Settings], None]]:
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("EVALUATION_EPISODES", "QUICK_EPISODES", "ROUND_EPISODES", "ROUND_STEPS", "TOKENIZER_BATCH"):
+        for name in ("EVALUATION_EPISODES", "ROUND_EPISODES", "ROUND_STEPS", "TOKENIZER_BATCH"):
             patch.setattr(train, name, 2)
         for name in ("DIT_BATCH", "REFINE_BATCH"):
             patch.setattr(train, name, 4)
