@@ -20,7 +20,7 @@ from deployments.world_model.evaluate import (
     predict,
 )
 
-FEW = 16  # episodes for what is many times beyond its bar
+FEW = 8  # episodes for what is many times beyond its bar
 
 
 @pytest.fixture(scope="module")
