@@ -213,50 +213,62 @@ class Session:
         self.model, self.seeds, self.sigmas = model, list(seeds), SIGMAS[:steps]
         video = from_uint8(np.stack(start_frames)[:, None], model.device, torch.float32)
         self.latents_BCHW = model.tokenizer.encode(video)[:, :, 0]
-        self.index = 0
-        self.cache = self._written(None)
+        self.index = 0  # of the last latent frame written; the start frame is 0
+        self.cache = Cache()
+        self.cache = self.cache.followed_by(self._predict(self.latents_BCHW, 0.0, None)[1])
 
-    @torch.inference_mode()
     def advance(self, actions: Sequence[FloatArray]) -> Frames:
         """Per row the (n, action_dim) float32 actions of the next latent frame, to frames (B, n, H, W, 3)."""
+        clean_BCHW = self.imagine(actions)
+        if not torch.isfinite(clean_BCHW).all():
+            raise WorldModelError(f"latent frame {self.index + 1} is not finite")
+        self.write(clean_BCHW, actions)
+        return self.decoded(clean_BCHW)
+
+    @torch.inference_mode()
+    def decoded(self, latents_BCHW: Tensor) -> Frames:
+        """The pixel frames (B, n, H, W, 3) of a latent frame that is not a stream's first."""
+        # The tokenizer codes each latent frame by itself, so anything may stand for the start frame, which is dropped.
+        return to_uint8(self.model.tokenizer.decode(torch.stack((latents_BCHW, latents_BCHW), dim=2)))[:, 1:]
+
+    @torch.inference_mode()
+    def imagine(self, actions: Sequence[FloatArray]) -> Tensor:
+        """The next latent frame (B, C, H, W), which is not part of the stream before it is written."""
+        actions_BA = self._encoded(actions)
+        noise_BCHW = self._noise()
+        clean_BCHW = self._predict(noise_BCHW, self.sigmas[0], actions_BA)[0]
+        for sigma in self.sigmas[1:]:  # noised again with the frame's own noise
+            x_BCHW = (1 - sigma) * clean_BCHW + sigma * noise_BCHW
+            clean_BCHW = self._predict(x_BCHW, sigma, actions_BA)[0]
+        return clean_BCHW
+
+    @torch.inference_mode()
+    def write(self, latents_BCHW: Tensor, actions: Sequence[FloatArray]) -> None:
+        """Go on from these latents as the next frame, which the actions led to."""
+        self.latents_BCHW = latents_BCHW
+        self.cache = self.cache.followed_by(self._predict(latents_BCHW, 0.0, self._encoded(actions))[1])
+        self.index += 1
+
+    def _encoded(self, actions: Sequence[FloatArray]) -> Tensor:
         config, group = self.model.config, self.model.config.temporal_compression
         for each in actions:
             check_actions(config, each, max_actions=group)
             if len(each) != group:
                 raise ValueError(f"{len(each)} actions, a latent frame takes {group}")
-        actions_BA = torch.from_numpy(np.concatenate([encode_actions(config, each) for each in actions]))
-        actions_BA = actions_BA.to(self.model.device)
-        self.index += 1
-        noise_BCHW = self._noise()
-        x_BCHW = noise_BCHW
-        for position, sigma in enumerate(self.sigmas):
-            clean_BCHW = self._predict(x_BCHW, sigma, actions_BA)[0]
-            if position + 1 < len(self.sigmas):  # noised again with the frame's own noise
-                after = self.sigmas[position + 1]
-                x_BCHW = (1 - after) * clean_BCHW + after * noise_BCHW
-        if not torch.isfinite(clean_BCHW).all():
-            raise WorldModelError(f"latent frame {self.index} is not finite")
-        before, self.latents_BCHW = self.latents_BCHW, clean_BCHW
-        self.cache = self._written(actions_BA)
-        # The tokenizer codes each latent frame by itself; the one before stands for the start frame, and is dropped.
-        return to_uint8(self.model.tokenizer.decode(torch.stack((before, clean_BCHW), dim=2)))[:, 1:]
-
-    def _written(self, actions_BA: Tensor | None) -> Cache:
-        """The cache with the current frame, clean, as its last."""
-        cache = self.cache if self.index else Cache()
-        return cache.followed_by(self._predict(self.latents_BCHW, 0.0, actions_BA, cache)[1])
+        encoded = np.concatenate([encode_actions(config, each) for each in actions])
+        return torch.from_numpy(encoded).to(self.model.device)
 
     def _predict(
-        self, x_BCHW: Tensor, sigma: float, actions_BA: Tensor | None, cache: Cache | None = None
+        self, x_BCHW: Tensor, sigma: float, actions_BA: Tensor | None
     ) -> tuple[Tensor, tuple[KeysValues, ...]]:
         model = self.model
-        return predict_next(model.config, model.dit, model.context, cache or self.cache, x_BCHW, sigma, actions_BA)
+        return predict_next(model.config, model.dit, model.context, self.cache, x_BCHW, sigma, actions_BA)
 
     def _noise(self) -> Tensor:
         """A function of (seed, latent frame), the same on every machine."""
         channels, _, height, width = self.model.config.latent_shape
         drawn = [
-            np.random.RandomState([seed & 0xFFFFFFFF, seed >> 32, self.index]).standard_normal(
+            np.random.RandomState([seed & 0xFFFFFFFF, seed >> 32, self.index + 1]).standard_normal(
                 (channels, height, width)
             )
             for seed in self.seeds

@@ -68,7 +68,7 @@ def roll_out_pool(model: WorldModel, random: np.random.Generator, episodes: int,
             video = from_uint8(video_BFHWC, model.device, torch.float32)
             latents.append(model.tokenizer.encode(video).float())
             actions += [encode_actions(model.config, each) for each in columns]
-            shown = _positions(generated, states[-1])
+            shown = shown_positions(generated, states[-1])
             errors.append(
                 [np.linalg.norm(getattr(shown, name) - getattr(states[-1], name), axis=1) for name in ("agent", "puck")]
             )
@@ -78,7 +78,7 @@ def roll_out_pool(model: WorldModel, random: np.random.Generator, episodes: int,
     return Pool(latents_NCTHW.half(), torch.from_numpy(np.stack(actions)).to(model.device), agent, puck)
 
 
-def _positions(frames: Frames, truth: pusher.PusherState) -> pusher.PusherState:
+def shown_positions(frames: Frames, truth: pusher.PusherState) -> pusher.PusherState:
     """What the frames show; the truth where an object is not to be seen."""
     agent, puck = pusher.read_agent(frames), pusher.read_puck(frames)
     return pusher.PusherState(

@@ -47,7 +47,7 @@ def test_the_error_of_the_model_is_measured_at_the_end_of_each_chunk(renderer: R
 def test_an_object_that_no_frame_shows_goes_on_where_it_truly_is() -> None:
     truth = Renderer.shown
     blank = np.full((1, 64, 64, 3), pusher.BACKGROUND, np.uint8)
-    positions = refine._positions(blank, truth)
+    positions = refine.shown_positions(blank, truth)
     assert np.array_equal(positions.agent, truth.agent)
     assert np.array_equal(positions.puck, truth.puck)
 
