@@ -162,9 +162,9 @@ def over_http(client: dream.Client, num_steps: int | None) -> Predict:
 
 
 def last_frame(mp4: bytes) -> npt.NDArray[np.uint8]:
-    with av.open(io.BytesIO(mp4)) as container:
+    with av.open(io.BytesIO(mp4), "r") as container:
         *_, last = container.decode(video=0)
-        return last.to_ndarray(format="rgb24")
+        return last.to_ndarray(format="rgb24").astype(np.uint8)
 
 
 @contextlib.contextmanager
