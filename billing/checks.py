@@ -21,6 +21,8 @@ def printable(text: str) -> str:
 
     Replaced and cut rather than refused: an odd character in a failure's reason must not stop the refund.
     """
+    if len(text) <= MAX_DETAIL_CHARS and text.isprintable():
+        return text
     return "".join(symbol if symbol.isprintable() else "\ufffd" for symbol in text)[:MAX_DETAIL_CHARS]
 
 
@@ -107,6 +109,8 @@ def _not_lease(value: object) -> str | None:
 def _not_recognisable(command: Reserve) -> str | None:
     """What is wrong with the fields that tell a repeated request from a new one."""
     key, payload, window = command.idempotency_key, command.payload_sha256, command.dedupe_window_s
+    if key == "" and payload == "" and type(window) is float and window == 0.0:
+        return None
     if not (isinstance(key, str) and len(key) <= MAX_IDEMPOTENCY_KEY_CHARS and key.isprintable()):
         return f"idempotency_key must be at most {MAX_IDEMPOTENCY_KEY_CHARS} printable characters"
     if type(window) not in (int, float) or not 0 <= window <= MAX_DEDUPE_WINDOW_S:

@@ -5,7 +5,7 @@ what has to be written; it never touches a database, so a batch is decided in me
 """
 
 from dataclasses import dataclass, field
-from typing import Literal, assert_never
+from typing import Literal, NamedTuple, assert_never
 
 from billing.checks import printable
 from billing.commands import (
@@ -44,6 +44,8 @@ LEASE_EXPIRED = "lease expired"
 KEY_MEMORY_S = 86_400.0
 """How long an idempotency key is remembered at least; a sweep forgets it some time after."""
 MAX_FORGOTTEN_PER_SWEEP = 1_000
+MAX_REMEMBERED = 100_000
+"""Wallets, keys and open reservations that the writer keeps in memory; above it, it starts over with none."""
 ZERO = Mils(0)
 
 
@@ -54,8 +56,6 @@ class Wallet:
     seq: int
     balance: Mils
     created_at: float
-    is_new: bool = False
-    is_changed: bool = False
 
 
 @dataclass(slots=True)
@@ -71,8 +71,6 @@ class Key:
     balance_at_creation: Mils
     revoked_at: float | None = None
     revoked_seq: int | None = None
-    is_new: bool = False
-    is_changed: bool = False
 
 
 @dataclass(slots=True)
@@ -95,7 +93,7 @@ class Reservation:
     settled_seq: int | None = None
     balance_after_settlement: Mils | None = None
     is_new: bool = False
-    is_changed: bool = False
+    """Made by this batch: not in the database yet."""
 
 
 @dataclass(slots=True)
@@ -110,11 +108,12 @@ class Submission:
     created_at: float
     released_at: float | None = None
     is_new: bool = False
-    is_changed: bool = False
+    """Made by this batch: not in the database yet."""
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
+    """In the order of the table's columns."""
+
     customer_id: CustomerId
     seq: int
     prev_seq: int | None
@@ -131,13 +130,18 @@ class Entry:
 
 @dataclass(slots=True)
 class Book:
-    """What one batch may read, loaded beforehand; `entries` and the marked rows are what it has to write."""
+    """What the writer knows, and what the batch that it decides has to write.
 
-    now: float
+    Between batches it keeps wallets, keys and open reservations: while the fence is held nobody else changes them. What
+    a batch needs besides is loaded for it and dropped after it. A batch that was not committed spoils the book; its
+    owner throws it away and begins with an empty one.
+    """
+
+    epoch: int = 0
+    now: float = 0.0
     """The clock, for leases."""
-    ts: float
+    ts: float = 0.0
     """The clock, held back so that it never decreases from one entry to the next."""
-    epoch: int
     wallets: dict[CustomerId, Wallet] = field(default_factory=dict)
     customer_by_name: dict[str, CustomerId] = field(default_factory=dict)
     keys: dict[KeyId, Key] = field(default_factory=dict)
@@ -150,10 +154,64 @@ class Book:
     submissions_by_payload: dict[tuple[CustomerId, str], list[Submission]] = field(default_factory=dict)
     forgotten: list[RequestId] = field(default_factory=list)
     """Submissions that are to be deleted."""
+    released: list[Submission] = field(default_factory=list)
+    new_submissions: list[Submission] = field(default_factory=list)
+    new_wallets: list[Wallet] = field(default_factory=list)
+    moved_wallets: dict[CustomerId, Wallet] = field(default_factory=dict)
+    new_keys: list[Key] = field(default_factory=list)
+    revoked_keys: list[Key] = field(default_factory=list)
+    new_reservations: list[Reservation] = field(default_factory=list)
+    settled: list[Reservation] = field(default_factory=list)
+    """Those that this batch closed and did not make."""
+    passing: list[RequestId] = field(default_factory=list)
+    """Settled reservations, which the next batch will hardly ask for."""
+    renewed: dict[RequestId, Reservation] = field(default_factory=dict)
+    """Those whose lease this batch renewed; some of them may have been closed since."""
     credits: dict[str, Entry] = field(default_factory=dict)
     """Credits from outside by their public id."""
     entries: list[Entry] = field(default_factory=list)
     """New ones, in the order in which they chain."""
+
+    def begin(self, now: float, ts: float, epoch: int) -> None:
+        self.now, self.ts, self.epoch = now, ts, epoch
+
+    def committed(self) -> None:
+        """What the batch decided is in the database; keep what the next one can use."""
+        for reservation in self.new_reservations:
+            reservation.is_new = False
+        for request_id in self.passing:
+            self.reservations.pop(request_id, None)
+        for done in (
+            self.submissions,
+            self.submission_by_key,
+            self.submissions_by_payload,
+            self.credits,
+            self.moved_wallets,
+            self.renewed,
+        ):
+            done.clear()
+        for written in (
+            self.forgotten,
+            self.released,
+            self.new_submissions,
+            self.new_wallets,
+            self.new_keys,
+            self.revoked_keys,
+            self.new_reservations,
+            self.settled,
+            self.passing,
+            self.entries,
+        ):
+            written.clear()
+        if max(len(self.wallets), len(self.keys), len(self.reservations)) > MAX_REMEMBERED:
+            for remembered in (
+                self.wallets,
+                self.customer_by_name,
+                self.keys,
+                self.key_by_sha256,
+                self.reservations,
+            ):
+                remembered.clear()
 
     def add_wallet(self, wallet: Wallet) -> None:
         self.wallets[wallet.customer_id] = wallet
@@ -181,8 +239,9 @@ class Book:
         self.forgotten.append(submission.request_id)
 
     def open_wallet(self, customer_id: CustomerId, name: str) -> Wallet:
-        wallet = Wallet(customer_id, name, 0, ZERO, self.ts, is_new=True)
+        wallet = Wallet(customer_id, name, 0, ZERO, self.ts)
         self.add_wallet(wallet)
+        self.new_wallets.append(wallet)
         self.entries.append(
             Entry(customer_id, 0, None, ZERO, ZERO, ZERO, "opening", customer_id, None, self.ts, "", self.epoch)
         )
@@ -194,22 +253,24 @@ class Book:
         """Append one entry to the wallet's chain."""
         balance = Mils(wallet.balance + amount)
         assert balance >= 0, f"{kind} of {amount} mils on a balance of {wallet.balance}"
+        seq, before = wallet.seq, wallet.balance
         entry = Entry(
-            customer_id=wallet.customer_id,
-            seq=wallet.seq + 1,
-            prev_seq=wallet.seq,
-            prev_balance=wallet.balance,
-            amount=amount,
-            balance_after=balance,
-            kind=kind,
-            public_id=public_id,
-            reserved=reserved,
-            ts=self.ts,
-            detail=detail,
-            epoch=self.epoch,
+            wallet.customer_id,
+            seq + 1,
+            seq,
+            before,
+            amount,
+            balance,
+            kind,
+            public_id,
+            reserved,
+            self.ts,
+            detail,
+            self.epoch,
         )
         self.entries.append(entry)
-        wallet.seq, wallet.balance, wallet.is_changed = entry.seq, balance, True
+        wallet.seq, wallet.balance = seq + 1, balance
+        self.moved_wallets[wallet.customer_id] = wallet
         return entry
 
 
@@ -251,22 +312,25 @@ def _reserve(book: Book, command: Reserve) -> Outcome:
     key = book.keys.get(command.key_id)
     if key is None or key.revoked_at is not None:
         return KeyRefused()
-    holder = book.submission_by_key.get((key.customer_id, command.idempotency_key))
-    if holder is not None and holder.payload_sha256 != command.payload_sha256:
-        return IdempotencyConflict(holder.request_id)
-    first = _first_of(book, key.customer_id, command, holder)
-    if first is not None:
-        state: Literal["open", "settled"] = "open" if first.state == "open" else "settled"
-        return Repeated(first.request_id, state, first.captured, first.created_at)
+    holder = None
+    if command.payload_sha256:
+        holder = book.submission_by_key.get((key.customer_id, command.idempotency_key))
+        if holder is not None and holder.payload_sha256 != command.payload_sha256:
+            return IdempotencyConflict(holder.request_id)
+        first = _first_of(book, key.customer_id, command, holder)
+        if first is not None:
+            state: Literal["open", "settled"] = "open" if first.state == "open" else "settled"
+            return Repeated(first.request_id, state, first.captured, first.created_at)
     wallet = book.wallets[key.customer_id]
     amount = Mils(command.frames * command.mils_per_frame)
     if amount > wallet.balance:
         return InsufficientCredits(wallet.balance, amount)
     if holder is not None:  # refunded in full, so the key is free for this attempt
         holder.released_at = book.ts
-        holder.is_changed = True
+        if not holder.is_new:
+            book.released.append(holder)
     debit = book.move(wallet, "debit", Mils(-amount), command.request_id, printable(command.detail), reserved=amount)
-    book.reservations[command.request_id] = Reservation(
+    reservation = Reservation(
         request_id=command.request_id,
         customer_id=wallet.customer_id,
         key_id=key.key_id,
@@ -279,18 +343,20 @@ def _reserve(book: Book, command: Reserve) -> Outcome:
         balance_after_debit=debit.balance_after,
         is_new=True,
     )
+    book.reservations[command.request_id] = reservation
+    book.new_reservations.append(reservation)
     if command.payload_sha256:
-        book.add_submission(
-            Submission(
-                request_id=command.request_id,
-                customer_id=wallet.customer_id,
-                amount=amount,
-                idempotency_key=command.idempotency_key,
-                payload_sha256=command.payload_sha256,
-                created_at=debit.ts,
-                is_new=True,
-            )
+        submission = Submission(
+            request_id=command.request_id,
+            customer_id=wallet.customer_id,
+            amount=amount,
+            idempotency_key=command.idempotency_key,
+            payload_sha256=command.payload_sha256,
+            created_at=debit.ts,
+            is_new=True,
         )
+        book.add_submission(submission)
+        book.new_submissions.append(submission)
     return Reserved(command.request_id, wallet.customer_id, amount, debit.balance_after)
 
 
@@ -339,7 +405,9 @@ def _close(book: Book, reservation: Reservation, frames_delivered: int, reason: 
     reservation.settled_at = book.ts
     reservation.settled_seq = wallet.seq
     reservation.balance_after_settlement = wallet.balance
-    reservation.is_changed = True
+    book.passing.append(reservation.request_id)
+    if not reservation.is_new:
+        book.settled.append(reservation)
 
 
 def _heartbeat(book: Book, command: Heartbeat) -> Outcome:
@@ -352,7 +420,7 @@ def _heartbeat(book: Book, command: Heartbeat) -> Outcome:
         lease_until = book.now + command.lease_s
         if lease_until > reservation.lease_until:
             reservation.lease_until = lease_until
-            reservation.is_changed = True
+            book.renewed[request_id] = reservation
     return HeartbeatDone(renewed)
 
 
@@ -402,20 +470,19 @@ def _create_key(book: Book, command: CreateKey) -> Outcome:
     if command.initial_credits_mils > 0:
         detail = f"Initial credits · {dollars(command.initial_credits_mils)}"
         _credit(book, wallet, command.initial_credits_mils, initial_grant_id(command.key_id), detail)
-    book.add_key(
-        Key(
-            key_id=command.key_id,
-            sha256=command.sha256,
-            last4=command.last4,
-            customer_id=wallet.customer_id,
-            refill_per_s=float(command.refill_per_s),
-            burst=command.burst,
-            created_at=book.ts,
-            created_seq=wallet.seq,
-            balance_at_creation=wallet.balance,
-            is_new=True,
-        )
+    key = Key(
+        key_id=command.key_id,
+        sha256=command.sha256,
+        last4=command.last4,
+        customer_id=wallet.customer_id,
+        refill_per_s=float(command.refill_per_s),
+        burst=command.burst,
+        created_at=book.ts,
+        created_seq=wallet.seq,
+        balance_at_creation=wallet.balance,
     )
+    book.add_key(key)
+    book.new_keys.append(key)
     return KeyCreated(command.key_id, wallet.customer_id, wallet.balance)
 
 
@@ -426,7 +493,7 @@ def _revoke_key(book: Book, command: RevokeKey) -> Outcome:
     if key.revoked_at is None:
         key.revoked_at = book.ts
         key.revoked_seq = book.wallets[key.customer_id].seq
-        key.is_changed = True
+        book.revoked_keys.append(key)
     return KeyRevoked(key.key_id, key.revoked_at)
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import re
 import secrets
+import time
 
 from billing.commands import CustomerId, KeyId, RequestId
 
@@ -42,7 +43,11 @@ def mint_grant_id() -> str:
 
 
 def mint_request_id() -> RequestId:
-    return RequestId(f"req_{secrets.token_hex(16)}")
+    """Begins with the time in milliseconds: ids that are made together lie together in the database's indexes.
+
+    The other 80 bits are random, so an id cannot be guessed.
+    """
+    return RequestId(f"req_{time.time_ns() // 1_000_000:012x}{secrets.token_hex(10)}")
 
 
 def initial_grant_id(key_id: KeyId) -> str:

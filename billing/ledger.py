@@ -13,7 +13,7 @@ from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
 from billing import store
 from billing.checks import malformed
 from billing.commands import Command, Outcome, Rejected
-from billing.core import decide
+from billing.core import Book, decide
 from billing.database import writer
 from billing.errors import Fenced, LedgerUnavailable
 
@@ -30,6 +30,7 @@ class Ledger:
         self._takeover_grace_s = takeover_grace_s
         self._epoch = 0
         self._newest_ts = 0.0
+        self._book = Book()
         self._turn = Lock()
 
     def take_over(self) -> int:
@@ -50,7 +51,7 @@ class Ledger:
                     newest_ts = store.newest_ts(connection)
             except DBAPIError as error:
                 raise LedgerUnavailable(f"the database failed during take-over: {error.orig}") from error
-            self._epoch, self._newest_ts = epoch, newest_ts
+            self._epoch, self._newest_ts, self._book = epoch, newest_ts, Book()
             return epoch
 
     def apply(self, commands: Sequence[Command]) -> list[Outcome]:
@@ -88,12 +89,14 @@ class Ledger:
     def _commit(self, commands: Sequence[Command]) -> list[Outcome]:
         now = self._clock()
         ts = max(now, self._newest_ts)  # a clock that steps back must not put a refund before its debit
+        book, self._book = self._book, Book()  # whatever fails below, its picture of the database is not used again
         try:
             with self._engine.begin() as connection:
                 current_epoch = store.read_fence(connection)
                 if self._epoch == 0 or current_epoch != self._epoch:
                     raise Fenced(self._epoch, current_epoch)
-                book = store.load(connection, commands, now, ts, self._epoch)
+                book.begin(now, ts, self._epoch)
+                store.load(connection, commands, book)
                 outcomes = [decide(book, command) for command in commands]
                 store.write(connection, book)
         except (IntegrityError, DataError):
@@ -101,5 +104,7 @@ class Ledger:
         except DBAPIError as error:
             raise LedgerUnavailable(f"the database failed during a commit: {error.orig}") from error
         self._newest_ts = ts
+        book.committed()
+        self._book = book
         assert len(outcomes) == len(commands)
         return outcomes

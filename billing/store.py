@@ -3,19 +3,22 @@
 Decides nothing. Everything happens on the caller's connection, inside the caller's transaction.
 """
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, assert_never
 
 from sqlalchemy import (
+    Column,
     ColumnElement,
     Connection,
     Row,
+    Select,
+    Table,
     and_,
     bindparam,
-    delete,
     func,
-    insert,
     or_,
     select,
     text,
@@ -37,7 +40,17 @@ from billing.commands import (
 )
 from billing.core import KEY_MEMORY_S, MAX_FORGOTTEN_PER_SWEEP, Book, Entry, Key, Reservation, Submission, Wallet
 from billing.keys import initial_grant_id
-from billing.tables import api_key, entry, reservation, submission, wallet, writer_fence
+from billing.tables import (
+    INT64,
+    SECONDS,
+    api_key,
+    billing_metadata,
+    entry,
+    reservation,
+    submission,
+    wallet,
+    writer_fence,
+)
 
 AnyRow = Row[*tuple[Any, ...]]
 
@@ -88,8 +101,31 @@ _RESERVATIONS = (
         and_(_settlement.c.customer_id == reservation.c.customer_id, _settlement.c.seq == reservation.c.settled_seq),
     )
 )
-_WALLETS = select(wallet)
-_CREDITS = select(entry).where(entry.c.kind == "credit")
+
+
+@dataclass(frozen=True, slots=True)
+class _ByText:
+    """A query for the rows whose `column` is in `wanted`, a JSON array: constant text, so it is prepared once."""
+
+    sqlite: Any
+    postgresql: Any
+
+
+def _by(statement: Select[Any], column: Column[str]) -> _ByText:
+    # As text: SQLAlchemy's `in_` would put parentheses around the query, which makes it a single value.
+    return _ByText(
+        statement.where(text(f"{column} IN (SELECT value FROM json_each(:wanted))")),  # noqa: S608 - our own name
+        statement.where(text(f"{column} IN (SELECT json_array_elements_text(CAST(:wanted AS json)))")),
+    )
+
+
+_KEYS_BY_ID = _by(_KEYS, api_key.c.key_id)
+_KEYS_BY_SHA256 = _by(_KEYS, api_key.c.sha256)
+_RESERVATIONS_BY_ID = _by(_RESERVATIONS, reservation.c.request_id)
+_RUN_OUT = _RESERVATIONS.where(reservation.c.state == "open", reservation.c.lease_until <= bindparam("now"))
+_WALLETS_BY_ID = _by(select(wallet), wallet.c.customer_id)
+_WALLETS_BY_NAME = _by(select(wallet), wallet.c.name)
+_CREDITS = _by(select(entry).where(entry.c.kind == "credit"), entry.c.public_id)
 _SUBMISSIONS = select(submission)
 _stands = or_(reservation.c.state == "open", reservation.c.captured > 0)
 _STANDING = select(submission).join(reservation, reservation.c.request_id == submission.c.request_id).where(_stands)
@@ -101,32 +137,76 @@ _FORGETTABLE = (
     .limit(MAX_FORGOTTEN_PER_SWEEP)
 )
 
-_INSERT_WALLET = insert(wallet)
-_INSERT_KEY = insert(api_key)
-_INSERT_RESERVATION = insert(reservation)
-_INSERT_ENTRY = insert(entry)
-_INSERT_SUBMISSION = insert(submission)
-_RELEASE_KEY = update(submission).where(submission.c.request_id == bindparam("of")).values(released_at=bindparam("at"))
-_FORGET = delete(submission).where(submission.c.request_id == bindparam("of"))
-_UPDATE_WALLET = (
-    update(wallet)
-    .where(wallet.c.customer_id == bindparam("of"))
-    .values(seq=bindparam("new_seq"), balance_mils=bindparam("new_balance"))
-)
-_REVOKE_KEY = (
-    update(api_key)
-    .where(api_key.c.key_id == bindparam("of"))
-    .values(revoked_at=bindparam("at"), revoked_seq=bindparam("at_seq"))
-)
-_UPDATE_RESERVATION = (
-    update(reservation)
-    .where(reservation.c.request_id == bindparam("of"), reservation.c.state == "open")
-    .values(
-        {
-            name: bindparam(f"new_{name}")
-            for name in ("captured", "refunded", "state", "lease_until", "reason", "settled_at", "settled_seq")
-        }
+# One statement of constant text for any number of rows: SQLite runs it once per row, prepared; PostgreSQL once, over
+# one array for each column.
+_COLUMNS = {table.name: tuple(column.name for column in table.columns) for table in billing_metadata.sorted_tables}
+_POSTGRESQL_TYPES = {INT64: "bigint", SECONDS: "float8"}
+
+
+@dataclass(frozen=True, slots=True)
+class _Write:
+    """One kind of change, of many rows at once. Rows are tuples in the order of `columns`."""
+
+    sqlite: str
+    postgresql: str
+
+    def __call__(self, connection: Connection, rows: list[tuple[Any, ...]]) -> None:
+        if not rows:
+            return
+        if connection.dialect.name == "sqlite":
+            connection.exec_driver_sql(self.sqlite, rows)
+        else:
+            connection.exec_driver_sql(self.postgresql, tuple(map(_array, zip(*rows, strict=True))))
+
+
+def _array(column: Sequence[Any]) -> str:
+    """A PostgreSQL array, as text. All that is stored is printable, so JSON quotes it as PostgreSQL wants it."""
+    return f"{{{json.dumps(column, ensure_ascii=False)[1:-1]}}}"
+
+
+def _recordset(table: Table, columns: Sequence[str]) -> str:
+    """One array parameter for each column, as rows of the table's types."""
+    arrays = ", ".join(f"%s::{_POSTGRESQL_TYPES.get(table.c[name].type, 'text')}[]" for name in columns)
+    return f"SELECT * FROM unnest({arrays}) AS r ({', '.join(columns)})"  # noqa: S608 - our own names
+
+
+def _insert(table: Table) -> _Write:
+    columns = _COLUMNS[table.name]
+    into = f"INSERT INTO {table.name} ({', '.join(columns)})"
+    return _Write(f"{into} VALUES ({', '.join('?' * len(columns))})", f"{into} {_recordset(table, columns)}")
+
+
+def _update(table: Table, key: str, columns: Sequence[str], only: str = "") -> _Write:
+    """Rows are the new values and then the key."""
+    condition = f" AND {table.name}.{only}" if only else ""
+    rows = _recordset(table, [*columns, key])
+    one = ", ".join(f"{name} = ?" for name in columns)
+    many = ", ".join(f"{name} = new.{name}" for name in columns)
+    return _Write(
+        f"UPDATE {table.name} SET {one} WHERE {key} = ?{condition}",  # noqa: S608 - our own names
+        f"UPDATE {table.name} SET {many} FROM ({rows}) AS new"  # noqa: S608 - our own names
+        f" WHERE {table.name}.{key} = new.{key}{condition}",
     )
+
+
+_INSERT_WALLETS = _insert(wallet)
+_INSERT_KEYS = _insert(api_key)
+_INSERT_RESERVATIONS = _insert(reservation)
+_INSERT_SUBMISSIONS = _insert(submission)
+_INSERT_ENTRIES = _insert(entry)
+_MOVE_WALLETS = _update(wallet, "customer_id", ("seq", "balance_mils"))
+_REVOKE_KEYS = _update(api_key, "key_id", ("revoked_at", "revoked_seq"))
+_SETTLE = _update(
+    reservation,
+    "request_id",
+    ("captured", "refunded", "state", "reason", "settled_at", "settled_seq"),
+    only="state = 'open'",
+)
+_RENEW = _update(reservation, "request_id", ("lease_until",), only="state = 'open'")
+_RELEASE = _update(submission, "request_id", ("released_at",))
+_FORGET = _Write(
+    "DELETE FROM submission WHERE request_id = ?",
+    f"DELETE FROM submission WHERE request_id IN ({_recordset(submission, ('request_id',))})",  # noqa: S608 - our own
 )
 
 
@@ -150,9 +230,8 @@ def newest_ts(connection: Connection) -> float:
     return connection.execute(_NEWEST_TS).scalar_one() or 0.0
 
 
-def load(connection: Connection, commands: Sequence[Command], now: float, ts: float, epoch: int) -> Book:
-    """Everything that these commands can read or change."""
-    book = Book(now, ts, epoch)
+def load(connection: Connection, commands: Sequence[Command], book: Book) -> None:
+    """Whatever these commands can read or change and the book does not know yet."""
     key_ids: set[str] = set()
     sha256s: set[str] = set()
     request_ids: set[str] = set()
@@ -188,6 +267,14 @@ def load(connection: Connection, commands: Sequence[Command], now: float, ts: fl
             case _:
                 assert_never(command)
 
+    is_sqlite = connection.dialect.name == "sqlite"
+
+    def among(statement: _ByText, wanted: Iterable[str], add: Callable[[AnyRow], None]) -> None:
+        if ids := sorted(wanted):
+            values = {"wanted": json.dumps(ids)}
+            for row in connection.execute(statement.sqlite if is_sqlite else statement.postgresql, values):
+                add(row)
+
     def fetch(statement: Any, column: ColumnElement[Any], wanted: set[Any], add: Callable[[AnyRow], None]) -> None:
         for part in _parts(wanted):
             for row in connection.execute(statement.where(column.in_(part))):
@@ -197,40 +284,44 @@ def load(connection: Connection, commands: Sequence[Command], now: float, ts: fl
         book.add_key(_key(row))
         customer_ids.add(row.customer_id)
 
+    def add_wallet(row: AnyRow) -> None:
+        book.add_wallet(Wallet(*row))
+
     def add_reservation(row: AnyRow) -> None:
-        book.reservations[row.request_id] = _reservation(row)
+        if row.request_id not in book.reservations:
+            book.reservations[row.request_id] = _reservation(row)
+            if row.state == "settled":
+                book.passing.append(row.request_id)
         customer_ids.add(row.customer_id)
 
-    fetch(_KEYS, api_key.c.key_id, key_ids, add_key)
-    fetch(_KEYS, api_key.c.sha256, sha256s, add_key)
+    among(_KEYS_BY_ID, key_ids - book.keys.keys(), add_key)
+    among(_KEYS_BY_SHA256, sha256s - book.key_by_sha256.keys(), add_key)
 
     def add_submission(row: AnyRow) -> None:
         book.add_submission(Submission(*row))
         request_ids.add(row.request_id)
 
     if recognised:
-        fetch(_WALLETS, wallet.c.name, names, lambda row: book.add_wallet(Wallet(*row)))
-        owners = {key_id: key.customer_id for key_id, key in book.keys.items()}
+        among(_WALLETS_BY_NAME, names - book.customer_by_name.keys(), add_wallet)
+        owners = {key_id: book.keys[KeyId(key_id)].customer_id for key_id in key_ids & book.keys.keys()}
         for command in commands:  # a key may be made and used in one batch
             if isinstance(command, CreateKey) and command.customer_name in book.customer_by_name:
                 owners.setdefault(command.key_id, book.customer_by_name[command.customer_name])
-        _load_submissions(owners, recognised, ts, fetch, add_submission)
+        _load_submissions(owners, recognised, book.ts, fetch, add_submission)
     if expires:
-        for row in connection.execute(_FORGETTABLE, {"before": now - KEY_MEMORY_S}):
+        for row in connection.execute(_FORGETTABLE, {"before": book.now - KEY_MEMORY_S}):
             add_submission(row)
-    fetch(_RESERVATIONS, reservation.c.request_id, request_ids, add_reservation)
+    among(_RESERVATIONS_BY_ID, request_ids - book.reservations.keys(), add_reservation)
     if expires:
-        run_out = _RESERVATIONS.where(reservation.c.state == "open", reservation.c.lease_until <= now)
-        for row in connection.execute(run_out):
+        for row in connection.execute(_RUN_OUT, {"now": book.now}):
             add_reservation(row)
-    fetch(_CREDITS, entry.c.public_id, credit_ids, lambda row: book.credits.update({row.public_id: Entry(*row)}))
-    fetch(_WALLETS, wallet.c.customer_id, customer_ids, lambda row: book.add_wallet(Wallet(*row)))
-    fetch(_WALLETS, wallet.c.name, names - book.customer_by_name.keys(), lambda row: book.add_wallet(Wallet(*row)))
-    return book
+    among(_CREDITS, credit_ids, lambda row: book.credits.update({row.public_id: Entry(*row)}))
+    among(_WALLETS_BY_ID, customer_ids - book.wallets.keys(), add_wallet)
+    among(_WALLETS_BY_NAME, names - book.customer_by_name.keys(), add_wallet)
 
 
 def _load_submissions(
-    owners: Mapping[KeyId, CustomerId],
+    owners: Mapping[str, CustomerId],
     commands: Sequence[Reserve],
     ts: float,
     fetch: Callable[[Any, ColumnElement[Any], set[Any], Callable[[AnyRow], None]], None],
@@ -256,52 +347,33 @@ def _load_submissions(
 
 
 def write(connection: Connection, book: Book) -> None:
-    """Write what the batch decided. Reservations go before the entries that point at them."""
-    wallets, keys, reservations = book.wallets.values(), book.keys.values(), book.reservations.values()
-    _execute(connection, _INSERT_WALLET, [_wallet_row(each) for each in wallets if each.is_new])
-    _execute(connection, _INSERT_KEY, [_key_row(each) for each in keys if each.is_new])
-    _execute(
+    """Write what the batch decided. Reservations go before the entries that point at them, entries before wallets."""
+    new_wallets = {each.customer_id for each in book.new_wallets}
+    new_keys = {each.key_id for each in book.new_keys}
+    _INSERT_WALLETS(connection, [_wallet_row(each) for each in book.new_wallets])
+    _INSERT_KEYS(connection, [_key_row(each) for each in book.new_keys])
+    _REVOKE_KEYS(
         connection,
-        _REVOKE_KEY,
+        [(each.revoked_at, each.revoked_seq, each.key_id) for each in book.revoked_keys if each.key_id not in new_keys],
+    )
+    _INSERT_RESERVATIONS(connection, [_reservation_row(each) for each in book.new_reservations])
+    _RENEW(
+        connection,
+        [(each.lease_until, each.request_id) for each in book.renewed.values() if not each.is_new],
+    )
+    _SETTLE(connection, [_settlement_row(each) for each in book.settled])
+    _FORGET(connection, [(request_id,) for request_id in book.forgotten])
+    _RELEASE(connection, [(each.released_at, each.request_id) for each in book.released])
+    _INSERT_SUBMISSIONS(connection, [_submission_row(each) for each in book.new_submissions])
+    _INSERT_ENTRIES(connection, book.entries)  # type: ignore[arg-type]
+    _MOVE_WALLETS(
+        connection,
         [
-            {"of": each.key_id, "at": each.revoked_at, "at_seq": each.revoked_seq}
-            for each in keys
-            if each.is_changed and not each.is_new
+            (each.seq, each.balance, each.customer_id)
+            for each in book.moved_wallets.values()
+            if each.customer_id not in new_wallets
         ],
     )
-    _execute(connection, _INSERT_RESERVATION, [_reservation_row(each) for each in reservations if each.is_new])
-    _execute(
-        connection,
-        _UPDATE_RESERVATION,
-        [_reservation_change(each) for each in reservations if each.is_changed and not each.is_new],
-    )
-    submissions = book.submissions.values()
-    _execute(connection, _FORGET, [{"of": request_id} for request_id in book.forgotten])
-    _execute(
-        connection,
-        _RELEASE_KEY,
-        [
-            {"of": each.request_id, "at": each.released_at}
-            for each in submissions
-            if each.is_changed and not each.is_new
-        ],
-    )
-    _execute(connection, _INSERT_SUBMISSION, [_submission_row(each) for each in submissions if each.is_new])
-    _execute(connection, _INSERT_ENTRY, [_entry_row(each) for each in book.entries])
-    _execute(
-        connection,
-        _UPDATE_WALLET,
-        [
-            {"of": each.customer_id, "new_seq": each.seq, "new_balance": each.balance}
-            for each in wallets
-            if each.is_changed and not each.is_new
-        ],
-    )
-
-
-def _execute(connection: Connection, statement: Any, rows: list[dict[str, Any]]) -> None:
-    if rows:
-        connection.execute(statement, rows)
 
 
 def _parts(wanted: Iterable[Any]) -> Iterator[list[Any]]:
@@ -348,88 +420,64 @@ def _reservation(row: AnyRow) -> Reservation:
     )
 
 
-def _wallet_row(each: Wallet) -> dict[str, Any]:
-    return {
-        "customer_id": each.customer_id,
-        "name": each.name,
-        "seq": each.seq,
-        "balance_mils": each.balance,
-        "created_at": each.created_at,
-    }
+def _wallet_row(each: Wallet) -> tuple[Any, ...]:
+    return (each.customer_id, each.name, each.seq, each.balance, each.created_at)
 
 
-def _key_row(each: Key) -> dict[str, Any]:
-    return {
-        "key_id": each.key_id,
-        "sha256": each.sha256,
-        "last4": each.last4,
-        "customer_id": each.customer_id,
-        "refill_per_s": each.refill_per_s,
-        "burst": each.burst,
-        "created_at": each.created_at,
-        "created_seq": each.created_seq,
-        "revoked_at": each.revoked_at,
-        "revoked_seq": each.revoked_seq,
-    }
+def _key_row(each: Key) -> tuple[Any, ...]:
+    return (
+        each.key_id,
+        each.sha256,
+        each.last4,
+        each.customer_id,
+        each.refill_per_s,
+        each.burst,
+        each.created_at,
+        each.created_seq,
+        each.revoked_at,
+        each.revoked_seq,
+    )
 
 
-def _reservation_row(each: Reservation) -> dict[str, Any]:
-    return {
-        "request_id": each.request_id,
-        "customer_id": each.customer_id,
-        "key_id": each.key_id,
-        "frames": each.frames,
-        "mils_per_frame": each.mils_per_frame,
-        "amount": each.amount,
-        "captured": each.captured,
-        "refunded": each.refunded,
-        "state": each.state,
-        "lease_until": each.lease_until,
-        "reason": each.reason,
-        "created_at": each.created_at,
-        "debit_seq": each.debit_seq,
-        "settled_at": each.settled_at,
-        "settled_seq": each.settled_seq,
-    }
+def _reservation_row(each: Reservation) -> tuple[Any, ...]:
+    return (
+        each.request_id,
+        each.customer_id,
+        each.key_id,
+        each.frames,
+        each.mils_per_frame,
+        each.amount,
+        each.captured,
+        each.refunded,
+        each.state,
+        each.lease_until,
+        each.reason,
+        each.created_at,
+        each.debit_seq,
+        each.settled_at,
+        each.settled_seq,
+    )
 
 
-def _reservation_change(each: Reservation) -> dict[str, Any]:
-    return {
-        "of": each.request_id,
-        "new_captured": each.captured,
-        "new_refunded": each.refunded,
-        "new_state": each.state,
-        "new_lease_until": each.lease_until,
-        "new_reason": each.reason,
-        "new_settled_at": each.settled_at,
-        "new_settled_seq": each.settled_seq,
-    }
+def _settlement_row(each: Reservation) -> tuple[Any, ...]:
+    return (
+        each.captured,
+        each.refunded,
+        each.state,
+        each.reason,
+        each.settled_at,
+        each.settled_seq,
+        each.request_id,
+    )
 
 
-def _submission_row(each: Submission) -> dict[str, Any]:
-    return {
-        "request_id": each.request_id,
-        "customer_id": each.customer_id,
-        "amount": each.amount,
-        "idempotency_key": each.idempotency_key,
-        "payload_sha256": each.payload_sha256,
-        "created_at": each.created_at,
-        "released_at": each.released_at,
-    }
-
-
-def _entry_row(each: Entry) -> dict[str, Any]:
-    return {
-        "customer_id": each.customer_id,
-        "seq": each.seq,
-        "prev_seq": each.prev_seq,
-        "prev_balance": each.prev_balance,
-        "amount": each.amount,
-        "balance_after": each.balance_after,
-        "kind": each.kind,
-        "public_id": each.public_id,
-        "reserved": each.reserved,
-        "ts": each.ts,
-        "detail": each.detail,
-        "epoch": each.epoch,
-    }
+def _submission_row(each: Submission) -> tuple[Any, ...]:
+    return (
+        each.request_id,
+        each.customer_id,
+        each.amount,
+        each.idempotency_key,
+        each.payload_sha256,
+        each.created_at,
+        each.released_at,
+    )

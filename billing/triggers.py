@@ -1,6 +1,6 @@
 """The rules that no constraint can say: what is written stays written, and only the newest writer writes.
 
-Each is one trigger that refuses a row; none of them changes data. SQLite and PostgreSQL spell them differently. Like
+Each is one trigger that refuses rows; none of them changes data. SQLite and PostgreSQL spell them differently. Like
 `billing.tables` this is the declaration; `billing.migrations` makes them, and a test holds the two equal.
 """
 
@@ -85,26 +85,27 @@ BEGIN
 END $$
 """,
     """
-CREATE FUNCTION billing_check_entry() RETURNS trigger LANGUAGE plpgsql AS $$
+CREATE FUNCTION billing_check_entries() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
-  IF NEW.epoch IS DISTINCT FROM (SELECT epoch FROM writer_fence) THEN
+  IF EXISTS (SELECT 1 FROM new_entry WHERE epoch IS DISTINCT FROM (SELECT epoch FROM writer_fence)) THEN
     RAISE EXCEPTION USING MESSAGE = 'tr_entry_epoch: this writer is fenced',
       ERRCODE = 'integrity_constraint_violation';
   END IF;
-  IF NEW.kind = 'refund' AND NOT EXISTS (
+  IF EXISTS (SELECT 1 FROM new_entry WHERE kind = 'refund' AND NOT EXISTS (
     SELECT 1 FROM entry AS debit JOIN reservation ON reservation.request_id = debit.public_id
-    WHERE debit.kind = 'debit' AND debit.public_id = NEW.public_id AND debit.customer_id = NEW.customer_id
-      AND debit.seq < NEW.seq AND reservation.state = 'settled' AND reservation.refunded = NEW.amount) THEN
+    WHERE debit.kind = 'debit' AND debit.public_id = new_entry.public_id
+      AND debit.customer_id = new_entry.customer_id AND debit.seq < new_entry.seq
+      AND reservation.state = 'settled' AND reservation.refunded = new_entry.amount)) THEN
     RAISE EXCEPTION USING
       MESSAGE = 'tr_entry_refund: no earlier debit, or not what its settlement gives back',
       ERRCODE = 'integrity_constraint_violation';
   END IF;
-  RETURN NEW;
+  RETURN NULL;
 END $$
 """,
     """
-CREATE TRIGGER tr_entry_insert BEFORE INSERT ON entry
-FOR EACH ROW EXECUTE FUNCTION billing_check_entry()
+CREATE TRIGGER tr_entry_insert AFTER INSERT ON entry
+REFERENCING NEW TABLE AS new_entry FOR EACH STATEMENT EXECUTE FUNCTION billing_check_entries()
 """,
     """
 CREATE TRIGGER tr_entry_update BEFORE UPDATE ON entry

@@ -76,3 +76,13 @@ def test_the_credit_that_comes_with_a_key_has_one_id_per_key():
     assert initial_grant_id("key_1") == initial_grant_id("key_1")
     assert initial_grant_id("key_1") != initial_grant_id("key_2")
     assert re.fullmatch(r"adm_[0-9a-f]{32}", initial_grant_id("key_1"))
+
+
+def test_request_ids_sort_by_the_millisecond_they_were_made_in_and_are_not_guessable(monkeypatch: pytest.MonkeyPatch):
+    now = 1_800_000_000_000_000_000
+    monkeypatch.setattr("billing.keys.time.time_ns", lambda: now)
+    first = [mint_request_id() for _ in range(100)]
+    now += 1_000_000
+    later = [mint_request_id() for _ in range(100)]
+    assert max(first) < min(later)
+    assert len({request_id[-20:] for request_id in first + later}) == 200

@@ -264,7 +264,7 @@ ATTACKS = [
     ),
     Attack(
         "a refund larger than the debit",
-        REFUND,
+        f"{REFUND}|ck_entry_kind",
         [
             settle("'held'", 0, 50),
             entry("refund", 51, public_id="'held'", reserved=50),
@@ -307,7 +307,7 @@ ATTACKS = [
     ),
     Attack(
         "a refund of another customer's work",
-        REFUND,
+        f"{REFUND}|fk_entry_reservation",
         [
             settle("'bobs'", 0, 50),
             entry("refund", 50, public_id="'bobs'", reserved=50),
@@ -323,7 +323,9 @@ ATTACKS = [
             wallet("50"),
         ],
     ),
-    Attack("a refund of nothing at all", REFUND, [entry("refund", 50, reserved=50), wallet("50")]),
+    Attack(
+        "a refund of nothing at all", f"{REFUND}|fk_entry_reservation", [entry("refund", 50, reserved=50), wallet("50")]
+    ),
     # Kinds and amounts.
     Attack("one payment credited twice", "uq_entry_credit", [entry("credit", 10, public_id=":credit"), wallet("10")]),
     Attack(

@@ -9,10 +9,12 @@ from sqlalchemy.exc import DBAPIError, OperationalError
 
 from billing import core, database, store
 from billing.commands import (
+    Command,
     Grant,
     Granted,
     InsufficientCredits,
     KeyCreated,
+    KeyRefused,
     Rejected,
     Reserved,
     RevokeKey,
@@ -86,10 +88,9 @@ class TestBatches:
         desk.do(forgotten)
         load = store.load
 
-        def forgetful(*arguments: Any) -> core.Book:
-            book = load(*arguments)
+        def forgetful(connection: Any, commands: Any, book: core.Book) -> None:
+            load(connection, commands, book)
             book.reservations.pop(forgotten.request_id, None)
-            return book
 
         monkeypatch.setattr(store, "load", forgetful)
         neighbours = [desk.reserve(account, frames=1) for _ in range(4)]
@@ -97,6 +98,70 @@ class TestBatches:
         assert [type(answer) for answer in answers] == [Reserved, Reserved, Rejected, Reserved, Reserved]
         assert desk.balance(account) == 755 - 4 * 5
         assert desk.ledger.apply(neighbours) == [answers[0], answers[1], answers[3], answers[4]]
+
+
+class TestMemory:
+    """What the writer keeps between commits: wallets, keys and open reservations."""
+
+    def statements(self, desk: Desk, commands: list[Command]) -> list[str]:
+        seen: list[str] = []
+
+        def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+            seen.append(statement.split()[0])
+
+        event.listen(desk.engine, "before_cursor_execute", note)
+        try:
+            desk.ledger.apply(commands)
+        finally:
+            event.remove(desk.engine, "before_cursor_execute", note)
+        return [word for word in seen if word != "BEGIN"]
+
+    def test_a_batch_over_what_it_knows_is_two_questions_and_one_statement_per_kind_of_row(self, desk: Desk):
+        accounts = [desk.account(100_000) for _ in range(10)]
+        reserves = [desk.reserve(account) for account in accounts * 20]
+        desk.ledger.apply(reserves[:10])
+        settles = [Settle(command.request_id, 49, "") for command in reserves[:10]]
+        # The fence, the requests' ids; reservations, settlements, entries, wallets.
+        assert self.statements(desk, [*settles, *reserves[10:]]) == [
+            *["SELECT", "SELECT"],
+            *["INSERT", "UPDATE", "INSERT", "UPDATE"],
+        ]
+
+    def test_settling_an_open_reservation_asks_for_nothing_but_the_fence(self, desk: Desk):
+        request_id = desk.reserved(desk.account(1000))
+        assert self.statements(desk, [Settle(request_id, 49, "")]) == ["SELECT", "UPDATE"]
+
+    def test_it_is_bounded_and_what_it_forgot_is_loaded_again(self, desk: Desk, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr(core, "MAX_REMEMBERED", 3)
+        accounts = [desk.account(1000) for _ in range(5)]
+        requests = [desk.reserved(account) for account in accounts]
+        for request_id in requests:
+            assert isinstance(desk.settle(request_id, 12), Settled)
+        assert [desk.balance(account) for account in accounts] == [940] * 5
+        assert len(desk.ledger._book.wallets) <= 3
+
+    def test_what_a_failed_commit_decided_is_forgotten(self, desk: Desk, monkeypatch: pytest.MonkeyPatch):
+        account = desk.account(1000)
+        open_id = desk.reserved(account)
+        commands = [desk.reserve(account, 1), Settle(open_id, 0, ""), RevokeKey(account.key.key_id)]
+
+        def fail(_: Any) -> None:
+            raise desk.engine.dialect.loaded_dbapi.OperationalError("the disk is full")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(desk.engine.dialect, "do_commit", fail)
+            with pytest.raises(LedgerUnavailable):
+                desk.ledger.apply(commands)
+        assert isinstance(desk.do(desk.reserve(account, 1)), Reserved)
+        assert desk.settle(open_id, 49) == Settled(open_id, Mils(245), Mils(0), Mils(750))
+
+    def test_what_a_successor_changed_is_read_after_taking_over_again(self, desk: Desk):
+        account = desk.account(1000)
+        desk.reserved(account, 1)
+        other = desk.new_ledger()
+        other.apply([Grant(account.customer_id, Mils(5), "adm_1", ""), RevokeKey(account.key.key_id)])
+        desk.ledger.take_over()
+        assert desk.do(desk.reserve(account, 1)) == KeyRefused()
 
 
 class TestFencing:
