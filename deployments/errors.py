@@ -39,7 +39,7 @@ class IdempotencyKeyReused(RolloutError):
 
 class ResultExpired(RolloutError):
     def __str__(self) -> str:
-        return "Idempotency-Key: its rollout was delivered and its video has expired; use a new key to run it again"
+        return "this was delivered before, and its video has expired; send it as new work to run it again"
 
 
 class ModelOverloaded(RolloutError):

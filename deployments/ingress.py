@@ -8,8 +8,10 @@ import time
 from collections.abc import Mapping, Sequence
 
 import structlog
+from sqlalchemy.exc import DBAPIError
 
 from billing.commands import (
+    ExpireLeases,
     Heartbeat,
     IdempotencyConflict,
     InsufficientCredits,
@@ -22,7 +24,7 @@ from billing.commands import (
     Settled,
     UnknownReservation,
 )
-from billing.reader import LedgerReader
+from billing.reader import LedgerReader, ReservationRecord
 from deployments.errors import (
     CreditsInsufficient,
     EngineFailed,
@@ -45,6 +47,8 @@ REFUND_WAIT_S = 15.0
 MAX_SETTLE_ATTEMPTS = 30
 SETTLE_RETRY_S = 2.0
 """With the client's own patience of 10 s a settlement is tried for about six minutes."""
+STOP_S = 20.0
+"""How long a replica that ends waits for its last settlements."""
 RESTART_S = 15
 """What clients are told to wait while this ingress stops."""
 LEASE_S = 30.0
@@ -91,6 +95,9 @@ class Ingress:
         self._heartbeat = asyncio.get_running_loop().create_task(self._renew_leases())
 
     async def stop(self) -> None:
+        """Settle what is left; Serve waits for this when it removes the replica."""
+        if self._settling:
+            await asyncio.wait(self._settling, timeout=STOP_S)
         if self._heartbeat is not None:
             self._heartbeat.cancel()
         await self._ledger.stop()
@@ -104,6 +111,7 @@ class Ingress:
         running = set(self._running)
         if running:
             _, left = await asyncio.wait(running, timeout=timeout_s)
+            left &= self._running  # the others have their result, and are answering
             for task in left:
                 self._stopped.add(task)
                 task.cancel()
@@ -179,21 +187,23 @@ class Ingress:
             ResultExpired: it was delivered, and its result is no longer kept.
         """
         captured = repeated.captured_mils
-        if repeated.state == "open":
-            while (first := await asyncio.to_thread(self._reader.reservation, repeated.request_id)) is not None:
-                result = await asyncio.to_thread(self._results.get, repeated.request_id)
-                if result is not None:  # stored before it is settled
-                    return result
-                if first.state == "settled":
-                    captured = first.captured_mils
-                    break
+        while not captured:  # open, or lately refunded: the ledger says which
+            first = await self._reservation(repeated.request_id)
+            if first is None or (first.state == "settled" and not first.captured_mils):
+                return None
+            captured = first.captured_mils
+            if not captured:
                 await asyncio.sleep(JOIN_POLL_S)
-        if not captured:
-            return None
         result = await asyncio.to_thread(self._results.get, repeated.request_id)
         if result is None:
             raise ResultExpired()
         return result
+
+    async def _reservation(self, request_id: RequestId) -> ReservationRecord | None:
+        try:
+            return await asyncio.to_thread(self._reader.reservation, request_id)
+        except DBAPIError as error:
+            raise LedgerUnavailable() from error
 
     async def _reserve(self, request: RolloutRequest) -> Reserved | Repeated:
         kind = "predict" if len(request.candidates) == 1 else f"predict_batch ×{len(request.candidates)}"
@@ -320,13 +330,13 @@ class Ingress:
             )
 
     async def _renew_leases(self) -> None:
+        """Every beat is a command, so that a ledger that restarted gets a writer and sweeps, with work or without."""
         while True:
+            try:
+                await self._ledger.apply(Heartbeat(tuple(self._open), LEASE_S) if self._open else ExpireLeases())
+            except LedgerUnavailable:
+                log.warning("heartbeat_missed", reservations=len(self._open))
             await asyncio.sleep(HEARTBEAT_EVERY_S)
-            if self._open:
-                try:
-                    await self._ledger.apply(Heartbeat(tuple(self._open), LEASE_S))
-                except LedgerUnavailable:
-                    log.warning("heartbeat_missed", reservations=len(self._open))
 
 
 def _join_all(clips: list[list[bytes]], candidates: Sequence[Actions], fps: int) -> tuple[bytes, ...]:

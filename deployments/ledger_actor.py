@@ -26,23 +26,33 @@ RESTART_PAUSE_S = 1.0
 
 
 class LedgerActor:
+    """Becomes the writer with its first command, not with its start: after a redeploy an older actor of the same
+    database may still be there, and two that took over whenever Ray restarts them would fence each other for ever."""
+
     def __init__(self, database_url: str) -> None:
         configure_logs()
-        try:
-            engine = open_database(database_url)
-            migrate(engine)
-            ledger = Ledger(engine, time.time)
-            epoch = ledger.take_over()
-        except BillingError as error:
-            # Raising here would end the actor for good, and a database that is away for seconds would too.
-            time.sleep(RESTART_PAUSE_S)
-            _end_process(error)
-        log.info("ledger_writer_ready", epoch=epoch)
-        self._writer = LedgerWriter(ledger, on_death=_end_process)
+        self._database_url = database_url
+        self._writer: LedgerWriter | None = None
+        self._starting = asyncio.Lock()
 
     async def apply(self, commands: list[Command]) -> list[Outcome]:
         """A cancelled caller does not cancel the commit."""
+        async with self._starting:
+            if self._writer is None:
+                self._writer = await asyncio.to_thread(self._take_over)
         return await asyncio.wrap_future(self._writer.submit(commands))
+
+    def _take_over(self) -> LedgerWriter:
+        try:
+            engine = open_database(self._database_url)
+            migrate(engine)
+            ledger = Ledger(engine, time.time)
+            epoch = ledger.take_over()
+        except BillingError as error:  # the database may be back in seconds: callers ask again, of the next process
+            time.sleep(RESTART_PAUSE_S)
+            _end_process(error)
+        log.info("ledger_writer_ready", epoch=epoch)
+        return LedgerWriter(ledger, on_death=_end_process)
 
 
 def _end_process(error: BaseException) -> NoReturn:

@@ -9,7 +9,7 @@ from typing import NewType
 import numpy as np
 from numpy.typing import NDArray
 
-from billing.commands import CustomerId, KeyId, RequestId
+from billing.commands import KeyId, RequestId
 from billing.money import Mils
 
 Frame = NDArray[np.uint8]
@@ -42,7 +42,6 @@ class RolloutRequest:
     """K candidates that share a start frame; a single rollout is the case K = 1."""
 
     request_id: RequestId
-    customer_id: CustomerId
     key_id: KeyId
     model: str
     start_frame: Frame

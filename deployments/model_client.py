@@ -46,6 +46,8 @@ class ModelClient:
         self._replicas = replicas
         self._queue_timeout_s = queue_timeout_s
         self._chunk_timeout_s = chunk_timeout_s
+        self._begun_timeout_s = queue_timeout_s + 2 * chunk_timeout_s
+        """What has begun waits for whatever runs now, and for what had begun before it."""
         self._notices: asyncio.Queue[Callable[[], Any]] = asyncio.Queue()
         self._notifier: asyncio.Task[None] | None = None
 
@@ -68,9 +70,11 @@ class ModelClient:
             EngineFailed: the replica broke or hung on every attempt.
         """
         for attempt in range(MAX_ATTEMPTS):
-            ticket = Ticket(
-                TicketId(f"{ticket_prefix}/{attempt}"), len(rows), begun or attempt > 0, self._queue_timeout_s
-            )
+            if attempt:
+                await self._notices.join()  # or the scheduler would grant the replica that was just lost
+            begun = begun or attempt > 0
+            patience_s = self._begun_timeout_s if begun else self._queue_timeout_s
+            ticket = Ticket(TicketId(f"{ticket_prefix}/{attempt}"), len(rows), begun, patience_s)
             finished = False
             try:
                 started = time.perf_counter()
@@ -97,7 +101,7 @@ class ModelClient:
     async def _acquire(self, ticket: Ticket) -> Grant:
         """Wait for room. A scheduler that restarts has lost its queue, so the ticket is sent again until time is up."""
         try:
-            async with asyncio.timeout(self._queue_timeout_s):
+            async with asyncio.timeout(ticket.patience_s):
                 while True:
                     call = self._scheduler.acquire.remote(ticket)
                     try:
@@ -143,3 +147,4 @@ class ModelClient:
         while True:
             send = await self._notices.get()
             send()
+            self._notices.task_done()

@@ -50,7 +50,11 @@ class ResultStore:
             record = asdict(replace(result, videos=())) | {"num_videos": len(result.videos)}
             _write(partial / "result.json", json.dumps(record).encode(), lasting)
             try:
+                if lasting:
+                    _sync(partial)
                 partial.rename(target)
+                if lasting:
+                    _sync(target.parent)
             except OSError:  # it was stored meanwhile
                 if not target.exists():
                     raise
@@ -94,6 +98,14 @@ class ResultStore:
         if not _NAME.fullmatch(request_id):
             raise ValueError(f"{request_id!r} is not a request id")
         return kind / request_id
+
+
+def _sync(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _write(path: Path, content: bytes, durable: bool) -> None:

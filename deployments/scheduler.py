@@ -140,6 +140,7 @@ class Scheduler:
         running = self._release(ticket_id)
         if running is not None:
             self._completed.append((self._clock(), running.num_rows))
+            self._forget_old_completions()
 
     def withdraw(self, ticket_id: TicketId) -> None:
         """Its client is gone: drop it from the queue, or free what it holds. Unknown tickets are ignored."""
@@ -148,6 +149,11 @@ class Scheduler:
             self._unqueue(ticket)
         else:
             self._release(ticket_id)
+
+    def granted(self, ticket_id: TicketId) -> Grant | None:
+        """The grant that `ticket_id` holds: its answer may have been lost on the way."""
+        running = self._running.get(ticket_id)
+        return None if running is None else Grant(ticket_id, running.replica_id)
 
     def replica_alive(self, replica_id: ReplicaId, capacity_rows: int, attention: str = "") -> None:
         """A replica joined, or is still there."""
@@ -225,12 +231,14 @@ class Scheduler:
             self._replicas[running.replica_id].running.pop(ticket_id)
         return running
 
-    def _retry_after_s(self) -> int:
-        now = self._clock()
-        while self._completed and now - self._completed[0][0] > RATE_WINDOW_S:
+    def _forget_old_completions(self) -> None:
+        while self._completed and self._clock() - self._completed[0][0] > RATE_WINDOW_S:
             self._completed.popleft()
+
+    def _retry_after_s(self) -> int:
+        self._forget_old_completions()
         if not self._completed:
             return UNKNOWN_RATE_RETRY_AFTER_S
-        span_s = max(1.0, now - self._completed[0][0])
+        span_s = max(1.0, self._clock() - self._completed[0][0])
         rows_per_s = sum(rows for _, rows in self._completed) / span_s
         return min(MAX_RETRY_AFTER_S, 1 + int(self._new_rows / rows_per_s))

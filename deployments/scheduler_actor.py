@@ -23,6 +23,9 @@ class SchedulerActor:
 
     async def acquire(self, ticket: Ticket) -> Grant | Overloaded:
         """Wait until a replica has room for `ticket`, or refuse it at once."""
+        granted_before = self._scheduler.granted(ticket.ticket_id)
+        if granted_before is not None:
+            return granted_before
         refusal = self._scheduler.submit(ticket)
         if refusal is not None:
             return refusal

@@ -16,6 +16,7 @@ from sqlalchemy import Engine
 
 from billing.commands import Command, Outcome
 from billing.database import migrate, open_database
+from billing.errors import DatabaseUnusable
 from billing.ledger import Ledger
 from serve_app.local_ray import prepare_ray_environment
 from serve_app.settings import Settings
@@ -34,7 +35,7 @@ class DataDirectoryBusy(Exception):
         self.data_dir = data_dir
 
     def __str__(self) -> str:
-        return f"{self.data_dir} is in use: a cluster is already running on it, or starting or stopping"
+        return f"{self.data_dir} is in use: a cluster is already running, starting or stopping on it, or a dream-admin"
 
 
 @contextlib.contextmanager
@@ -105,12 +106,15 @@ def ledger_writer(settings: Settings) -> Iterator[Apply]:
         DataDirectoryBusy: a cluster is starting or stopping here.
         billing.errors.BillingError: the database cannot be used.
     """
+    data_dir = settings.data_dir
+    try:
+        data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise DatabaseUnusable(f"DATA_DIR {data_dir} cannot be made: {error.strerror}") from None
     if settings.ray_address:
         with _through_cluster(settings.ray_address, settings) as apply:
             yield apply
         return
-    data_dir = settings.data_dir
-    data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     try:
         with holding(data_dir):
             ledger = Ledger(open_migrated(settings), time.time)

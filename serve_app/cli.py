@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from typing import Annotated, Any, TypeVar
 
 import typer
@@ -243,7 +243,7 @@ def _settings_problems() -> Iterator[None]:
 def _mils(dollars: str, at_least: int) -> Mils:
     try:
         amount = mils_from_usd(Decimal(dollars))
-    except (InvalidOperation, ValueError):
+    except (ArithmeticError, ValueError):
         raise CannotDo(f"{dollars!r} is not an amount of dollars with at most four decimals") from None
     if amount < at_least:
         raise CannotDo(f"{dollars} dollars is too little; at least {usd(Mils(at_least))} is accepted")

@@ -10,6 +10,7 @@ from typing import Annotated, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from deployments.results import RECENT_TTL_S
 from serve_app.catalog import CATALOG, DEFAULT_MODEL, PACKAGED_CHECKPOINTS
 
 WORLD_MODEL_RUNNER = "deployments.world_model.rollout:WorldModel.load"
@@ -76,7 +77,7 @@ class ClusterArgs(BaseModel):
     ingress_replicas: int = Field(1, ge=1)
     public_url: str = ""
     """Base of absolute URLs in answers; empty takes it from each request's Host header."""
-    video_ttl_s: float = Field(24 * 3600.0, gt=0)
+    video_ttl_s: float = Field(24 * 3600.0, ge=RECENT_TTL_S)
     limits: Limits = Limits()
 
     @model_validator(mode="after")

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+import structlog
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import FileResponse
 
@@ -17,7 +18,7 @@ from billing.money import usd
 from billing.reader import KeyRecord
 from deployments.messages import Actions, Frame, ModelSpec, RolloutRequest, RolloutResult
 from serve_app.context import ActiveModel, ActiveSlug, Caller, Parts, Services
-from serve_app.errors import Forbidden, Gone, InvalidRequest, ModelRefused, NotFound
+from serve_app.errors import ApiError, Forbidden, Gone, InvalidRequest, ModelRefused, NotFound
 from serve_app.forms import read_form, validate
 from serve_app.middleware import REQUEST_ID_HEADER
 from serve_app.schemas import ActionsFormat, PredictParams, RolloutEnvelope, RolloutMetadata, RolloutParams
@@ -48,6 +49,8 @@ async def refuse_unoffered(
         raise InvalidRequest("dryRun", "quotes are not offered by this version; nothing was run")
 
 
+log = structlog.get_logger(__name__)
+
 router = APIRouter(tags=["rollouts"])
 paid = APIRouter(tags=["rollouts"], dependencies=[Depends(refuse_unoffered)])
 
@@ -65,7 +68,11 @@ async def create_rollout(
     rollout, resized = await _read_rollout(request, parts, caller, active)
     result = await parts.ingress.run(rollout, lasting=True)
     if parts.results.video(result.request_id) is None:  # another route's: it was kept only for a repetition
-        await asyncio.to_thread(parts.results.put, result, True)
+        try:
+            await asyncio.to_thread(parts.results.put, result, True)
+        except OSError as error:
+            log.error("link_not_stored", request_id=result.request_id, error=type(error).__name__)
+            raise ApiError("the rollout was delivered before, but a link to it cannot be stored now") from error
     rollout_id = _rollout_id(result.request_id)
     response.headers.update(_headers(result, caller))
     created = int(result.created_at)
@@ -210,7 +217,6 @@ async def _assemble(
     guidance = model.default_guidance if params.guidance is None else params.guidance
     rollout = RolloutRequest(
         request_id=request.state.request_id,
-        customer_id=caller.customer_id,
         key_id=caller.key_id,
         model=model.slug,
         start_frame=start_frame,

@@ -1,4 +1,7 @@
+import os
+import shutil
 import threading
+import traceback
 from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -53,9 +56,38 @@ def test_what_is_not_there_is_named_and_leaves_nothing_behind(web: str, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_error_never_shows_what_signs_a_url(web: str, tmp_path: Path) -> None:
-    secret = web.replace("http://", "http://user:password@") + "/none?signature=hidden"
-    with pytest.raises(CheckpointUnavailable) as failure:
-        local_checkpoint(secret, tmp_path)
+def test_a_copy_that_is_not_what_its_config_names_is_not_kept(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(PACKAGED, source)
+    weights = source / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1])
+    cache = tmp_path / "cache"
+    with pytest.raises(CheckpointUnavailable, match=r"model\.safetensors .* has sha256"):
+        local_checkpoint(f"file://{source}", cache)
+    assert list(cache.iterdir()) == []
+    weights.write_bytes(whole)
+    assert WorldModel.load(local_checkpoint(f"file://{source}", cache)).config.name == "tiny-pusher"
+
+
+def test_what_a_killed_copy_left_is_swept_once_it_is_old(web: str, tmp_path: Path) -> None:
+    old, young = tmp_path / "a.1.partial", tmp_path / "b.2.partial"
+    for path in (old, young):
+        path.mkdir()
+    os.utime(old, (0, 0))
+    local_checkpoint(f"{web}/tiny-pusher", tmp_path)
+    assert not old.exists()
+    assert young.exists()
+
+
+def test_a_signed_url_is_refused_since_it_names_one_file(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointUnavailable, match="takes no query") as failure:
+        local_checkpoint("https://example.test/model?signature=hidden", tmp_path)
     assert "hidden" not in str(failure.value)
-    assert "password" not in str(failure.value)
+
+
+def test_no_error_nor_its_traceback_shows_a_password(web: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointUnavailable) as failure:
+        local_checkpoint(web.replace("http://", "http://user:hunter2@") + "/none", tmp_path)
+    shown = "".join(traceback.format_exception(failure.value))
+    assert "hunter2" not in shown.replace('"http://user:hunter2@"', "")

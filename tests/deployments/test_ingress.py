@@ -24,7 +24,7 @@ from deployments.errors import (
     ResultExpired,
 )
 from deployments.ingress import Ingress
-from deployments.messages import RolloutRequest
+from deployments.messages import RolloutRequest, RolloutResult
 from tests.support.app import SLUG, App, running_app
 from tests.support.models import RAISE, StandInModel, StandInRow
 from tests.support.payloads import actions
@@ -66,7 +66,6 @@ def request_of(key: KeyRecord, *candidates: Any, idempotency_key: str = "", payl
     """Each is its own work unless `payload` says which work it is."""
     return RolloutRequest(
         request_id=mint_request_id(),
-        customer_id=key.customer_id,
         key_id=key.key_id,
         model=SLUG,
         start_frame=np.full((64, 64, 3), 100, np.uint8),
@@ -300,6 +299,33 @@ async def test_a_video_that_cannot_be_kept_is_not_charged(app: App, monkeypatch:
     assert balance(app, key.customer_id) == 1_000
 
 
+async def test_stopping_waits_for_the_settlements_that_are_left(app: App) -> None:
+    key = customer(app, 1_000)
+    result = await ingress(app).run(request_of(key))
+    await ingress(app).stop()
+    reservation = app.ledger.reader.reservation(result.request_id)
+    assert reservation is not None
+    assert (reservation.state, reservation.captured_mils) == ("settled", 245)
+
+
+async def test_draining_leaves_who_has_a_result_alone(held: App) -> None:
+    """A request is still being answered after its rollout is done: it is charged, so its answer must get out."""
+    answered = asyncio.Event()
+
+    async def request() -> str:
+        await ingress(held).run(request_of(customer(held, 1_000)))
+        await answered.wait()
+        return "answered"
+
+    answering = asyncio.create_task(request())
+    await asyncio.to_thread(held.model.model.entered.acquire)
+    draining = asyncio.create_task(ingress(held).drain(timeout_s=1))
+    held.model.model.gate.set()
+    await draining
+    answered.set()
+    assert await answering == "answered"
+
+
 async def test_concurrent_rollouts_spend_exactly_the_balance_and_not_a_mil_more(app: App) -> None:
     key = customer(app, 245 * 5)
     outcomes = await asyncio.gather(
@@ -368,6 +394,30 @@ class TestRepetition:
         async with running_app(tmp_path) as after:
             assert await ingress(after).run(request_of(key, **same)) == first
             assert balance(after, key.customer_id) == 755
+
+    async def test_it_is_never_given_what_was_refunded(
+        self, held: App, same: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The first one's client leaves after its result was stored and before it was settled."""
+        stored, put = threading.Event(), held.services.results.put
+
+        def put_and_wait(result: RolloutResult, lasting: bool) -> None:
+            put(result, lasting)
+            stored.set()
+
+        monkeypatch.setattr(held.services.results, "put", put_and_wait)
+        key = customer(held, 1_000)
+        first = asyncio.create_task(ingress(held).run(request_of(key, **same)))
+        await asyncio.to_thread(held.model.model.entered.acquire)
+        again = asyncio.create_task(ingress(held).run(request_of(key, **same)))
+        held.model.model.gate.set()
+        await asyncio.to_thread(stored.wait, 10)
+        first.cancel()
+        outcome = (await asyncio.gather(first, return_exceptions=True))[0]
+        result = await again
+        await ingress(held).drain(0)
+        delivered = {result.request_id} | ({outcome.request_id} if isinstance(outcome, RolloutResult) else set())
+        assert balance(held, key.customer_id) == 1_000 - 245 * len(delivered)
 
     async def test_another_customer_is_not_answered_with_it(self, app: App, same: dict[str, str]) -> None:
         one, other = customer(app, 245), customer(app, 245)

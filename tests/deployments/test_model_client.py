@@ -11,9 +11,9 @@ from ray.exceptions import ActorDiedError, RayTaskError
 import deployments.model_client
 from billing.money import Mils
 from deployments.errors import EngineFailed, ModelOverloaded
-from deployments.messages import ChunkDone, ChunkJob, ChunkReport, ChunkRow, ModelSpec, ReplicaId
+from deployments.messages import ChunkDone, ChunkJob, ChunkReport, ChunkRow, ModelSpec, ReplicaId, TicketId
 from deployments.model_client import ModelClient
-from deployments.scheduler import SchedulerLimits
+from deployments.scheduler import SchedulerLimits, Ticket
 from deployments.scheduler_actor import SchedulerActor
 
 SPEC = ModelSpec("m", (64, 64), 8, 12, 10, 4, 0.0, Mils(5))
@@ -138,6 +138,24 @@ async def test_a_replica_that_dies_is_reported_and_the_same_rows_run_elsewhere(
     assert [job.replica_id for job in replicas.jobs] == ["dies", "lives"]
     assert replicas.jobs[0].rows == replicas.jobs[1].rows
     assert await held_rows(scheduler) == 0
+
+
+async def test_the_next_attempt_never_goes_to_the_replica_that_was_just_lost(
+    client: ModelClient, scheduler: Remote, replicas: Replicas
+) -> None:
+    for name in ("a", "z"):  # the second would be granted again, being the roomiest by name
+        await announce(scheduler, name)
+    replicas.script = [ActorDiedError(), REPORT]
+    await client.run_chunk("a/0", [ROW], begun=False)
+    assert {job.replica_id for job in replicas.jobs} == {"a", "z"}
+    assert await held_rows(scheduler) == 0
+
+
+async def test_a_grant_whose_answer_was_lost_is_answered_again(scheduler: Remote) -> None:
+    await announce(scheduler)
+    ticket = Ticket(TicketId("a/0/0"), 1)
+    first = await scheduler.target.acquire(ticket)
+    assert await scheduler.target.acquire(ticket) == first
 
 
 async def test_a_chunk_is_given_up_after_three_dead_replicas(

@@ -4,7 +4,15 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from deployments.messages import ReplicaId, TicketId
-from deployments.scheduler import MAX_RETRY_AFTER_S, Grant, Overloaded, Scheduler, SchedulerLimits, Ticket
+from deployments.scheduler import (
+    MAX_RETRY_AFTER_S,
+    RATE_WINDOW_S,
+    Grant,
+    Overloaded,
+    Scheduler,
+    SchedulerLimits,
+    Ticket,
+)
 
 LIMITS = SchedulerLimits(max_queued_rows=16, replica_timeout_s=5.0, grant_timeout_s=60.0)
 
@@ -145,6 +153,18 @@ def test_under_overload_hardly_a_chunk_is_run_that_is_not_paid_for(clock: Clock,
                 follow = Ticket(TicketId(f"{rollout}#{progress[rollout]}"), 8, begun=True)
                 assert scheduler.submit(follow) is None
     assert delivered / run >= 0.95
+
+
+def test_what_is_remembered_of_completed_work_is_bounded_without_any_refusal(
+    scheduler: Scheduler, clock: Clock
+) -> None:
+    for index in range(1_000):
+        clock.now = float(index)
+        scheduler.replica_alive(ReplicaId("r"), 1)
+        scheduler.submit(ticket(str(index)))
+        scheduler.dispatch()
+        scheduler.complete(TicketId(str(index)))
+    assert len(scheduler._completed) <= RATE_WINDOW_S + 1
 
 
 def test_a_ticket_that_is_sent_twice_is_queued_once(scheduler: Scheduler) -> None:

@@ -83,7 +83,7 @@ EXAMPLES: list[tuple[Exception, int, str, str]] = [
         ResultExpired(),
         410,
         "INVALID_REQUEST",
-        "Idempotency-Key: its rollout was delivered and its video has expired; use a new key to run it again",
+        "this was delivered before, and its video has expired; send it as new work to run it again",
     ),
     (KeyNotAccepted(), 401, "AUTHENTICATION_FAILED", "the API key was revoked"),
     (
