@@ -174,8 +174,8 @@ def small(config: WorldModelConfig) -> WorldModelConfig:
     return replace(
         config,
         name=f"{config.name}-smoke",
-        resolution=(32, 48),
-        dit=replace(config.dit, width=128, num_blocks=2, num_heads=2, adaln_rank=16, text_dim=64, context_dim=32),
+        resolution=(32, 32),
+        dit=replace(config.dit, width=64, num_blocks=2, num_heads=2, adaln_rank=16, text_dim=64, context_dim=32),
         tokenizer=replace(config.tokenizer, width=8),
         default_num_steps=2,
     )
