@@ -21,8 +21,9 @@ BUSY_TIMEOUT_S = 10
 """How long a SQLite connection waits for another process's write before it fails."""
 CACHE_KIB = 64 * 1024
 """Of a SQLite file's pages that a connection keeps at most; the indexes that every rollout touches fit."""
-CHECKPOINT_PAGES = 16_384
-"""SQLite's log is copied into its file when it has grown to this, 64 MiB; by default after 4 MiB, in many a commit."""
+CHECKPOINT_PAGES = 4_096
+"""SQLite's log is copied into its file by the commit that makes it this long, 16 MiB: rarer is faster, and each stalls
+for longer."""
 CONNECT_TIMEOUT_S = 5
 LOCK_TIMEOUT_S = 10
 """How long a PostgreSQL statement waits for a lock, such as a predecessor's fence."""

@@ -58,10 +58,13 @@ MAX_IDS_PER_QUERY = 500
 """Longer lists are asked for in parts; both databases bound the parameters of one statement."""
 
 _FENCE = select(writer_fence.c.epoch)
-# The lock makes a successor wait for this transaction, and this one for a successor's. On a young, nearly empty table
-# PostgreSQL would plan the checks of foreign keys as sequential scans and keep those plans for the whole connection.
+# The lock makes a successor wait for this transaction, and this one for a successor's. Every row is reached by its key:
+# on young tables PostgreSQL would plan scans and joins of whole tables, and keep those plans for the whole connection
+# (a hash over the open reservations reads each that was ever open, until vacuum has been there).
 _FENCE_POSTGRESQL = text(
-    "SELECT epoch, set_config('enable_seqscan', 'off', true) FROM writer_fence WHERE fence_id = 1 FOR UPDATE"
+    "SELECT epoch, set_config('enable_seqscan', 'off', true), set_config('enable_hashjoin', 'off', true),"
+    " set_config('enable_mergejoin', 'off', true), set_config('enable_bitmapscan', 'off', true)"
+    " FROM writer_fence WHERE fence_id = 1 FOR UPDATE"
 )
 _TAKE = (
     update(writer_fence)
