@@ -18,9 +18,9 @@ FRAME = np.full((64, 64, 3), 128, np.uint8)
 
 
 @pytest.fixture
-def customer(stand_in_cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[dream.Client]:
+def customer(stand_in_cluster: Cluster) -> Iterator[dream.Client]:
     """A client of a new customer with $1."""
-    key = stand_in_cluster.new_key(request.node.name, "1")
+    key = stand_in_cluster.new_customer()
     with dream.Client(api_key=key, base_url=stand_in_cluster.base_url) as client:
         yield client
 
@@ -88,7 +88,7 @@ def test_identical_requests_at_the_same_time_join_one_run(customer: dream.Client
 
 def test_another_customers_identical_payload_is_its_own_run(stand_in_cluster: Cluster, customer: dream.Client) -> None:
     payload = {"frame_bytes": _png(FRAME), "actions_bytes": npy(actions(seed=4)), "seed": 4}
-    key = stand_in_cluster.new_key("somebody else", "1")
+    key = stand_in_cluster.new_customer()
     with dream.Client(api_key=key, base_url=stand_in_cluster.base_url) as other:
         assert customer.predict(**payload).request_id != other.predict(**payload).request_id
         assert amounts(customer) == amounts(other) == [10_000, -245]
