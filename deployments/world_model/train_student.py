@@ -5,8 +5,8 @@ in rounds of freshly drawn episodes. In the first, every latent frame follows th
 go on from the student's own latents, and what should follow is simulated from the positions its decoded frame shows, as
 in `refine.py`. All frames of an episode are learnt in one forward.
 
-Only the denoiser is trained; the tokenizer is the teacher's. Written to DIR: the checkpoint, and `metrics.json` with
-the teacher's figures on the same held-out episodes beside the student's.
+Only the denoiser is trained; the tokenizer is the teacher's. Written to DIR: the checkpoint, its card, and
+`metrics.json` with the teacher's figures on the same held-out episodes beside the student's.
 
 Shapes: E episodes, T latent frames of an episode, C latent channels, H and W the latent grid, A action features.
 """
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -140,10 +140,55 @@ def train_student(teacher: WorldModel, out: Path, budget: Budget, seed: int, bf1
         for name, t in module.state_dict().items()  # type: ignore[attr-defined]
     }
     write_checkpoint(out, teacher.config, tensors)
-    metrics = {"seed": HELD_OUT_SEED, "episodes": EVALUATION_EPISODES, **figures(teacher, CausalWorldModel.load(out))}
-    metrics |= {"steps": phase.step, "minutes": round(phase.seconds / 60, 1)}
+    asked = f"--steps {budget.steps}" if budget.steps is not None else f"--minutes {(budget.seconds or 0) / 60:g}"
+    describe(teacher, out, Training(f"{asked} --seed {seed}{' --bf16' * bf16}", phase.step, phase.seconds / 60))
+
+
+@dataclass(frozen=True)
+class Training:
+    options: str
+    steps: int
+    minutes: float
+
+
+def describe(teacher: WorldModel, out: Path, training: Training) -> None:
+    """Measure the student that was written, beside its teacher, and write what was found."""
+    found = figures(teacher, CausalWorldModel.load(out))
+    metrics = {"seed": HELD_OUT_SEED, "episodes": EVALUATION_EPISODES, "training": asdict(training), **found}
     write_whole(out / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
+    write_whole(out / "MODEL_CARD.md", model_card(teacher.config.name, training, found).encode())
     print(json.dumps(metrics))
+
+
+def model_card(name: str, training: Training, found: dict[str, dict[str, float]]) -> str:
+    """Markdown."""
+    header = " | ".join(each.replace("_", " ") for each in found)
+    rows = "\n".join(
+        f"| `{figure}` | {' | '.join(f'{each[figure]:g}' for each in found.values())} |" for figure in found["teacher"]
+    )
+    return f"""# {name}, causal student
+
+The same tensors as `{name}`, trained to generate one latent frame (4 frames of video) at a time from a cache of the
+keys and values of the three before it, in 1 to {len(SIGMAS)} denoising passes. For streaming: each call of
+`causal.Session.advance` takes 4 actions and gives 4 frames, at a cost that does not grow with the stream. Input,
+output and limits are the teacher's.
+
+## Training
+Started from the teacher's weights; all data is drawn by the simulator in `pusher.py` from the seed.
+
+| what | value |
+|---|---|
+| command | `python -m deployments.world_model.train_student --teacher {name} {training.options}` |
+| steps | {training.steps:,} of {BATCH} episodes of {NUM_ACTIONS} actions in {training.minutes:.1f} min |
+
+## Held-out figures
+Over {EVALUATION_EPISODES} episodes of {NUM_ACTIONS + 1} frames that were never trained on (simulator seed
+{HELD_OUT_SEED}); the figures are those of the teacher's card.
+
+| figure | {header} |
+|---|{"---|" * len(found)}
+{rows}
+"""
 
 
 def figures(teacher: WorldModel, student: CausalWorldModel) -> dict[str, dict[str, float]]:
@@ -166,11 +211,16 @@ def main() -> None:
     length.add_argument("--steps", type=int)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16: faster on a CPU with AMX")
+    parser.add_argument("--describe", action="store_true", help="train nothing: measure what --out holds once more")
     arguments = parser.parse_args()
+    teacher = WorldModel.load(arguments.teacher)
+    if arguments.describe:
+        training = Training(**json.loads((arguments.out / "metrics.json").read_text())["training"])
+        return describe(teacher, arguments.out, training)
     budget = Budget(arguments.steps, None if arguments.steps is not None else arguments.minutes * 60)
     arguments.out.mkdir(parents=True, exist_ok=True)
     tqdm.monitor_interval = 0
-    train_student(WorldModel.load(arguments.teacher), arguments.out, budget, arguments.seed, arguments.bf16)
+    return train_student(teacher, arguments.out, budget, arguments.seed, arguments.bf16)
 
 
 if __name__ == "__main__":

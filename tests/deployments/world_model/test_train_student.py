@@ -27,6 +27,9 @@ def test_a_run_leaves_a_student_with_the_teachers_tensors_and_both_their_figures
     assert any(not torch.equal(own[name], teachers[name].half().float()) for name in own)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert {"teacher", *(f"student_{steps}_steps" for steps in (1, 2, len(SIGMAS)))} <= metrics.keys()
+    card = (tmp_path / "MODEL_CARD.md").read_text()
+    assert "--steps 3 --seed 0" in card
+    assert f"| {metrics['teacher']['psnr_db']:g} | {metrics['student_1_steps']['psnr_db']:g} |" in card
 
 
 def test_an_episode_that_the_simulator_leads_has_its_own_frames_before_each(small_model: WorldModel) -> None:
