@@ -5,13 +5,26 @@ Callers are our own processes, so a malformed command is a bug; it is refused al
 
 import math
 
-from billing.commands import Command, CreateKey, ExpireLeases, Grant, Heartbeat, Reserve, RevokeKey, Settle
+from billing.commands import (
+    Command,
+    CreateKey,
+    ExpireLeases,
+    Grant,
+    Heartbeat,
+    KeyTerms,
+    Reserve,
+    RevokeKey,
+    RotateKey,
+    SetKeyTerms,
+    Settle,
+)
 from billing.money import MAX_MILS
 
 MAX_ID_CHARS = 200
 MAX_DETAIL_CHARS = 300
 MAX_LEASE_S = 7 * 86_400
 MAX_IDEMPOTENCY_KEY_CHARS = 256
+MAX_MODELS = 100
 MAX_DEDUPE_WINDOW_S = 86_400
 """As long as payloads are remembered."""
 
@@ -39,6 +52,7 @@ def malformed(command: Command) -> str | None:
                 or _not_text("detail", command.detail)
                 or _not_lease(command.lease_s)
                 or _not_recognisable(command)
+                or (_not_id("model", command.model) if command.model != "" else None)
             )
         case Settle():
             return (
@@ -68,6 +82,16 @@ def malformed(command: Command) -> str | None:
                 or _not_whole("initial_credits_mils", command.initial_credits_mils, 0)
                 or _not_whole("burst", command.burst, 1)
                 or _not_positive("refill_per_s", command.refill_per_s)
+                or _not_terms(command.terms)
+            )
+        case SetKeyTerms():
+            return _not_id("key_id", command.key_id) or _not_terms(command.terms)
+        case RotateKey():
+            return (
+                _not_id("key_id", command.key_id)
+                or _not_id("new_key_id", command.new_key_id)
+                or _not_sha256("sha256", command.sha256)
+                or _not_last4(command.last4)
             )
         case RevokeKey():
             return _not_id("key_id", command.key_id)
@@ -118,6 +142,26 @@ def _not_recognisable(command: Reserve) -> str | None:
     if payload == "" and (key or window):
         return "payload_sha256 must be given with a key or a window, or other work could not be told apart"
     return None if payload == "" else _not_sha256("payload_sha256", payload)
+
+
+def _not_terms(terms: object) -> str | None:
+    if not isinstance(terms, KeyTerms):
+        return "terms must be KeyTerms"
+    if not (isinstance(terms.label, str) and len(terms.label) <= MAX_ID_CHARS and terms.label.isprintable()):
+        return f"label must be at most {MAX_ID_CHARS} printable characters"
+    if terms.scope not in ("spend", "read"):
+        return "scope must be 'spend' or 'read'"
+    if not isinstance(terms.models, tuple) or len(terms.models) > MAX_MODELS:
+        return f"models must be a tuple of at most {MAX_MODELS}"
+    for model in terms.models:
+        if _not_id("models", model) or " " in model:
+            return f"models must be names of 1 to {MAX_ID_CHARS} printable characters without spaces"
+    expires = terms.expires_at
+    if expires is not None and not (type(expires) in (int, float) and math.isfinite(expires)):
+        return "expires_at must be a time or None"
+    budgets = (("daily_budget_mils", terms.daily_budget_mils), ("monthly_budget_mils", terms.monthly_budget_mils))
+    wrong = (_not_whole(name, budget, 0) for name, budget in budgets if budget is not None)
+    return next(filter(None, wrong), None)
 
 
 def _not_sha256(name: str, value: object) -> str | None:

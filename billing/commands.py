@@ -3,12 +3,15 @@
 Every write is one command; every expected refusal is an answer, not an exception. Each command carries the id that its
 caller chose, so the same command again gives the same answer and no second row.
 
-    Reserve       -> Reserved | Repeated | IdempotencyConflict | InsufficientCredits | KeyRefused
+    Reserve       -> Reserved | Repeated | IdempotencyConflict | InsufficientCredits | KeyRefused | ScopeRefused
+                     | BudgetExceeded
     Settle        -> Settled | UnknownReservation
     Heartbeat     -> HeartbeatDone
     Grant         -> Granted | UnknownCustomer
     CreateKey     -> KeyCreated
     RevokeKey     -> KeyRevoked | UnknownKey
+    SetKeyTerms   -> KeyTermsSet | UnknownKey
+    RotateKey     -> KeyRotated | UnknownKey | KeyRefused
     ExpireLeases  -> LeasesExpired
     any of them   -> Rejected
 """
@@ -41,6 +44,8 @@ class Reserve:
     """Hex digest of all that makes two requests the same work; needed with a key or a window, else optional."""
     dedupe_window_s: float = 0.0
     """Without a key, how far back the same payload of the same customer counts as this request sent again."""
+    model: str = ""
+    """Compared with the models that the key may use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +83,73 @@ class InsufficientCredits:
 
 @dataclass(frozen=True, slots=True)
 class KeyRefused:
-    """The key is unknown or was revoked before this reservation reached the ledger."""
+    """The key is unknown, has expired, or was revoked before this reservation reached the ledger."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScopeRefused:
+    """The key is good, but not for this."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetExceeded:
+    """The key's own budget would not cover the request, whatever the wallet holds."""
+
+    limit_mils: Mils
+    spent_mils: Mils
+    period: Literal["day", "month"]
+    resets_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class KeyTerms:
+    """What a key may do. Days and months are UTC's; a budget counts what was reserved less what was refunded."""
+
+    label: str = ""
+    scope: Literal["spend", "read"] = "spend"
+    models: tuple[str, ...] = ()
+    """The models that it may use; empty for all."""
+    expires_at: float | None = None
+    daily_budget_mils: Mils | None = None
+    monthly_budget_mils: Mils | None = None
+
+
+NO_TERMS = KeyTerms()
+"""A key that may do everything."""
+
+
+@dataclass(frozen=True, slots=True)
+class SetKeyTerms:
+    """Replace a key's terms. What it has spent stays counted, from when it first had a budget."""
+
+    key_id: KeyId
+    terms: KeyTerms
+
+
+@dataclass(frozen=True, slots=True)
+class KeyTermsSet:
+    key_id: KeyId
+
+
+@dataclass(frozen=True, slots=True)
+class RotateKey:
+    """A new secret in place of an old one: same wallet, limits, terms and spending; the old key is revoked with it."""
+
+    key_id: KeyId
+    new_key_id: KeyId
+    sha256: str
+    last4: str
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRotated:
+    key_id: KeyId
+    """The new one."""
+    customer_id: CustomerId
+    revoked_at: float
+    """Since when the old one is refused."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +228,7 @@ class CreateKey:
     initial_credits_mils: Mils
     refill_per_s: float
     burst: int
+    terms: KeyTerms = NO_TERMS
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,13 +274,15 @@ class Rejected:
     reason: str
 
 
-Command = Reserve | Settle | Heartbeat | Grant | CreateKey | RevokeKey | ExpireLeases
+Command = Reserve | Settle | Heartbeat | Grant | CreateKey | RevokeKey | SetKeyTerms | RotateKey | ExpireLeases
 Outcome = (
     Reserved
     | Repeated
     | IdempotencyConflict
     | InsufficientCredits
     | KeyRefused
+    | ScopeRefused
+    | BudgetExceeded
     | Settled
     | UnknownReservation
     | HeartbeatDone
@@ -216,6 +290,8 @@ Outcome = (
     | UnknownCustomer
     | KeyCreated
     | KeyRevoked
+    | KeyTermsSet
+    | KeyRotated
     | UnknownKey
     | LeasesExpired
     | Rejected

@@ -4,11 +4,15 @@
 what has to be written; it never touches a database, so a batch is decided in memory and written at once.
 """
 
-from dataclasses import dataclass, field
+import calendar
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from typing import Literal, NamedTuple, assert_never
 
 from billing.checks import printable
 from billing.commands import (
+    NO_TERMS,
+    BudgetExceeded,
     Command,
     CreateKey,
     CustomerId,
@@ -23,6 +27,9 @@ from billing.commands import (
     KeyId,
     KeyRefused,
     KeyRevoked,
+    KeyRotated,
+    KeyTerms,
+    KeyTermsSet,
     LeasesExpired,
     Outcome,
     Rejected,
@@ -31,6 +38,9 @@ from billing.commands import (
     Reserve,
     Reserved,
     RevokeKey,
+    RotateKey,
+    ScopeRefused,
+    SetKeyTerms,
     Settle,
     Settled,
     UnknownCustomer,
@@ -41,6 +51,7 @@ from billing.keys import initial_grant_id
 from billing.money import MAX_MILS, Mils, dollars
 
 LEASE_EXPIRED = "lease expired"
+DAY_S = 86_400
 KEY_MEMORY_S = 86_400.0
 """How long an idempotency key is remembered at least; a sweep forgets it some time after."""
 MAX_FORGOTTEN_PER_SWEEP = 1_000
@@ -71,6 +82,13 @@ class Key:
     balance_at_creation: Mils
     revoked_at: float | None = None
     revoked_seq: int | None = None
+    terms: KeyTerms = NO_TERMS
+    budget_id: str = ""
+    """What its spending is counted under: its own id, or that of the key which it was rotated from."""
+
+    @property
+    def has_budget(self) -> bool:
+        return self.terms.daily_budget_mils is not None or self.terms.monthly_budget_mils is not None
 
 
 @dataclass(slots=True)
@@ -92,6 +110,10 @@ class Reservation:
     settled_at: float | None = None
     settled_seq: int | None = None
     balance_after_settlement: Mils | None = None
+    budget_id: str | None = None
+    """The budget that it is counted under, if its key had one."""
+    budget_day: int | None = None
+    """In days of UTC since 1970."""
     is_new: bool = False
     """Made by this batch: not in the database yet."""
 
@@ -146,6 +168,8 @@ class Book:
     customer_by_name: dict[str, CustomerId] = field(default_factory=dict)
     keys: dict[KeyId, Key] = field(default_factory=dict)
     key_by_sha256: dict[str, KeyId] = field(default_factory=dict)
+    spent: dict[str, dict[int, int]] = field(default_factory=dict)
+    """By budget and day, for at least the current month: what was reserved less what was refunded."""
     reservations: dict[RequestId, Reservation] = field(default_factory=dict)
     submissions: dict[RequestId, Submission] = field(default_factory=dict)
     """Of the batch's requests, and those that may be what the batch repeats."""
@@ -160,6 +184,7 @@ class Book:
     moved_wallets: dict[CustomerId, Wallet] = field(default_factory=dict)
     new_keys: list[Key] = field(default_factory=list)
     revoked_keys: list[Key] = field(default_factory=list)
+    new_terms: dict[KeyId, Key] = field(default_factory=dict)
     new_reservations: list[Reservation] = field(default_factory=list)
     settled: list[Reservation] = field(default_factory=list)
     """Those that this batch closed and did not make."""
@@ -187,6 +212,7 @@ class Book:
             self.submissions_by_payload,
             self.credits,
             self.moved_wallets,
+            self.new_terms,
             self.renewed,
         ):
             done.clear()
@@ -209,6 +235,7 @@ class Book:
                 self.customer_by_name,
                 self.keys,
                 self.key_by_sha256,
+                self.spent,
                 self.reservations,
             ):
                 remembered.clear()
@@ -289,6 +316,10 @@ def decide(book: Book, command: Command) -> Outcome:
             return _create_key(book, command)
         case RevokeKey():
             return _revoke_key(book, command)
+        case SetKeyTerms():
+            return _set_key_terms(book, command)
+        case RotateKey():
+            return _rotate_key(book, command)
         case ExpireLeases():
             return _expire_leases(book)
         case _:
@@ -310,8 +341,12 @@ def _reserve(book: Book, command: Reserve) -> Outcome:
             return Rejected(f"{command.request_id} is already reserved for other work")
         return Reserved(earlier.request_id, earlier.customer_id, earlier.amount, earlier.balance_after_debit)
     key = book.keys.get(command.key_id)
-    if key is None or key.revoked_at is not None:
+    if key is None or key.revoked_at is not None or _has_expired(book, key):
         return KeyRefused()
+    if key.terms.scope != "spend":
+        return ScopeRefused("this key may read and not spend")
+    if key.terms.models and command.model not in key.terms.models:
+        return ScopeRefused(f"this key may not use {command.model or 'an unnamed model'}")
     holder = None
     if command.payload_sha256:
         holder = book.submission_by_key.get((key.customer_id, command.idempotency_key))
@@ -323,6 +358,9 @@ def _reserve(book: Book, command: Reserve) -> Outcome:
             return Repeated(first.request_id, state, first.captured, first.created_at)
     wallet = book.wallets[key.customer_id]
     amount = Mils(command.frames * command.mils_per_frame)
+    exceeded = _exceeded_budget(book, key, amount) if key.has_budget else None
+    if exceeded is not None:
+        return exceeded
     if amount > wallet.balance:
         return InsufficientCredits(wallet.balance, amount)
     if holder is not None:  # refunded in full, so the key is free for this attempt
@@ -345,6 +383,10 @@ def _reserve(book: Book, command: Reserve) -> Outcome:
     )
     book.reservations[command.request_id] = reservation
     book.new_reservations.append(reservation)
+    if key.has_budget:
+        reservation.budget_id, reservation.budget_day = key.budget_id, _day(debit.ts)
+        days = book.spent.setdefault(key.budget_id, {})
+        days[reservation.budget_day] = days.get(reservation.budget_day, 0) + amount
     if command.payload_sha256:
         submission = Submission(
             request_id=command.request_id,
@@ -358,6 +400,32 @@ def _reserve(book: Book, command: Reserve) -> Outcome:
         book.add_submission(submission)
         book.new_submissions.append(submission)
     return Reserved(command.request_id, wallet.customer_id, amount, debit.balance_after)
+
+
+def _has_expired(book: Book, key: Key) -> bool:
+    return key.terms.expires_at is not None and key.terms.expires_at <= book.ts
+
+
+def _day(ts: float) -> int:
+    return int(ts // DAY_S)
+
+
+def _exceeded_budget(book: Book, key: Key, amount: Mils) -> BudgetExceeded | None:
+    """The first of the key's budgets that this amount would overdraw."""
+    today = _day(book.ts)
+    date = datetime.fromtimestamp(book.ts, UTC)
+    month = today - date.day + 1
+    next_month = month + calendar.monthrange(date.year, date.month)[1]
+    days = book.spent.get(key.budget_id, {})
+    periods: tuple[tuple[Literal["day", "month"], Mils | None, int, int], ...] = (
+        ("day", key.terms.daily_budget_mils, today, today + 1),
+        ("month", key.terms.monthly_budget_mils, month, next_month),
+    )
+    for period, limit, first, after in periods:
+        spent = Mils(sum(spent for day, spent in days.items() if first <= day < after))
+        if limit is not None and spent + amount > limit:
+            return BudgetExceeded(limit, spent, period, after * DAY_S)
+    return None
 
 
 def _first_of(book: Book, customer_id: CustomerId, command: Reserve, holder: Submission | None) -> Reservation | None:
@@ -408,6 +476,9 @@ def _close(book: Book, reservation: Reservation, frames_delivered: int, reason: 
     book.passing.append(reservation.request_id)
     if not reservation.is_new:
         book.settled.append(reservation)
+    days = book.spent.get(reservation.budget_id or "")
+    if days is not None and reservation.budget_day in days:
+        days[reservation.budget_day] -= reservation.refunded
 
 
 def _heartbeat(book: Book, command: Heartbeat) -> Outcome:
@@ -480,9 +551,13 @@ def _create_key(book: Book, command: CreateKey) -> Outcome:
         created_at=book.ts,
         created_seq=wallet.seq,
         balance_at_creation=wallet.balance,
+        terms=command.terms,
+        budget_id=command.key_id,
     )
     book.add_key(key)
     book.new_keys.append(key)
+    if command.terms != NO_TERMS:
+        book.new_terms[key.key_id] = key
     return KeyCreated(command.key_id, wallet.customer_id, wallet.balance)
 
 
@@ -495,6 +570,45 @@ def _revoke_key(book: Book, command: RevokeKey) -> Outcome:
         key.revoked_seq = book.wallets[key.customer_id].seq
         book.revoked_keys.append(key)
     return KeyRevoked(key.key_id, key.revoked_at)
+
+
+def _set_key_terms(book: Book, command: SetKeyTerms) -> Outcome:
+    key = book.keys.get(command.key_id)
+    if key is None:
+        return UnknownKey(command.key_id)
+    if key.terms != command.terms:
+        key.terms = command.terms
+        book.new_terms[key.key_id] = key
+    return KeyTermsSet(key.key_id)
+
+
+def _rotate_key(book: Book, command: RotateKey) -> Outcome:
+    old, earlier = book.keys.get(command.key_id), book.keys.get(command.new_key_id)
+    if old is None:
+        return UnknownKey(command.key_id)
+    if earlier is not None:
+        if (earlier.sha256, earlier.budget_id) != (command.sha256, old.budget_id) or old.revoked_at is None:
+            return Rejected(f"{command.new_key_id} is already another key")
+        return KeyRotated(earlier.key_id, earlier.customer_id, old.revoked_at)
+    if command.sha256 in book.key_by_sha256:
+        return Rejected("this token already has a key under another id")
+    if old.revoked_at is not None or _has_expired(book, old):
+        return KeyRefused()
+    wallet = book.wallets[old.customer_id]
+    new = replace(
+        old,
+        key_id=command.new_key_id,
+        sha256=command.sha256,
+        last4=command.last4,
+        created_at=book.ts,
+        created_seq=wallet.seq,
+        balance_at_creation=wallet.balance,
+    )
+    book.add_key(new)
+    book.new_keys.append(new)
+    book.new_terms[new.key_id] = new
+    _revoke_key(book, RevokeKey(old.key_id))
+    return KeyRotated(new.key_id, new.customer_id, book.ts)
 
 
 def _expire_leases(book: Book) -> Outcome:

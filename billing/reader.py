@@ -5,10 +5,11 @@ from typing import Any, Literal
 
 from sqlalchemy import Engine, Row, bindparam, or_, select
 
-from billing.commands import CustomerId, KeyId, RequestId
+from billing.commands import NO_TERMS, CustomerId, KeyId, KeyTerms, RequestId
 from billing.errors import UnknownWallet
 from billing.money import Mils
-from billing.tables import api_key, entry, reservation, wallet
+from billing.store import terms_of
+from billing.tables import api_key, entry, key_terms, reservation, wallet
 
 MAX_TRANSACTIONS = 200
 
@@ -25,6 +26,8 @@ class KeyRecord:
     refill_per_s: float
     burst: int
     revoked: bool
+    terms: KeyTerms = NO_TERMS
+    """Whether it has expired is for whoever knows the time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,7 @@ class KeySummary:
     burst: int
     created_at: float
     revoked_at: float | None
+    terms: KeyTerms = NO_TERMS
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +88,19 @@ class CustomerRecord:
     created_at: float
 
 
-_KEY_BY_HASH = select(
-    api_key.c.key_id, api_key.c.customer_id, api_key.c.refill_per_s, api_key.c.burst, api_key.c.revoked_at
-).where(api_key.c.sha256 == bindparam("sha256"))
+_TERMS = tuple(column for column in key_terms.c if column.name not in ("key_id", "budget_id"))
+_KEY_BY_HASH = (
+    select(
+        api_key.c.key_id,
+        api_key.c.customer_id,
+        api_key.c.refill_per_s,
+        api_key.c.burst,
+        api_key.c.revoked_at,
+        *_TERMS,
+    )
+    .join_from(api_key, key_terms, key_terms.c.key_id == api_key.c.key_id, isouter=True)
+    .where(api_key.c.sha256 == bindparam("sha256"))
+)
 _BALANCE = select(wallet.c.balance_mils).where(wallet.c.customer_id == bindparam("customer_id"))
 _TRANSACTIONS = (
     select(
@@ -113,8 +127,10 @@ _KEYS = (
         api_key.c.burst,
         api_key.c.created_at,
         api_key.c.revoked_at,
+        *_TERMS,
     )
     .join_from(api_key, wallet, wallet.c.customer_id == api_key.c.customer_id)
+    .outerjoin(key_terms, key_terms.c.key_id == api_key.c.key_id)
     .order_by(api_key.c.created_at, api_key.c.key_id)
 )
 _RESERVATION = select(
@@ -154,7 +170,9 @@ class LedgerReader:
         row = self._first(_KEY_BY_HASH, sha256=sha256)
         if row is None:
             return None
-        return KeyRecord(row.key_id, row.customer_id, row.refill_per_s, row.burst, row.revoked_at is not None)
+        return KeyRecord(
+            row.key_id, row.customer_id, row.refill_per_s, row.burst, row.revoked_at is not None, terms_of(row)
+        )
 
     def balance(self, customer_id: CustomerId) -> Mils:
         """What can be spent now: what open reservations hold has already been debited.
@@ -174,7 +192,7 @@ class LedgerReader:
 
     def keys(self) -> list[KeySummary]:
         """Every key, revoked ones too, in the order in which they were made."""
-        return [KeySummary(*row) for row in self._all(_KEYS)]
+        return [_summary(row) for row in self._all(_KEYS)]
 
     def reservation(self, request_id: RequestId) -> ReservationRecord | None:
         row = self._first(_RESERVATION, request_id=request_id)
@@ -191,3 +209,18 @@ class LedgerReader:
     def _all(self, statement: Any, **parameters: object) -> list[AnyRow]:
         with self._engine.connect() as connection:
             return list(connection.execute(statement, parameters))
+
+
+def _summary(row: AnyRow) -> KeySummary:
+    return KeySummary(
+        key_id=row.key_id,
+        last4=row.last4,
+        customer_id=row.customer_id,
+        customer_name=row.name,
+        balance_mils=row.balance_mils,
+        refill_per_s=row.refill_per_s,
+        burst=row.burst,
+        created_at=row.created_at,
+        revoked_at=row.revoked_at,
+        terms=terms_of(row),
+    )

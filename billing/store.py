@@ -27,6 +27,7 @@ from sqlalchemy import (
 )
 
 from billing.commands import (
+    NO_TERMS,
     Command,
     CreateKey,
     CustomerId,
@@ -34,18 +35,23 @@ from billing.commands import (
     Grant,
     Heartbeat,
     KeyId,
+    KeyTerms,
     Reserve,
     RevokeKey,
+    RotateKey,
+    SetKeyTerms,
     Settle,
 )
-from billing.core import KEY_MEMORY_S, MAX_FORGOTTEN_PER_SWEEP, Book, Entry, Key, Reservation, Submission, Wallet
+from billing.core import DAY_S, KEY_MEMORY_S, MAX_FORGOTTEN_PER_SWEEP, Book, Entry, Key, Reservation, Submission, Wallet
 from billing.keys import initial_grant_id
 from billing.tables import (
     INT64,
     SECONDS,
     api_key,
     billing_metadata,
+    budget_use,
     entry,
+    key_terms,
     reservation,
     submission,
     wallet,
@@ -81,10 +87,18 @@ _EXTEND_LEASES = (
 )
 
 _at_creation = entry.alias("at_creation")
-_KEYS = select(api_key, _at_creation.c.balance_after.label("balance_at_creation")).join_from(
-    api_key,
-    _at_creation,
-    and_(_at_creation.c.customer_id == api_key.c.customer_id, _at_creation.c.seq == api_key.c.created_seq),
+_KEYS = (
+    select(
+        api_key,
+        _at_creation.c.balance_after.label("balance_at_creation"),
+        *(column for column in key_terms.c if column.name != "key_id"),
+    )
+    .join_from(
+        api_key,
+        _at_creation,
+        and_(_at_creation.c.customer_id == api_key.c.customer_id, _at_creation.c.seq == api_key.c.created_seq),
+    )
+    .outerjoin(key_terms, key_terms.c.key_id == api_key.c.key_id)
 )
 _debit = entry.alias("debit")
 _settlement = entry.alias("settlement")
@@ -93,6 +107,8 @@ _RESERVATIONS = (
         reservation,
         _debit.c.balance_after.label("balance_after_debit"),
         _settlement.c.balance_after.label("balance_after_settlement"),
+        budget_use.c.budget_id,
+        budget_use.c.day.label("budget_day"),
     )
     .join_from(
         reservation,
@@ -103,6 +119,7 @@ _RESERVATIONS = (
         _settlement,
         and_(_settlement.c.customer_id == reservation.c.customer_id, _settlement.c.seq == reservation.c.settled_seq),
     )
+    .outerjoin(budget_use, budget_use.c.request_id == reservation.c.request_id)
 )
 
 
@@ -128,6 +145,17 @@ _RESERVATIONS_BY_ID = _by(_RESERVATIONS, reservation.c.request_id)
 _RUN_OUT = _RESERVATIONS.where(reservation.c.state == "open", reservation.c.lease_until <= bindparam("now"))
 _WALLETS_BY_ID = _by(select(wallet), wallet.c.customer_id)
 _WALLETS_BY_NAME = _by(select(wallet), wallet.c.name)
+_SPENT = _by(
+    select(
+        budget_use.c.budget_id,
+        budget_use.c.day,
+        func.sum(reservation.c.amount - reservation.c.refunded).label("spent"),
+    )
+    .join(reservation, reservation.c.request_id == budget_use.c.request_id)
+    .where(budget_use.c.day >= bindparam("since"))
+    .group_by(budget_use.c.budget_id, budget_use.c.day),
+    budget_use.c.budget_id,
+)
 _CREDITS = _by(select(entry).where(entry.c.kind == "credit"), entry.c.public_id)
 _SUBMISSIONS = select(submission)
 _stands = or_(reservation.c.state == "open", reservation.c.captured > 0)
@@ -192,11 +220,20 @@ def _update(table: Table, key: str, columns: Sequence[str], only: str = "") -> _
     )
 
 
+def _upsert(table: Table, key: str) -> _Write:
+    changes = ", ".join(f"{name} = excluded.{name}" for name in _COLUMNS[table.name] if name != key)
+    write = _insert(table)
+    conflict = f" ON CONFLICT ({key}) DO UPDATE SET {changes}"
+    return _Write(write.sqlite + conflict, write.postgresql + conflict)
+
+
 _INSERT_WALLETS = _insert(wallet)
 _INSERT_KEYS = _insert(api_key)
 _INSERT_RESERVATIONS = _insert(reservation)
 _INSERT_SUBMISSIONS = _insert(submission)
 _INSERT_ENTRIES = _insert(entry)
+_INSERT_BUDGET_USES = _insert(budget_use)
+_PUT_TERMS = _upsert(key_terms, "key_id")
 _MOVE_WALLETS = _update(wallet, "customer_id", ("seq", "balance_mils"))
 _REVOKE_KEYS = _update(api_key, "key_id", ("revoked_at", "revoked_seq"))
 _SETTLE = _update(
@@ -242,7 +279,7 @@ def load(connection: Connection, commands: Sequence[Command], book: Book) -> Non
     names: set[str] = set()
     credit_ids: set[str] = set()
     recognised: list[Reserve] = []
-    expires = False
+    expires = changes_budgets = False
     for command in commands:
         match command:
             case Reserve():
@@ -265,6 +302,13 @@ def load(connection: Connection, commands: Sequence[Command], book: Book) -> Non
                 credit_ids.add(initial_grant_id(command.key_id))
             case RevokeKey():
                 key_ids.add(command.key_id)
+            case SetKeyTerms():
+                key_ids.add(command.key_id)
+                changes_budgets = True
+            case RotateKey():
+                key_ids.update((command.key_id, command.new_key_id))
+                sha256s.add(command.sha256)
+                changes_budgets = True
             case ExpireLeases():
                 expires = True
             case _:
@@ -272,9 +316,9 @@ def load(connection: Connection, commands: Sequence[Command], book: Book) -> Non
 
     is_sqlite = connection.dialect.name == "sqlite"
 
-    def among(statement: _ByText, wanted: Iterable[str], add: Callable[[AnyRow], None]) -> None:
+    def among(statement: _ByText, wanted: Iterable[str], add: Callable[[AnyRow], None], **parameters: object) -> None:
         if ids := sorted(wanted):
-            values = {"wanted": json.dumps(ids)}
+            values = {"wanted": json.dumps(ids), **parameters}
             for row in connection.execute(statement.sqlite if is_sqlite else statement.postgresql, values):
                 add(row)
 
@@ -299,6 +343,18 @@ def load(connection: Connection, commands: Sequence[Command], book: Book) -> Non
 
     among(_KEYS_BY_ID, key_ids - book.keys.keys(), add_key)
     among(_KEYS_BY_SHA256, sha256s - book.key_by_sha256.keys(), add_key)
+
+    keys = [book.keys[KeyId(key_id)] for key_id in key_ids & book.keys.keys()]
+    budget_ids = {key.budget_id for key in keys if key.has_budget or changes_budgets} - book.spent.keys()
+    if budget_ids:
+        for budget_id in budget_ids:
+            book.spent[budget_id] = {}
+        among(
+            _SPENT,
+            budget_ids,
+            lambda row: book.spent[row.budget_id].update({row.day: int(row.spent)}),
+            since=int(book.ts // DAY_S) - 31,
+        )
 
     def add_submission(row: AnyRow) -> None:
         book.add_submission(Submission(*row))
@@ -359,7 +415,12 @@ def write(connection: Connection, book: Book) -> None:
         connection,
         [(each.revoked_at, each.revoked_seq, each.key_id) for each in book.revoked_keys if each.key_id not in new_keys],
     )
+    _PUT_TERMS(connection, [_terms_row(each) for each in book.new_terms.values()])
     _INSERT_RESERVATIONS(connection, [_reservation_row(each) for each in book.new_reservations])
+    _INSERT_BUDGET_USES(
+        connection,
+        [(each.request_id, each.budget_id, each.budget_day) for each in book.new_reservations if each.budget_id],
+    )
     _RENEW(
         connection,
         [(each.lease_until, each.request_id) for each in book.renewed.values() if not each.is_new],
@@ -398,6 +459,22 @@ def _key(row: AnyRow) -> Key:
         balance_at_creation=row.balance_at_creation,
         revoked_at=row.revoked_at,
         revoked_seq=row.revoked_seq,
+        terms=terms_of(row),
+        budget_id=row.budget_id or row.key_id,
+    )
+
+
+def terms_of(row: Any) -> KeyTerms:
+    """From a row that was joined with the terms, of which there may be none."""
+    if row.scope is None:
+        return NO_TERMS
+    return KeyTerms(
+        label=row.label,
+        scope=row.scope,
+        models=tuple(row.models.split()),
+        expires_at=row.expires_at,
+        daily_budget_mils=row.daily_budget_mils,
+        monthly_budget_mils=row.monthly_budget_mils,
     )
 
 
@@ -420,6 +497,8 @@ def _reservation(row: AnyRow) -> Reservation:
         settled_at=row.settled_at,
         settled_seq=row.settled_seq,
         balance_after_settlement=row.balance_after_settlement,
+        budget_id=row.budget_id,
+        budget_day=row.budget_day,
     )
 
 
@@ -439,6 +518,20 @@ def _key_row(each: Key) -> tuple[Any, ...]:
         each.created_seq,
         each.revoked_at,
         each.revoked_seq,
+    )
+
+
+def _terms_row(each: Key) -> tuple[Any, ...]:
+    terms = each.terms
+    return (
+        each.key_id,
+        each.budget_id,
+        terms.label,
+        terms.scope,
+        " ".join(terms.models),
+        terms.expires_at,
+        terms.daily_budget_mils,
+        terms.monthly_budget_mils,
     )
 
 

@@ -1,4 +1,4 @@
-"""The six tables of the ledger, and every rule about them that a constraint can say.
+"""The eight tables of the ledger, and every rule about them that a constraint can say.
 
 The rules that only a trigger can say are in `billing.triggers`. A deployed database is made by `billing.migrations`,
 never from here; a test holds the two equal.
@@ -208,6 +208,49 @@ class SubmissionTable(Table, table=True):
     released_at: float | None = Field(default=None, sa_column=Column(SECONDS, nullable=True))
 
 
+class KeyTermsTable(Table, table=True):
+    """What a key may do. A key without a row may do everything."""
+
+    __tablename__ = "key_terms"
+    __table_args__ = (
+        PrimaryKeyConstraint("key_id", name="pk_key_terms"),
+        CheckConstraint("scope IN ('spend', 'read')", name="ck_key_terms_scope"),
+        CheckConstraint("daily_budget_mils >= 0 AND monthly_budget_mils >= 0", name="ck_key_terms_budgets"),
+        ForeignKeyConstraint(["key_id"], ["api_key.key_id"], name="fk_key_terms_key"),
+        ForeignKeyConstraint(["budget_id"], ["api_key.key_id"], name="fk_key_terms_budget"),
+        STRICT,
+    )
+
+    key_id: str = Field(sa_column=Column(Text, nullable=False))
+    budget_id: str = Field(sa_column=Column(Text, nullable=False))
+    """The first key of those that were rotated into this one: its spending counts for all of them."""
+    label: str = Field(sa_column=Column(Text, nullable=False))
+    scope: str = Field(sa_column=Column(Text, nullable=False))
+    models: str = Field(sa_column=Column(Text, nullable=False))
+    """Separated by spaces; empty for all."""
+    expires_at: float | None = Field(default=None, sa_column=Column(SECONDS, nullable=True))
+    daily_budget_mils: int | None = Field(default=None, sa_column=Column(INT64, nullable=True))
+    monthly_budget_mils: int | None = Field(default=None, sa_column=Column(INT64, nullable=True))
+
+
+class BudgetUseTable(Table, table=True):
+    """A reservation that counts against a budget. What was spent is never stored, only summed over these."""
+
+    __tablename__ = "budget_use"
+    __table_args__ = (
+        PrimaryKeyConstraint("request_id", name="pk_budget_use"),
+        ForeignKeyConstraint(["request_id"], ["reservation.request_id"], name="fk_budget_use_reservation"),
+        ForeignKeyConstraint(["budget_id"], ["api_key.key_id"], name="fk_budget_use_budget"),
+        Index("ix_budget_use_day", "budget_id", "day"),
+        STRICT,
+    )
+
+    request_id: str = Field(sa_column=Column(Text, nullable=False))
+    budget_id: str = Field(sa_column=Column(Text, nullable=False))
+    day: int = Field(sa_column=Column(INT64, nullable=False))
+    """Of the reservation, in days of UTC since 1970."""
+
+
 class EntryTable(Table, table=True):
     """One change of one wallet's balance. Written once, never touched again.
 
@@ -278,4 +321,6 @@ wallet = billing_metadata.tables["wallet"]
 api_key = billing_metadata.tables["api_key"]
 reservation = billing_metadata.tables["reservation"]
 submission = billing_metadata.tables["submission"]
+key_terms = billing_metadata.tables["key_terms"]
+budget_use = billing_metadata.tables["budget_use"]
 entry = billing_metadata.tables["entry"]

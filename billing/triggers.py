@@ -75,6 +75,19 @@ CREATE TRIGGER tr_submission_delete BEFORE DELETE ON submission
 WHEN EXISTS (SELECT 1 FROM reservation WHERE request_id = OLD.request_id AND state = 'open')
 BEGIN SELECT RAISE(ABORT, 'tr_submission_delete: a request is not forgotten while it is open'); END
 """,
+    """
+CREATE TRIGGER tr_key_terms_update BEFORE UPDATE ON key_terms
+WHEN NEW.key_id <> OLD.key_id OR NEW.budget_id <> OLD.budget_id
+BEGIN SELECT RAISE(ABORT, 'tr_key_terms_update: a key keeps what it has spent'); END
+""",
+    """
+CREATE TRIGGER tr_budget_use_update BEFORE UPDATE ON budget_use
+BEGIN SELECT RAISE(ABORT, 'tr_budget_use_update: what was spent is never edited'); END
+""",
+    """
+CREATE TRIGGER tr_budget_use_delete BEFORE DELETE ON budget_use
+BEGIN SELECT RAISE(ABORT, 'tr_budget_use_delete: what was spent is never forgotten'); END
+""",
 )
 
 POSTGRESQL = (
@@ -183,5 +196,18 @@ FOR EACH ROW EXECUTE FUNCTION billing_check_submission()
     """
 CREATE TRIGGER tr_submission_delete BEFORE DELETE ON submission
 FOR EACH ROW EXECUTE FUNCTION billing_check_submission()
+""",
+    """
+CREATE TRIGGER tr_key_terms_update BEFORE UPDATE ON key_terms FOR EACH ROW
+WHEN (NEW.key_id <> OLD.key_id OR NEW.budget_id <> OLD.budget_id)
+EXECUTE FUNCTION billing_refuse('a key keeps what it has spent')
+""",
+    """
+CREATE TRIGGER tr_budget_use_update BEFORE UPDATE ON budget_use
+FOR EACH ROW EXECUTE FUNCTION billing_refuse('what was spent is never edited')
+""",
+    """
+CREATE TRIGGER tr_budget_use_delete BEFORE DELETE ON budget_use
+FOR EACH ROW EXECUTE FUNCTION billing_refuse('what was spent is never forgotten')
 """,
 )

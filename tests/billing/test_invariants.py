@@ -6,10 +6,11 @@ from dataclasses import replace
 import pytest
 from sqlalchemy import Column, Engine, MetaData, Table, text
 
-from billing.commands import RevokeKey
+from billing.commands import KeyTerms, RevokeKey, SetKeyTerms
 from billing.database import open_database, writer
 from billing.invariants import AUDITS, MAX_ROWS_PER_AUDIT, Violation, audit
 from billing.keys import mint_request_id
+from billing.money import Mils
 from billing.tables import billing_metadata
 from tests.billing.conftest import Clock, Databases, Desk
 
@@ -26,6 +27,7 @@ def unruled(databases: Databases) -> Iterator[Engine]:
         desk.settle(desk.reserved(ann, 49), 12, "engine_failed")
         desk.reserved(ann, 10)
         desk.settle(desk.reserved(ann, 2), 2)
+        desk.do(SetKeyTerms(ann.key.key_id, KeyTerms(daily_budget_mils=Mils(500))))
         keyed = replace(desk.reserve(ann, 3), idempotency_key="k", payload_sha256="0" * 64)
         desk.do(keyed)
         desk.settle(keyed.request_id, 0)

@@ -13,10 +13,11 @@ import pytest
 from sqlalchemy import Engine, text
 from sqlalchemy.exc import DataError, IntegrityError
 
-from billing.commands import Rejected, RequestId, Reserved, RevokeKey
+from billing.commands import KeyTerms, Rejected, RequestId, Reserved, RevokeKey, SetKeyTerms
 from billing.database import writer
 from billing.invariants import audit
 from billing.keys import initial_grant_id
+from billing.money import Mils
 from billing.tables import billing_metadata
 from billing.triggers import POSTGRESQL, SQLITE
 from tests.billing.conftest import Clock, Databases, Desk
@@ -90,6 +91,10 @@ def submission(request: str = "'held'", *, key: str = "''", payload: str = "0" *
     return f"INSERT INTO submission VALUES ({request}, :ann, {amount}, {key}, '{payload}', 1, NULL)"
 
 
+TERMS = (
+    "INSERT INTO key_terms (key_id, budget_id, label, models, scope, daily_budget_mils, monthly_budget_mils)"
+    " VALUES ({key}, {budget}, '', '', {more}, 5)"
+)
 FENCED = "tr_entry_epoch"
 REFUND = "tr_entry_refund"
 
@@ -612,6 +617,34 @@ ATTACKS = [
         ],
     ),
     Attack("deleting a key", "tr_api_key_delete", ["DELETE FROM api_key WHERE key_id = :revoked_key"]),
+    # What keys may do. Ann's key has a budget, of which `kept` used some.
+    Attack("two sets of terms", "pk_key_terms", [TERMS.format(key=":ann_key", budget=":ann_key", more="'spend', 5")]),
+    Attack("terms of no key", "fk_key_terms_key", [TERMS.format(key="'key_x'", budget=":ann_key", more="'spend', 5")]),
+    Attack(
+        "a budget of no key",
+        "fk_key_terms_budget",
+        [TERMS.format(key=":bob_key", budget="'key_x'", more="'spend', 5")],
+    ),
+    Attack(
+        "a scope that does not exist",
+        "ck_key_terms_scope",
+        [TERMS.format(key=":bob_key", budget=":bob_key", more="'admin', 5")],
+    ),
+    Attack(
+        "a budget below nothing",
+        "ck_key_terms_budgets",
+        [TERMS.format(key=":bob_key", budget=":bob_key", more="'spend', -1")],
+    ),
+    Attack(
+        "a budget that starts anew",
+        "tr_key_terms_update",
+        ["UPDATE key_terms SET budget_id = :bob_key WHERE key_id = :ann_key"],
+    ),
+    Attack("one request counted twice", "pk_budget_use", ["INSERT INTO budget_use VALUES ('kept', :ann_key, 1)"]),
+    Attack("counting no request", "fk_budget_use_reservation", ["INSERT INTO budget_use VALUES ('x', :ann_key, 1)"]),
+    Attack("counting for no key", "fk_budget_use_budget", ["INSERT INTO budget_use VALUES ('bobs', 'key_x', 1)"]),
+    Attack("spending on another day", "tr_budget_use_update", ["UPDATE budget_use SET day = day - 1"]),
+    Attack("spending that is forgotten", "tr_budget_use_delete", ["DELETE FROM budget_use"]),
     # The fence.
     Attack("writing after somebody took over", FENCED, [entry("credit", 10, epoch=":epoch - 1"), wallet("10")]),
     Attack("writing for an epoch that nobody holds", FENCED, [entry("credit", 10, epoch=":epoch + 1"), wallet("10")]),
@@ -645,7 +678,11 @@ def history(databases: Databases) -> Iterator[History]:
             command = desk.reserve(account, frames, RequestId(request_id))
             if request_id == "part":
                 command = replace(command, idempotency_key="key of part", payload_sha256="0" * 64)
+            if request_id == "kept":
+                desk.do(SetKeyTerms(ann.key.key_id, KeyTerms(daily_budget_mils=Mils(500))))
             assert isinstance(desk.do(command), Reserved)
+            if request_id == "kept":
+                desk.do(SetKeyTerms(ann.key.key_id, KeyTerms()))
         gone = desk.reserve(bob, 1, RequestId("gone"))
         desk.do(replace(gone, idempotency_key="key of gone", payload_sha256="0" * 64))
         desk.settle(RequestId("gone"), 0)
