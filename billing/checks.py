@@ -12,6 +12,7 @@ from billing.commands import (
     Grant,
     Heartbeat,
     KeyTerms,
+    Quote,
     Reserve,
     RevokeKey,
     RotateKey,
@@ -50,9 +51,21 @@ def malformed(command: Command) -> str | None:
                 or _not_whole("mils_per_frame", command.mils_per_frame, 1)
                 or _not_whole("frames x mils_per_frame", command.frames * command.mils_per_frame, 1)
                 or _not_text("detail", command.detail)
-                or _not_lease(command.lease_s)
+                or _not_lease("lease_s", command.lease_s)
                 or _not_recognisable(command)
                 or (_not_id("model", command.model) if command.model != "" else None)
+                or (_not_id("quote_id", command.quote_id) if command.quote_id != "" else None)
+            )
+        case Quote():
+            return (
+                _not_id("quote_id", command.quote_id)
+                or _not_id("key_id", command.key_id)
+                or _not_id("model", command.model)
+                or _not_whole("frames", command.frames, 1)
+                or _not_whole("mils_per_frame", command.mils_per_frame, 1)
+                or _not_whole("frames x mils_per_frame", command.frames * command.mils_per_frame, 1)
+                or _not_whole("price_version", command.price_version, 1)
+                or _not_lease("valid_s", command.valid_s)
             )
         case Settle():
             return (
@@ -64,7 +77,7 @@ def malformed(command: Command) -> str | None:
             if not isinstance(command.request_ids, tuple):
                 return "request_ids must be a tuple"
             wrong_ids = (_not_id("request_ids", request_id) for request_id in command.request_ids)
-            return next(filter(None, wrong_ids), None) or _not_lease(command.lease_s)
+            return next(filter(None, wrong_ids), None) or _not_lease("lease_s", command.lease_s)
         case Grant():
             return (
                 _not_id("customer_id", command.customer_id)
@@ -124,10 +137,10 @@ def _not_positive(name: str, value: object) -> str | None:
     return f"{name} must be a positive number"
 
 
-def _not_lease(value: object) -> str | None:
+def _not_lease(name: str, value: object) -> str | None:
     if type(value) in (int, float) and 0 < value <= MAX_LEASE_S:  # type: ignore[operator]
         return None
-    return f"lease_s must be more than 0 and at most {MAX_LEASE_S} seconds"
+    return f"{name} must be more than 0 and at most {MAX_LEASE_S} seconds"
 
 
 def _not_recognisable(command: Reserve) -> str | None:

@@ -4,7 +4,8 @@ Every write is one command; every expected refusal is an answer, not an exceptio
 caller chose, so the same command again gives the same answer and no second row.
 
     Reserve       -> Reserved | Repeated | IdempotencyConflict | InsufficientCredits | KeyRefused | ScopeRefused
-                     | BudgetExceeded
+                     | BudgetExceeded | QuoteRefused
+    Quote         -> Quoted | KeyRefused
     Settle        -> Settled | UnknownReservation
     Heartbeat     -> HeartbeatDone
     Grant         -> Granted | UnknownCustomer
@@ -46,6 +47,8 @@ class Reserve:
     """Without a key, how far back the same payload of the same customer counts as this request sent again."""
     model: str = ""
     """Compared with the models that the key may use."""
+    quote_id: str = ""
+    """A quote of this customer for this model and these frames, which has not expired: its rate is charged instead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +104,36 @@ class BudgetExceeded:
     spent_mils: Mils
     period: Literal["day", "month"]
     resets_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class QuoteRefused:
+    """The request is not what was quoted, or the quote has expired. Nothing was reserved."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Quote:
+    """Promise a price for a while. Moves no money; reservations that name the quote until then pay its rate."""
+
+    quote_id: str
+    key_id: KeyId
+    model: str
+    frames: int
+    mils_per_frame: Mils
+    price_version: int
+    """Of the price book, for the record."""
+    valid_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Quoted:
+    quote_id: str
+    amount_mils: Mils
+    balance_mils: Mils
+    """What the customer could spend when it asked."""
+    expires_at: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,7 +307,7 @@ class Rejected:
     reason: str
 
 
-Command = Reserve | Settle | Heartbeat | Grant | CreateKey | RevokeKey | SetKeyTerms | RotateKey | ExpireLeases
+Command = Reserve | Quote | Settle | Heartbeat | Grant | CreateKey | RevokeKey | SetKeyTerms | RotateKey | ExpireLeases
 Outcome = (
     Reserved
     | Repeated
@@ -283,6 +316,8 @@ Outcome = (
     | KeyRefused
     | ScopeRefused
     | BudgetExceeded
+    | QuoteRefused
+    | Quoted
     | Settled
     | UnknownReservation
     | HeartbeatDone

@@ -32,6 +32,9 @@ from billing.commands import (
     KeyTermsSet,
     LeasesExpired,
     Outcome,
+    Quote,
+    Quoted,
+    QuoteRefused,
     Rejected,
     Repeated,
     RequestId,
@@ -118,6 +121,20 @@ class Reservation:
     """Made by this batch: not in the database yet."""
 
 
+class QuoteRow(NamedTuple):
+    """In the order of the table's columns."""
+
+    quote_id: str
+    customer_id: CustomerId
+    model: str
+    frames: int
+    mils_per_frame: Mils
+    price_version: int
+    balance: Mils
+    created_at: float
+    expires_at: float
+
+
 @dataclass(slots=True)
 class Submission:
     """By what a request is recognised when it comes again."""
@@ -194,6 +211,8 @@ class Book:
     """Those whose lease this batch renewed; some of them may have been closed since."""
     credits: dict[str, Entry] = field(default_factory=dict)
     """Credits from outside by their public id."""
+    quotes: dict[str, QuoteRow] = field(default_factory=dict)
+    new_quotes: list[QuoteRow] = field(default_factory=list)
     entries: list[Entry] = field(default_factory=list)
     """New ones, in the order in which they chain."""
 
@@ -211,6 +230,7 @@ class Book:
             self.submission_by_key,
             self.submissions_by_payload,
             self.credits,
+            self.quotes,
             self.moved_wallets,
             self.new_terms,
             self.renewed,
@@ -226,6 +246,7 @@ class Book:
             self.new_reservations,
             self.settled,
             self.passing,
+            self.new_quotes,
             self.entries,
         ):
             written.clear()
@@ -306,6 +327,8 @@ def decide(book: Book, command: Command) -> Outcome:
     match command:
         case Reserve():
             return _reserve(book, command)
+        case Quote():
+            return _quote(book, command)
         case Settle():
             return _settle(book, command)
         case Heartbeat():
@@ -329,11 +352,9 @@ def decide(book: Book, command: Command) -> Outcome:
 def _reserve(book: Book, command: Reserve) -> Outcome:
     earlier = book.reservations.get(command.request_id)
     if earlier is not None:
-        same = (earlier.key_id, earlier.frames, earlier.mils_per_frame) == (
-            command.key_id,
-            command.frames,
-            command.mils_per_frame,
-        )
+        same = (earlier.key_id, earlier.frames) == (command.key_id, command.frames)
+        if not command.quote_id:  # a quote's rate was charged whatever the command said
+            same &= earlier.mils_per_frame == command.mils_per_frame
         known = book.submissions.get(command.request_id)
         if known is not None and command.payload_sha256:
             same &= (known.idempotency_key, known.payload_sha256) == (command.idempotency_key, command.payload_sha256)
@@ -357,7 +378,14 @@ def _reserve(book: Book, command: Reserve) -> Outcome:
             state: Literal["open", "settled"] = "open" if first.state == "open" else "settled"
             return Repeated(first.request_id, state, first.captured, first.created_at)
     wallet = book.wallets[key.customer_id]
-    amount = Mils(command.frames * command.mils_per_frame)
+    rate = command.mils_per_frame
+    if command.quote_id:
+        quote = book.quotes.get(command.quote_id)
+        refused = _why_not(book, quote, command, wallet)
+        if quote is None or refused is not None:
+            return refused or QuoteRefused("there is no such quote")
+        rate = quote.mils_per_frame
+    amount = Mils(command.frames * rate)
     exceeded = _exceeded_budget(book, key, amount) if key.has_budget else None
     if exceeded is not None:
         return exceeded
@@ -373,7 +401,7 @@ def _reserve(book: Book, command: Reserve) -> Outcome:
         customer_id=wallet.customer_id,
         key_id=key.key_id,
         frames=command.frames,
-        mils_per_frame=command.mils_per_frame,
+        mils_per_frame=rate,
         amount=amount,
         lease_until=book.now + command.lease_s,
         created_at=debit.ts,
@@ -400,6 +428,33 @@ def _reserve(book: Book, command: Reserve) -> Outcome:
         book.add_submission(submission)
         book.new_submissions.append(submission)
     return Reserved(command.request_id, wallet.customer_id, amount, debit.balance_after)
+
+
+def _quote(book: Book, command: Quote) -> Outcome:
+    key = book.keys.get(command.key_id)
+    if key is None or key.revoked_at is not None or _has_expired(book, key):
+        return KeyRefused()
+    work = (key.customer_id, command.model, command.frames, command.mils_per_frame, command.price_version)
+    quote = book.quotes.get(command.quote_id)
+    if quote is None:
+        balance = book.wallets[key.customer_id].balance
+        quote = QuoteRow(command.quote_id, *work, balance, book.ts, book.ts + command.valid_s)
+        book.quotes[quote.quote_id] = quote
+        book.new_quotes.append(quote)
+    elif quote[1:6] != work:
+        return Rejected(f"{command.quote_id} is already a quote for other work")
+    return Quoted(quote.quote_id, Mils(quote.frames * quote.mils_per_frame), quote.balance, quote.expires_at)
+
+
+def _why_not(book: Book, quote: QuoteRow | None, command: Reserve, wallet: Wallet) -> QuoteRefused | None:
+    """Why the quote does not bind for this request."""
+    if quote is None or quote.customer_id != wallet.customer_id:
+        return QuoteRefused("there is no such quote")
+    if quote.expires_at <= book.ts:
+        return QuoteRefused("the quote has expired")
+    if (quote.model, quote.frames) != (command.model, command.frames):
+        return QuoteRefused(f"the quote is for {quote.frames} frames of {quote.model}")
+    return None
 
 
 def _has_expired(book: Book, key: Key) -> bool:

@@ -42,6 +42,10 @@ def mint_grant_id() -> str:
     return f"adm_{secrets.token_hex(16)}"
 
 
+def mint_quote_id() -> str:
+    return f"quo_{secrets.token_hex(16)}"
+
+
 def mint_request_id() -> RequestId:
     """Begins with the time in milliseconds: ids that are made together lie together in the database's indexes.
 

@@ -36,13 +36,25 @@ from billing.commands import (
     Heartbeat,
     KeyId,
     KeyTerms,
+    Quote,
     Reserve,
     RevokeKey,
     RotateKey,
     SetKeyTerms,
     Settle,
 )
-from billing.core import DAY_S, KEY_MEMORY_S, MAX_FORGOTTEN_PER_SWEEP, Book, Entry, Key, Reservation, Submission, Wallet
+from billing.core import (
+    DAY_S,
+    KEY_MEMORY_S,
+    MAX_FORGOTTEN_PER_SWEEP,
+    Book,
+    Entry,
+    Key,
+    QuoteRow,
+    Reservation,
+    Submission,
+    Wallet,
+)
 from billing.keys import initial_grant_id
 from billing.tables import (
     INT64,
@@ -52,6 +64,7 @@ from billing.tables import (
     budget_use,
     entry,
     key_terms,
+    quote,
     reservation,
     submission,
     wallet,
@@ -156,6 +169,7 @@ _SPENT = _by(
     .group_by(budget_use.c.budget_id, budget_use.c.day),
     budget_use.c.budget_id,
 )
+_QUOTES = _by(select(quote), quote.c.quote_id)
 _CREDITS = _by(select(entry).where(entry.c.kind == "credit"), entry.c.public_id)
 _SUBMISSIONS = select(submission)
 _stands = or_(reservation.c.state == "open", reservation.c.captured > 0)
@@ -233,6 +247,7 @@ _INSERT_RESERVATIONS = _insert(reservation)
 _INSERT_SUBMISSIONS = _insert(submission)
 _INSERT_ENTRIES = _insert(entry)
 _INSERT_BUDGET_USES = _insert(budget_use)
+_INSERT_QUOTES = _insert(quote)
 _PUT_TERMS = _upsert(key_terms, "key_id")
 _MOVE_WALLETS = _update(wallet, "customer_id", ("seq", "balance_mils"))
 _REVOKE_KEYS = _update(api_key, "key_id", ("revoked_at", "revoked_seq"))
@@ -278,6 +293,7 @@ def load(connection: Connection, commands: Sequence[Command], book: Book) -> Non
     customer_ids: set[str] = set()
     names: set[str] = set()
     credit_ids: set[str] = set()
+    quote_ids: set[str] = set()
     recognised: list[Reserve] = []
     expires = changes_budgets = False
     for command in commands:
@@ -285,8 +301,13 @@ def load(connection: Connection, commands: Sequence[Command], book: Book) -> Non
             case Reserve():
                 key_ids.add(command.key_id)
                 request_ids.add(command.request_id)
+                if command.quote_id:
+                    quote_ids.add(command.quote_id)
                 if command.payload_sha256:
                     recognised.append(command)
+            case Quote():
+                key_ids.add(command.key_id)
+                quote_ids.add(command.quote_id)
             case Settle():
                 request_ids.add(command.request_id)
             case Heartbeat():
@@ -374,6 +395,7 @@ def load(connection: Connection, commands: Sequence[Command], book: Book) -> Non
     if expires:
         for row in connection.execute(_RUN_OUT, {"now": book.now}):
             add_reservation(row)
+    among(_QUOTES, quote_ids, lambda row: book.quotes.update({row.quote_id: QuoteRow(*row)}))
     among(_CREDITS, credit_ids, lambda row: book.credits.update({row.public_id: Entry(*row)}))
     among(_WALLETS_BY_ID, customer_ids - book.wallets.keys(), add_wallet)
     among(_WALLETS_BY_NAME, names - book.customer_by_name.keys(), add_wallet)
@@ -429,6 +451,7 @@ def write(connection: Connection, book: Book) -> None:
     _FORGET(connection, [(request_id,) for request_id in book.forgotten])
     _RELEASE(connection, [(each.released_at, each.request_id) for each in book.released])
     _INSERT_SUBMISSIONS(connection, [_submission_row(each) for each in book.new_submissions])
+    _INSERT_QUOTES(connection, book.new_quotes)  # type: ignore[arg-type]
     _INSERT_ENTRIES(connection, book.entries)  # type: ignore[arg-type]
     _MOVE_WALLETS(
         connection,

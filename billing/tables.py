@@ -1,4 +1,4 @@
-"""The eight tables of the ledger, and every rule about them that a constraint can say.
+"""The nine tables of the ledger, and every rule about them that a constraint can say.
 
 The rules that only a trigger can say are in `billing.triggers`. A deployed database is made by `billing.migrations`,
 never from here; a test holds the two equal.
@@ -251,6 +251,30 @@ class BudgetUseTable(Table, table=True):
     """Of the reservation, in days of UTC since 1970."""
 
 
+class QuoteTable(Table, table=True):
+    """A price that was promised for a while. Written once, never touched again."""
+
+    __tablename__ = "quote"
+    __table_args__ = (
+        PrimaryKeyConstraint("quote_id", name="pk_quote"),
+        CheckConstraint("frames > 0 AND mils_per_frame > 0 AND price_version > 0", name="ck_quote_price"),
+        CheckConstraint("expires_at > created_at", name="ck_quote_expiry"),
+        ForeignKeyConstraint(["customer_id"], ["wallet.customer_id"], name="fk_quote_wallet"),
+        STRICT,
+    )
+
+    quote_id: str = Field(sa_column=Column(Text, nullable=False))
+    customer_id: str = Field(sa_column=Column(Text, nullable=False))
+    model: str = Field(sa_column=Column(Text, nullable=False))
+    frames: int = Field(sa_column=Column(INT64, nullable=False))
+    mils_per_frame: int = Field(sa_column=Column(INT64, nullable=False))
+    price_version: int = Field(sa_column=Column(INT64, nullable=False))
+    balance_mils: int = Field(sa_column=Column(INT64, nullable=False))
+    """When it was asked for: the answer to the same question again."""
+    created_at: float = Field(sa_column=Column(SECONDS, nullable=False))
+    expires_at: float = Field(sa_column=Column(SECONDS, nullable=False))
+
+
 class EntryTable(Table, table=True):
     """One change of one wallet's balance. Written once, never touched again.
 
@@ -323,4 +347,5 @@ reservation = billing_metadata.tables["reservation"]
 submission = billing_metadata.tables["submission"]
 key_terms = billing_metadata.tables["key_terms"]
 budget_use = billing_metadata.tables["budget_use"]
+quote = billing_metadata.tables["quote"]
 entry = billing_metadata.tables["entry"]

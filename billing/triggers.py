@@ -88,6 +88,14 @@ BEGIN SELECT RAISE(ABORT, 'tr_budget_use_update: what was spent is never edited'
 CREATE TRIGGER tr_budget_use_delete BEFORE DELETE ON budget_use
 BEGIN SELECT RAISE(ABORT, 'tr_budget_use_delete: what was spent is never forgotten'); END
 """,
+    """
+CREATE TRIGGER tr_quote_update BEFORE UPDATE ON quote
+BEGIN SELECT RAISE(ABORT, 'tr_quote_update: a quote stands as it was given'); END
+""",
+    """
+CREATE TRIGGER tr_quote_delete BEFORE DELETE ON quote
+BEGIN SELECT RAISE(ABORT, 'tr_quote_delete: a quote stands as it was given'); END
+""",
 )
 
 POSTGRESQL = (
@@ -209,5 +217,13 @@ FOR EACH ROW EXECUTE FUNCTION billing_refuse('what was spent is never edited')
     """
 CREATE TRIGGER tr_budget_use_delete BEFORE DELETE ON budget_use
 FOR EACH ROW EXECUTE FUNCTION billing_refuse('what was spent is never forgotten')
+""",
+    """
+CREATE TRIGGER tr_quote_update BEFORE UPDATE ON quote
+FOR EACH ROW EXECUTE FUNCTION billing_refuse('a quote stands as it was given')
+""",
+    """
+CREATE TRIGGER tr_quote_delete BEFORE DELETE ON quote
+FOR EACH ROW EXECUTE FUNCTION billing_refuse('a quote stands as it was given')
 """,
 )

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from sqlalchemy import Column, Engine, MetaData, Table, text
 
-from billing.commands import KeyTerms, RevokeKey, SetKeyTerms
+from billing.commands import KeyTerms, Quote, RevokeKey, SetKeyTerms
 from billing.database import open_database, writer
 from billing.invariants import AUDITS, MAX_ROWS_PER_AUDIT, Violation, audit
 from billing.keys import mint_request_id
@@ -28,6 +28,7 @@ def unruled(databases: Databases) -> Iterator[Engine]:
         desk.reserved(ann, 10)
         desk.settle(desk.reserved(ann, 2), 2)
         desk.do(SetKeyTerms(ann.key.key_id, KeyTerms(daily_budget_mils=Mils(500))))
+        desk.do(Quote("quo_1", ann.key.key_id, "m", 1, Mils(5), 1, 60.0))
         keyed = replace(desk.reserve(ann, 3), idempotency_key="k", payload_sha256="0" * 64)
         desk.do(keyed)
         desk.settle(keyed.request_id, 0)

@@ -13,7 +13,7 @@ import pytest
 from sqlalchemy import Engine, text
 from sqlalchemy.exc import DataError, IntegrityError
 
-from billing.commands import KeyTerms, Rejected, RequestId, Reserved, RevokeKey, SetKeyTerms
+from billing.commands import KeyTerms, Quote, Rejected, RequestId, Reserved, RevokeKey, SetKeyTerms
 from billing.database import writer
 from billing.invariants import audit
 from billing.keys import initial_grant_id
@@ -645,6 +645,21 @@ ATTACKS = [
     Attack("counting for no key", "fk_budget_use_budget", ["INSERT INTO budget_use VALUES ('bobs', 'key_x', 1)"]),
     Attack("spending on another day", "tr_budget_use_update", ["UPDATE budget_use SET day = day - 1"]),
     Attack("spending that is forgotten", "tr_budget_use_delete", ["DELETE FROM budget_use"]),
+    # Quotes. Bob has one.
+    Attack("two quotes of one id", "pk_quote", ["INSERT INTO quote VALUES ('quo_1', :bob, 'm', 1, 5, 1, 0, 1, 2)"]),
+    Attack(
+        "a quote for nothing", "ck_quote_price", ["INSERT INTO quote VALUES ('quo_2', :bob, 'm', 1, 0, 1, 0, 1, 2)"]
+    ),
+    Attack(
+        "a quote that never held",
+        "ck_quote_expiry",
+        ["INSERT INTO quote VALUES ('quo_2', :bob, 'm', 1, 5, 1, 0, 2, 2)"],
+    ),
+    Attack(
+        "a quote for nobody", "fk_quote_wallet", ["INSERT INTO quote VALUES ('quo_2', 'cus_x', 'm', 1, 5, 1, 0, 1, 2)"]
+    ),
+    Attack("another price than was quoted", "tr_quote_update", ["UPDATE quote SET mils_per_frame = 1"]),
+    Attack("a quote that was never given", "tr_quote_delete", ["DELETE FROM quote"]),
     # The fence.
     Attack("writing after somebody took over", FENCED, [entry("credit", 10, epoch=":epoch - 1"), wallet("10")]),
     Attack("writing for an epoch that nobody holds", FENCED, [entry("credit", 10, epoch=":epoch + 1"), wallet("10")]),
@@ -683,6 +698,7 @@ def history(databases: Databases) -> Iterator[History]:
             assert isinstance(desk.do(command), Reserved)
             if request_id == "kept":
                 desk.do(SetKeyTerms(ann.key.key_id, KeyTerms()))
+        desk.do(Quote("quo_1", bob.key.key_id, "m", 1, Mils(5), 1, 60.0))
         gone = desk.reserve(bob, 1, RequestId("gone"))
         desk.do(replace(gone, idempotency_key="key of gone", payload_sha256="0" * 64))
         desk.settle(RequestId("gone"), 0)

@@ -159,7 +159,7 @@ class TestMemory:
         account = desk.account(1000)
         desk.reserved(account, 1)
         other = desk.new_ledger()
-        other.apply([Grant(account.customer_id, Mils(5), "adm_1", ""), RevokeKey(account.key.key_id)])
+        other.apply([RevokeKey(account.key.key_id)])  # moves no money, so nothing but the memory can be wrong
         desk.ledger.take_over()
         assert desk.do(desk.reserve(account, 1)) == KeyRefused()
 
