@@ -102,7 +102,7 @@ def main() -> None:
             update={"models": (ModelArgs(slug="tiny-pusher", checkpoint="", runner="benchmarks.noop_model:NoOpModel"),)}
         )
         check_port(settings.host, settings.port)
-        with local_ray(settings.data_dir, num_cpus=4):  # sets what Ray reads when it is imported, so its users come after
+        with local_ray(settings.data_dir, num_cpus=4):  # sets what Ray reads when imported, so its users come after
             import ray
             from ray import serve
 

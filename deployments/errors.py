@@ -2,7 +2,9 @@
 
 RolloutError
 ├── CreditsInsufficient   the balance does not cover the price; nothing was reserved
-├── KeyNotAccepted        the key was revoked before the reservation
+├── KeyNotAccepted        the key was revoked or has expired before the reservation
+├── KeyNotAllowed         the key may not spend, or not on this model
+├── BudgetUsedUp          the key's own budget does not cover the price; nothing was reserved
 ├── IdempotencyKeyReused  the idempotency key already names other work; nothing was reserved
 ├── ResultExpired         it was delivered before and is no longer kept; nothing was reserved
 ├── ModelOverloaded       the queue is full, or nothing could run the work in time; refunded
@@ -29,7 +31,32 @@ class CreditsInsufficient(RolloutError):
 
 class KeyNotAccepted(RolloutError):
     def __str__(self) -> str:
-        return "the API key was revoked"
+        return "the API key was revoked or has expired"
+
+
+class KeyNotAllowed(RolloutError):
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"the API key may not do this: {self.reason}"
+
+
+class BudgetUsedUp(RolloutError):
+    def __init__(self, limit_mils: Mils, spent_mils: Mils, requested_mils: Mils, period: str, resets_at: float) -> None:
+        super().__init__(limit_mils, spent_mils, requested_mils, period, resets_at)
+        self.limit_mils = limit_mils
+        self.spent_mils = spent_mils
+        self.requested_mils = requested_mils
+        self.period = period
+        self.resets_at = resets_at
+
+    def __str__(self) -> str:
+        return (
+            f"the API key's budget is {self.limit_mils} mils per {self.period} and {self.spent_mils} are spent; this"
+            f" request needs {self.requested_mils}. It starts anew at {int(self.resets_at)} (POSIX seconds)"
+        )
 
 
 class IdempotencyKeyReused(RolloutError):

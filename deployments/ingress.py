@@ -11,6 +11,7 @@ import structlog
 from sqlalchemy.exc import DBAPIError
 
 from billing.commands import (
+    BudgetExceeded,
     ExpireLeases,
     Heartbeat,
     IdempotencyConflict,
@@ -20,16 +21,20 @@ from billing.commands import (
     RequestId,
     Reserve,
     Reserved,
+    ScopeRefused,
     Settle,
     Settled,
     UnknownReservation,
 )
+from billing.money import Mils
 from billing.reader import LedgerReader, ReservationRecord
 from deployments.errors import (
+    BudgetUsedUp,
     CreditsInsufficient,
     EngineFailed,
     IdempotencyKeyReused,
     KeyNotAccepted,
+    KeyNotAllowed,
     LedgerUnavailable,
     ModelOverloaded,
     ResultExpired,
@@ -221,6 +226,7 @@ class Ingress:
                     idempotency_key=request.idempotency_key,
                     payload_sha256=request.payload_sha256,
                     dedupe_window_s=DEDUPE_WINDOW_S,
+                    model=request.model,
                 )
             )
         finally:
@@ -239,6 +245,11 @@ class Ingress:
                 raise KeyNotAccepted()
             case IdempotencyConflict():
                 raise IdempotencyKeyReused()
+            case ScopeRefused(reason):
+                raise KeyNotAllowed(reason)
+            case BudgetExceeded(limit_mils, spent_mils, period, resets_at):
+                price = Mils(request.num_frames * self._models[request.model].spec.mils_per_frame)
+                raise BudgetUsedUp(limit_mils, spent_mils, price, period, resets_at)
         raise AssertionError(f"the ledger answered a reservation with {outcome}")
 
     async def _roll_out(self, request: RolloutRequest) -> tuple[tuple[bytes, ...], list[ChunkTiming]]:

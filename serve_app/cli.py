@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from decimal import Decimal
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 import typer
 from pydantic import ValidationError
@@ -26,10 +26,16 @@ from billing.commands import (
     Granted,
     KeyCreated,
     KeyId,
+    KeyRefused,
     KeyRevoked,
+    KeyRotated,
+    KeyTerms,
+    KeyTermsSet,
     Outcome,
     Rejected,
     RevokeKey,
+    RotateKey,
+    SetKeyTerms,
     UnknownKey,
 )
 from billing.errors import BillingError
@@ -122,6 +128,7 @@ def list_keys(as_json: Json = False) -> None:
                 {
                     "key_id": key.key_id,
                     "ends_in": key.last4,
+                    "label": key.terms.label,
                     "customer": key.customer_name,
                     "customer_id": key.customer_id,
                     "balance_usd": usd(key.balance_mils),
@@ -145,6 +152,56 @@ def revoke_key(
         with ledger_writer(_settings()) as apply:
             outcome = _accepted(apply(RevokeKey(KeyId(key_id))), KeyRevoked)
         _show([{"key_id": outcome.key_id, "revoked": _when(outcome.revoked_at)}], as_json, single=True)
+
+
+@keys.command("rotate")
+def rotate_key(key_id: Annotated[str, typer.Argument(help="key_... to replace.")], as_json: Json = False) -> None:
+    """A new secret with the same wallet, limits, terms and spending. The old one is revoked in the same commit."""
+    with _one_clear_line():
+        token = mint_token()
+        command = RotateKey(KeyId(key_id), mint_key_id(), token_sha256(token), token[-4:])
+        with ledger_writer(_settings()) as apply:
+            outcome = _accepted(apply(command), KeyRotated)
+        _show(
+            [
+                {
+                    "key": token,
+                    "key_id": outcome.key_id,
+                    "customer_id": outcome.customer_id,
+                    "old_key_revoked": _when(outcome.revoked_at),
+                }
+            ],
+            as_json,
+            single=True,
+        )
+
+
+@keys.command("terms")
+def set_terms(
+    key_id: Annotated[str, typer.Argument(help="key_..., as `keys list` shows it.")],
+    label: Annotated[str, typer.Option(help="What its owner calls it.")] = "",
+    scope: Annotated[str, typer.Option(help="spend, or read for balances and lists only.")] = "spend",
+    model: Annotated[list[str] | None, typer.Option(help="A model that it may use; repeat for more.")] = None,
+    expires_in_days: Annotated[float | None, typer.Option(min=0.0, help="From now.")] = None,
+    daily_budget: Annotated[str, typer.Option(help="Dollars per UTC day.")] = "",
+    monthly_budget: Annotated[str, typer.Option(help="Dollars per UTC month.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Replace what a key may do; an option that is left out lifts its limit. Spending stays counted."""
+    with _one_clear_line():
+        if scope not in ("spend", "read"):
+            raise CannotDo(f"{scope!r} is not a scope; spend and read are")
+        terms = KeyTerms(
+            label=label,
+            scope=cast(Literal["spend", "read"], scope),
+            models=tuple(model or ()),
+            expires_at=None if expires_in_days is None else time.time() + expires_in_days * 86_400,
+            daily_budget_mils=_mils(daily_budget, at_least=0) if daily_budget else None,
+            monthly_budget_mils=_mils(monthly_budget, at_least=0) if monthly_budget else None,
+        )
+        with ledger_writer(_settings()) as apply:
+            outcome = _accepted(apply(SetKeyTerms(KeyId(key_id), terms)), KeyTermsSet)
+        _show([{"key_id": outcome.key_id} | _terms(terms)], as_json, single=True)
 
 
 @credits_app.command("grant")
@@ -216,6 +273,8 @@ def _accepted(outcome: Outcome, expected: type[Accepted]) -> Accepted:
     match outcome:
         case Rejected(reason):
             raise CannotDo(f"the ledger refused: {reason}")
+        case KeyRefused():
+            raise CannotDo("this key was revoked or has expired; create another")
         case UnknownKey(key_id):
             raise CannotDo(f"there is no key {key_id}; see `dream-admin keys list`")
     assert isinstance(outcome, expected), outcome
@@ -248,6 +307,19 @@ def _mils(dollars: str, at_least: int) -> Mils:
     if amount < at_least:
         raise CannotDo(f"{dollars} dollars is too little; at least {usd(Mils(at_least))} is accepted")
     return amount
+
+
+def _terms(terms: KeyTerms) -> dict[str, Any]:
+    """As they are shown: only what limits the key."""
+    shown = {
+        "label": terms.label or None,
+        "scope": terms.scope,
+        "models": ", ".join(terms.models) or None,
+        "expires": _when(terms.expires_at),
+        "daily_budget_usd": None if terms.daily_budget_mils is None else usd(terms.daily_budget_mils),
+        "monthly_budget_usd": None if terms.monthly_budget_mils is None else usd(terms.monthly_budget_mils),
+    }
+    return {name: value for name, value in shown.items() if value is not None}
 
 
 def _name(customer: str) -> str:

@@ -1,6 +1,7 @@
 """What the routes share, and the three questions each may ask: who calls, which model, and is there room."""
 
 import asyncio
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -84,6 +85,8 @@ async def authenticate(request: Request) -> KeyRecord:
         raise NotAuthenticated("the API key is not known here")
     if key.revoked:
         raise NotAuthenticated("the API key was revoked")
+    if key.terms.expires_at is not None and key.terms.expires_at <= time.time():
+        raise NotAuthenticated("the API key has expired")
     retry_after_s = parts.buckets.take(key.key_id, key.refill_per_s, key.burst)
     if retry_after_s is not None:
         raise RateLimited(retry_after_s)

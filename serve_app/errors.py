@@ -25,10 +25,12 @@ from starlette.exceptions import HTTPException
 
 from billing.money import Mils, cents, cents_rounded_up
 from deployments.errors import (
+    BudgetUsedUp,
     CreditsInsufficient,
     EngineFailed,
     IdempotencyKeyReused,
     KeyNotAccepted,
+    KeyNotAllowed,
     LedgerUnavailable,
     ModelOverloaded,
     ResultExpired,
@@ -120,6 +122,8 @@ class ModelNotFound(ApiError):
 ROLLOUT_ERRORS: Mapping[type[RolloutError], tuple[int, str]] = {
     CreditsInsufficient: (402, "INSUFFICIENT_BALANCE"),
     KeyNotAccepted: (401, "AUTHENTICATION_FAILED"),
+    KeyNotAllowed: (403, "AUTHENTICATION_FAILED"),
+    BudgetUsedUp: (402, "INSUFFICIENT_BALANCE"),
     IdempotencyKeyReused: (422, "IDEMPOTENCY_CONFLICT"),
     ResultExpired: (410, "INVALID_REQUEST"),
     ModelOverloaded: (503, "OVERLOADED"),
@@ -166,6 +170,9 @@ def install(app: FastAPI) -> None:
         detail = None
         if isinstance(error, CreditsInsufficient):
             detail = insufficient_detail(error.balance_mils, error.requested_mils, str(error))
+        if isinstance(error, BudgetUsedUp):
+            left = Mils(max(0, error.limit_mils - error.spent_mils))
+            detail = insufficient_detail(left, error.requested_mils, str(error)) | {"limit_source": "key"}
         return error_response(status, code, str(error), detail=detail, headers=headers)
 
     @app.exception_handler(RequestValidationError)

@@ -12,14 +12,16 @@ import pytest
 
 import deployments.ingress
 import deployments.ledger_client
-from billing.commands import Command, CustomerId, Outcome, RevokeKey, Settle
+from billing.commands import Command, CustomerId, KeyTerms, KeyTermsSet, Outcome, RevokeKey, SetKeyTerms, Settle
 from billing.keys import mint_request_id, token_sha256
 from billing.reader import KeyRecord
 from deployments.errors import (
+    BudgetUsedUp,
     CreditsInsufficient,
     EngineFailed,
     IdempotencyKeyReused,
     KeyNotAccepted,
+    KeyNotAllowed,
     ModelOverloaded,
     ResultExpired,
 )
@@ -440,3 +442,41 @@ class TestRepetition:
         with pytest.raises(ResultExpired):
             await ingress(app).run(request_of(key, idempotency_key="name", payload="work"))
         assert app.ledger.rows(key.customer_id) == [("credit", 1_000), ("debit", -245)]
+
+
+class TestKeyTerms:
+    """What an operator allows a key, decided with the reservation."""
+
+    @pytest.fixture
+    def key(self, app: App) -> KeyRecord:
+        return customer(app, 10_000)
+
+    def allow(self, app: App, key: KeyRecord, **terms: Any) -> None:
+        assert app.ledger.apply(SetKeyTerms(key.key_id, KeyTerms(**terms))) == KeyTermsSet(key.key_id)
+
+    @pytest.mark.parametrize("terms", [{"scope": "read"}, {"models": ("dreamdojo-2b-gr1",)}])
+    async def test_a_key_that_may_not_spend_here_runs_nothing(
+        self, app: App, key: KeyRecord, terms: dict[str, Any]
+    ) -> None:
+        self.allow(app, key, **terms)
+        with pytest.raises(KeyNotAllowed):
+            await ingress(app).run(request_of(key))
+        assert app.ledger.rows(key.customer_id) == [("credit", 10_000)]
+
+    async def test_a_key_that_names_this_model_runs_it(self, app: App, key: KeyRecord) -> None:
+        self.allow(app, key, models=(SLUG,))
+        assert (await ingress(app).run(request_of(key))).num_frames == 49
+
+    async def test_a_budget_holds_to_the_mil_whatever_the_wallet_has(self, app: App, key: KeyRecord) -> None:
+        self.allow(app, key, daily_budget_mils=490)
+        await ingress(app).run(request_of(key))
+        await ingress(app).run(request_of(key))
+        with pytest.raises(BudgetUsedUp) as refusal:
+            await ingress(app).run(request_of(key, actions(1)))
+        assert (refusal.value.limit_mils, refusal.value.spent_mils, refusal.value.requested_mils) == (490, 490, 10)
+        assert balance(app, key.customer_id) == 10_000 - 490
+
+    async def test_an_expired_key_reserves_nothing(self, app: App, key: KeyRecord) -> None:
+        self.allow(app, key, expires_at=1.0)
+        with pytest.raises(KeyNotAccepted):
+            await ingress(app).run(request_of(key))

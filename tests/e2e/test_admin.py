@@ -83,3 +83,15 @@ def test_what_cannot_be_done_is_one_line_and_exit_code_2(tmp_path: Path) -> None
         assert done.returncode == 2, done
         assert problem in done.stderr
         assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_key_is_limited_and_rotated_without_a_cluster(tmp_path: Path) -> None:
+    made = json.loads(admin(tmp_path, "keys", "create", "--customer", "a", "--initial-credits", "1", "--json").stdout)
+    limits = ("--label", "planner", "--model", "tiny-pusher", "--daily-budget", "0.5", "--expires-in-days", "30")
+    terms = json.loads(admin(tmp_path, "keys", "terms", made["key_id"], *limits, "--json").stdout)
+    assert (terms["label"], terms["models"], terms["daily_budget_usd"]) == ("planner", "tiny-pusher", 0.5)
+    rotated = json.loads(admin(tmp_path, "keys", "rotate", made["key_id"], "--json").stdout)
+    assert rotated["key"] != made["key"]
+    old, new = json.loads(admin(tmp_path, "keys", "list", "--json").stdout)
+    assert old["revoked"] is not None
+    assert (new["revoked"], new["label"], new["ends_in"]) == (None, "planner", rotated["key"][-4:])

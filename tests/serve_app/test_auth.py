@@ -9,8 +9,9 @@ import structlog
 from sqlalchemy.exc import OperationalError
 from structlog.testing import capture_logs
 
-from billing.commands import KeyId, KeyRevoked, RevokeKey
+from billing.commands import KeyId, KeyRevoked, KeyTerms, RevokeKey, SetKeyTerms
 from billing.keys import mint_token, token_sha256
+from billing.money import Mils
 from billing.reader import LedgerReader
 from deployments.logs import configure_logs
 from tests.support.app import App
@@ -212,3 +213,17 @@ async def test_a_database_that_does_not_answer_is_503_and_says_when_to_come_back
     assert answer.json()["error"]["code"] == "OVERLOADED"
     assert int(answer.headers["Retry-After"]) >= 1
     assert "refused" not in answer.text
+
+
+async def test_an_expired_key_is_401_and_a_budget_that_is_used_up_is_402_by_the_key(app: App) -> None:
+    headers, _ = app.key()
+    key = app.ledger.reader.key_by_token_hash(token_sha256(headers["Authorization"].split()[1]))
+    assert key is not None
+    app.ledger.apply(SetKeyTerms(key.key_id, KeyTerms(daily_budget_mils=Mils(100))))
+    answer = await app.http.post("/v1/predict", headers=headers, files={"frame": png(), "actions": npy(actions())})
+    assert answer.status_code == 402
+    detail = answer.json()["detail"]
+    assert (detail["balance_mils"], detail["requested_mils"], detail["limit_source"]) == (100, 245, "key")
+    app.ledger.apply(SetKeyTerms(key.key_id, KeyTerms(expires_at=1.0)))
+    answer = await app.http.get("/v1/billing/balance", headers=headers)
+    assert (answer.status_code, answer.json()["detail"]) == (401, "the API key has expired")

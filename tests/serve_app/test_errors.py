@@ -12,10 +12,12 @@ from starlette.exceptions import HTTPException
 from billing.money import Mils
 from deployments import errors as engine_errors
 from deployments.errors import (
+    BudgetUsedUp,
     CreditsInsufficient,
     EngineFailed,
     IdempotencyKeyReused,
     KeyNotAccepted,
+    KeyNotAllowed,
     LedgerUnavailable,
     ModelOverloaded,
     ResultExpired,
@@ -85,7 +87,15 @@ EXAMPLES: list[tuple[Exception, int, str, str]] = [
         "INVALID_REQUEST",
         "this was delivered before, and its video has expired; send it as new work to run it again",
     ),
-    (KeyNotAccepted(), 401, "AUTHENTICATION_FAILED", "the API key was revoked"),
+    (KeyNotAccepted(), 401, "AUTHENTICATION_FAILED", "the API key was revoked or has expired"),
+    (KeyNotAllowed("read only"), 403, "AUTHENTICATION_FAILED", "the API key may not do this: read only"),
+    (
+        BudgetUsedUp(Mils(500), Mils(300), Mils(245), "day", 1_800_000_000.0),
+        402,
+        "INSUFFICIENT_BALANCE",
+        "the API key's budget is 500 mils per day and 300 are spent; this request needs 245. It starts anew at"
+        " 1800000000 (POSIX seconds)",
+    ),
     (
         ModelOverloaded("tiny-pusher", 3),
         503,
@@ -148,7 +158,10 @@ async def test_every_error_has_its_status_its_code_and_both_shapes(http: httpx.A
         "code": code,
     }
     assert set(body) == {"detail", "error"}
-    if status == 402:
+    if isinstance(error, BudgetUsedUp):
+        assert body["detail"]["balance_mils"] == 200  # what is left of the budget
+        assert body["detail"]["limit_source"] == "key"
+    elif status == 402:
         assert body["detail"] == {
             "balance_mils": 244,
             "requested_mils": 245,
