@@ -60,8 +60,9 @@ def test_its_agent_goes_where_the_actions_say(measured: Accuracy) -> None:
     assert measured.agent_error_px < 3.2
 
 
-def test_its_pucks_end_where_they_truly_do(measured: Accuracy) -> None:
-    assert measured.puck_error_px_1_12 < 1.0
+def test_its_pucks_are_where_they_truly_are_in_the_first_chunk_and_mostly_at_the_end(measured: Accuracy) -> None:
+    assert measured.puck_error_px_1_12 < 0.9
+    assert measured.goal_distance_pearson > 0.75  # 0.85 is the goal, and not reached
 
 
 def test_actions_of_another_episode_or_none_predict_clearly_worse(shipped_model: WorldModel) -> None:
