@@ -50,7 +50,7 @@ EDITS = {
     "time never runs back": Edit("billing.ledger", "max(now, self._newest_ts)", "now", "test_ledger.py"),
     "same id, same work": Edit("billing.core", "if not same:", "if False:", "test_ledger.py"),
     "revoked keys spend nothing": Edit(
-        "billing.core", "if key is None or key.revoked_at is not None:", "if key is None:", "test_ledger.py"
+        "billing.core", "key is None or key.revoked_at is not None or", "key is None or", "test_ledger.py"
     ),
     "spend only what there is": Edit("billing.core", "if amount > wallet.balance:", "if False:", "test_ledger.py"),
     "payload hash": Edit(
