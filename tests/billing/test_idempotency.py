@@ -21,7 +21,6 @@ from billing.commands import (
     RevokeKey,
     Settle,
 )
-from billing.core import KEY_MEMORY_S
 from billing.errors import Fenced
 from billing.keys import mint_request_id
 from billing.money import Mils
@@ -30,6 +29,8 @@ from tests.billing.conftest import Account, Desk
 
 WORK, OTHER_WORK = "a" * 64, "b" * 64
 WINDOW_S = 60.0
+KEY_MEMORY_S = 24 * 3600.0
+"""What customers are promised, said again: the ledger must not forget earlier."""
 
 
 def keyed(desk: Desk, account: Account, key: str = "key-1", payload: str = WORK, frames: int = 49) -> Reserve:
