@@ -10,7 +10,7 @@ export HOST ?= 127.0.0.1
 export DATA_DIR ?= ./.data
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: serve test fuzz lint clean
+.PHONY: serve test fuzz lint clean simulate-ledger chaos-ledger mutate-ledger bench-ledger
 
 serve: $(VENV)/.installed
 	@exec $(BIN)/dream-admin serve
@@ -21,6 +21,21 @@ test: $(VENV)/.installed-dev lint
 # The property tests with new examples, many more of them: tens of minutes.
 fuzz: $(VENV)/.installed-dev
 	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest tests --ignore tests/e2e
+
+# The ledger's slower proofs and its figures, minutes each.
+simulate-ledger chaos-ledger mutate-ledger bench-ledger: $(VENV)/.installed-dev
+
+simulate-ledger:
+	$(BIN)/python -m benchmarks.ledger_simulation --operations 1000000
+
+chaos-ledger:
+	$(BIN)/python -m benchmarks.ledger_chaos --kills 1000
+
+mutate-ledger:
+	$(BIN)/python -m benchmarks.ledger_mutations
+
+bench-ledger:
+	$(BIN)/python -m benchmarks.ledger
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
