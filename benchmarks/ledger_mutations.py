@@ -39,7 +39,7 @@ class Edit:
 EDITS = {
     "fence": Edit("billing.ledger", "current_epoch != self._epoch", "False", "test_transactions.py"),
     "newest epoch wins": Edit(
-        "billing.store", "epoch=writer_fence.c.epoch + 1", "epoch=writer_fence.c.epoch", "test_transactions.py"
+        "billing.store.fence", "epoch=writer_fence.c.epoch + 1", "epoch=writer_fence.c.epoch", "test_transactions.py"
     ),
     "memory dies with its commit": Edit(
         "billing.ledger", "book, self._book = self._book, Book()", "book = self._book", "test_transactions.py"
@@ -48,36 +48,47 @@ EDITS = {
         "billing.ledger", "= epoch, newest_ts, Book()", "= epoch, newest_ts, self._book", "test_transactions.py"
     ),
     "time never runs back": Edit("billing.ledger", "max(now, self._newest_ts)", "now", "test_ledger.py"),
-    "same id, same work": Edit("billing.core", "if not same:", "if False:", "test_ledger.py"),
+    "same id, same work": Edit("billing.core.reservations", "if not same:", "if False:", "test_ledger.py"),
     "revoked keys spend nothing": Edit(
-        "billing.core", "key is None or key.revoked_at is not None or", "key is None or", "test_ledger.py"
+        "billing.core.reservations", "key is None or key.revoked_at is not None or", "key is None or", "test_ledger.py"
     ),
-    "spend only what there is": Edit("billing.core", "if amount > wallet.balance:", "if False:", "test_ledger.py"),
+    "spend only what there is": Edit(
+        "billing.core.reservations", "if amount > wallet.balance:", "if False:", "test_ledger.py"
+    ),
     "payload hash": Edit(
-        "billing.core", "holder.payload_sha256 != command.payload_sha256", "False", "test_idempotency.py"
+        "billing.core.reservations", "holder.payload_sha256 != command.payload_sha256", "False", "test_idempotency.py"
     ),
-    "idempotency key": Edit("billing.core", "[holder] if holder is not None else []", "[]", "test_idempotency.py"),
-    "de-duplication window": Edit("billing.core", "each.created_at >= since", "False", "test_idempotency.py"),
+    "idempotency key": Edit(
+        "billing.core.reservations", "[holder] if holder is not None else []", "[]", "test_idempotency.py"
+    ),
+    "de-duplication window": Edit(
+        "billing.core.reservations", "each.created_at >= since", "False", "test_idempotency.py"
+    ),
     "window's end": Edit(
-        "billing.core", "command.dedupe_window_s and each.created_at >= since", "True", "test_idempotency.py"
+        "billing.core.reservations",
+        "command.dedupe_window_s and each.created_at >= since",
+        "True",
+        "test_idempotency.py",
     ),
     "refunded work is no repetition": Edit(
-        "billing.core", 'if each.state == "open" or each.captured > 0]', "]", "test_idempotency.py"
+        "billing.core.reservations", 'if each.state == "open" or each.captured > 0]', "]", "test_idempotency.py"
     ),
-    "keys are forgotten": Edit("billing.core", "book.forget(submission)", "pass", "test_idempotency.py"),
+    "keys are forgotten": Edit("billing.core.reservations", "book.forget(submission)", "pass", "test_idempotency.py"),
     "keys are kept for a day": Edit(
-        "billing.core", "KEY_MEMORY_S = 86_400.0", "KEY_MEMORY_S = 80_000.0", "test_idempotency.py"
+        "billing.core.reservations", "KEY_MEMORY_S = 86_400.0", "KEY_MEMORY_S = 80_000.0", "test_idempotency.py"
     ),
-    "settled once": Edit("billing.core", 'if reservation.state == "open":', "if True:", "test_ledger.py"),
+    "settled once": Edit("billing.core.reservations", 'if reservation.state == "open":', "if True:", "test_ledger.py"),
     "no more than was reserved": Edit(
-        "billing.core", "command.frames_delivered > reservation.frames", "False", "test_ledger.py"
+        "billing.core.reservations", "command.frames_delivered > reservation.frames", "False", "test_ledger.py"
     ),
-    "leases run out": Edit("billing.core", "reservation.lease_until <= book.now", "False", "test_ledger.py"),
+    "leases run out": Edit(
+        "billing.core.reservations", "reservation.lease_until <= book.now", "False", "test_ledger.py"
+    ),
     "heartbeats never shorten": Edit(
-        "billing.core", "if lease_until > reservation.lease_until:", "if True:", "test_ledger.py"
+        "billing.core.reservations", "if lease_until > reservation.lease_until:", "if True:", "test_ledger.py"
     ),
     "one credit per id": Edit(
-        "billing.core", "earlier = book.credits.get(command.public_id)", "earlier = None", "test_ledger.py"
+        "billing.core.credits", "earlier = book.credits.get(command.public_id)", "earlier = None", "test_ledger.py"
     ),
     "malformed commands": Edit("billing.ledger", "malformed(command) for", "None for", "test_ledger.py"),
     "durable SQLite": Edit("billing.database", "synchronous = FULL", "synchronous = NORMAL", "test_database.py"),

@@ -52,7 +52,9 @@ from billing.commands import (
     Settled,
     UnknownReservation,
 )
-from billing.core import KEY_MEMORY_S, Book, Entry, Key, Reservation, Submission, Wallet, decide
+from billing.core import Book, decide
+from billing.core.book import Entry, Key, Reservation, Submission, Wallet
+from billing.core.reservations import KEY_MEMORY_S
 from billing.keys import initial_grant_id
 from billing.money import Mils
 

@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 from sqlalchemy import func, select
 
-from billing import core
 from billing.commands import (
     ExpireLeases,
     Grant,
@@ -21,6 +20,7 @@ from billing.commands import (
     RevokeKey,
     Settle,
 )
+from billing.core import reservations
 from billing.errors import Fenced
 from billing.keys import mint_request_id
 from billing.money import Mils
@@ -315,7 +315,7 @@ class TestForgetting:
         assert isinstance(desk.do(again(first)), Repeated)
 
     def test_a_sweep_forgets_a_bounded_number_the_oldest_first(self, desk: Desk, monkeypatch: pytest.MonkeyPatch):
-        monkeypatch.setattr(core, "MAX_FORGOTTEN_PER_SWEEP", 2)
+        monkeypatch.setattr(reservations, "MAX_FORGOTTEN_PER_SWEEP", 2)
         account = desk.account(1000)
         commands = [keyed(desk, account, f"key-{n}", frames=1) for n in range(5)]
         for command in commands:

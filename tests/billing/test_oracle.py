@@ -34,7 +34,7 @@ from billing.commands import (
     UnknownKey,
     UnknownReservation,
 )
-from billing.core import KEY_MEMORY_S
+from billing.core.reservations import KEY_MEMORY_S
 from billing.invariants import audit
 from billing.keys import initial_grant_id
 from billing.money import Mils

@@ -7,7 +7,7 @@ import pytest
 from sqlalchemy import Engine, event
 from sqlalchemy.exc import DBAPIError, OperationalError
 
-from billing import core, database, store
+from billing import database, store
 from billing.commands import (
     Command,
     Grant,
@@ -21,6 +21,7 @@ from billing.commands import (
     Settle,
     Settled,
 )
+from billing.core import book as books
 from billing.database import writer
 from billing.errors import Fenced, LedgerUnavailable
 from billing.invariants import audit
@@ -88,7 +89,7 @@ class TestBatches:
         desk.do(forgotten)
         load = store.load
 
-        def forgetful(connection: Any, commands: Any, book: core.Book) -> None:
+        def forgetful(connection: Any, commands: Any, book: books.Book) -> None:
             load(connection, commands, book)
             book.reservations.pop(forgotten.request_id, None)
 
@@ -132,7 +133,7 @@ class TestMemory:
         assert self.statements(desk, [Settle(request_id, 49, "")]) == ["SELECT", "UPDATE"]
 
     def test_it_is_bounded_and_what_it_forgot_is_loaded_again(self, desk: Desk, monkeypatch: pytest.MonkeyPatch):
-        monkeypatch.setattr(core, "MAX_REMEMBERED", 3)
+        monkeypatch.setattr(books, "MAX_REMEMBERED", 3)
         accounts = [desk.account(1000) for _ in range(5)]
         requests = [desk.reserved(account) for account in accounts]
         for request_id in requests:

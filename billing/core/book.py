@@ -1,0 +1,270 @@
+"""What the ledger's core can see and what it has to write: the rows of one batch, and those kept between batches."""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from billing.commands import NO_TERMS, CustomerId, KeyId, KeyTerms, RequestId
+from billing.money import Mils
+
+MAX_REMEMBERED = 100_000
+"""Wallets, keys and open reservations that the writer keeps in memory; above it, it starts over with none."""
+ZERO = Mils(0)
+
+
+@dataclass(slots=True)
+class Wallet:
+    customer_id: CustomerId
+    name: str
+    seq: int
+    balance: Mils
+    created_at: float
+
+
+@dataclass(slots=True)
+class Key:
+    key_id: KeyId
+    sha256: str
+    last4: str
+    customer_id: CustomerId
+    refill_per_s: float
+    burst: int
+    created_at: float
+    created_seq: int
+    balance_at_creation: Mils
+    revoked_at: float | None = None
+    revoked_seq: int | None = None
+    terms: KeyTerms = NO_TERMS
+    budget_id: str = ""
+    """What its spending is counted under: its own id, or that of the key which it was rotated from."""
+
+    @property
+    def has_budget(self) -> bool:
+        return self.terms.daily_budget_mils is not None or self.terms.monthly_budget_mils is not None
+
+
+@dataclass(slots=True)
+class Reservation:
+    request_id: RequestId
+    customer_id: CustomerId
+    key_id: KeyId
+    frames: int
+    mils_per_frame: Mils
+    amount: Mils
+    lease_until: float
+    created_at: float
+    debit_seq: int
+    balance_after_debit: Mils
+    captured: Mils = ZERO
+    refunded: Mils = ZERO
+    state: str = "open"
+    reason: str = ""
+    settled_at: float | None = None
+    settled_seq: int | None = None
+    balance_after_settlement: Mils | None = None
+    budget_id: str | None = None
+    """The budget that it is counted under, if its key had one."""
+    budget_day: int | None = None
+    """In days of UTC since 1970."""
+    is_new: bool = False
+    """Made by this batch: not in the database yet."""
+
+
+class QuoteRow(NamedTuple):
+    """In the order of the table's columns."""
+
+    quote_id: str
+    customer_id: CustomerId
+    model: str
+    frames: int
+    mils_per_frame: Mils
+    price_version: int
+    balance: Mils
+    created_at: float
+    expires_at: float
+
+
+@dataclass(slots=True)
+class Submission:
+    """By what a request is recognised when it comes again."""
+
+    request_id: RequestId
+    customer_id: CustomerId
+    amount: Mils
+    idempotency_key: str
+    payload_sha256: str
+    created_at: float
+    released_at: float | None = None
+    is_new: bool = False
+    """Made by this batch: not in the database yet."""
+
+
+class Entry(NamedTuple):
+    """In the order of the table's columns."""
+
+    customer_id: CustomerId
+    seq: int
+    prev_seq: int | None
+    prev_balance: Mils
+    amount: Mils
+    balance_after: Mils
+    kind: str
+    public_id: str
+    reserved: Mils | None
+    ts: float
+    detail: str
+    epoch: int
+
+
+@dataclass(slots=True)
+class Book:
+    """What the writer knows, and what the batch that it decides has to write.
+
+    Between batches it keeps wallets, keys and open reservations: while the fence is held nobody else changes them. What
+    a batch needs besides is loaded for it and dropped after it. A batch that was not committed spoils the book; its
+    owner throws it away and begins with an empty one.
+    """
+
+    epoch: int = 0
+    now: float = 0.0
+    """The clock, for leases."""
+    ts: float = 0.0
+    """The clock, held back so that it never decreases from one entry to the next."""
+    wallets: dict[CustomerId, Wallet] = field(default_factory=dict)
+    customer_by_name: dict[str, CustomerId] = field(default_factory=dict)
+    keys: dict[KeyId, Key] = field(default_factory=dict)
+    key_by_sha256: dict[str, KeyId] = field(default_factory=dict)
+    spent: dict[str, dict[int, int]] = field(default_factory=dict)
+    """By budget and day, for at least the current month: what was reserved less what was refunded."""
+    reservations: dict[RequestId, Reservation] = field(default_factory=dict)
+    submissions: dict[RequestId, Submission] = field(default_factory=dict)
+    """Of the batch's requests, and those that may be what the batch repeats."""
+    submission_by_key: dict[tuple[CustomerId, str], Submission] = field(default_factory=dict)
+    """The one that holds each idempotency key."""
+    submissions_by_payload: dict[tuple[CustomerId, str], list[Submission]] = field(default_factory=dict)
+    forgotten: list[RequestId] = field(default_factory=list)
+    """Submissions that are to be deleted."""
+    released: list[Submission] = field(default_factory=list)
+    new_submissions: list[Submission] = field(default_factory=list)
+    new_wallets: list[Wallet] = field(default_factory=list)
+    moved_wallets: dict[CustomerId, Wallet] = field(default_factory=dict)
+    new_keys: list[Key] = field(default_factory=list)
+    revoked_keys: list[Key] = field(default_factory=list)
+    new_terms: dict[KeyId, Key] = field(default_factory=dict)
+    new_reservations: list[Reservation] = field(default_factory=list)
+    settled: list[Reservation] = field(default_factory=list)
+    """Those that this batch closed and did not make."""
+    passing: list[RequestId] = field(default_factory=list)
+    """Settled reservations, which the next batch will hardly ask for."""
+    renewed: dict[RequestId, Reservation] = field(default_factory=dict)
+    """Those whose lease this batch renewed; some of them may have been closed since."""
+    credits: dict[str, Entry] = field(default_factory=dict)
+    """Credits from outside by their public id."""
+    quotes: dict[str, QuoteRow] = field(default_factory=dict)
+    new_quotes: list[QuoteRow] = field(default_factory=list)
+    entries: list[Entry] = field(default_factory=list)
+    """New ones, in the order in which they chain."""
+
+    def begin(self, now: float, ts: float, epoch: int) -> None:
+        self.now, self.ts, self.epoch = now, ts, epoch
+
+    def committed(self) -> None:
+        """What the batch decided is in the database; keep what the next one can use."""
+        for reservation in self.new_reservations:
+            reservation.is_new = False
+        for request_id in self.passing:
+            self.reservations.pop(request_id, None)
+        for done in (
+            self.submissions,
+            self.submission_by_key,
+            self.submissions_by_payload,
+            self.credits,
+            self.quotes,
+            self.moved_wallets,
+            self.new_terms,
+            self.renewed,
+        ):
+            done.clear()
+        for written in (
+            self.forgotten,
+            self.released,
+            self.new_submissions,
+            self.new_wallets,
+            self.new_keys,
+            self.revoked_keys,
+            self.new_reservations,
+            self.settled,
+            self.passing,
+            self.new_quotes,
+            self.entries,
+        ):
+            written.clear()
+        if max(len(self.wallets), len(self.keys), len(self.reservations)) > MAX_REMEMBERED:
+            for remembered in (
+                self.wallets,
+                self.customer_by_name,
+                self.keys,
+                self.key_by_sha256,
+                self.spent,
+                self.reservations,
+            ):
+                remembered.clear()
+
+    def add_wallet(self, wallet: Wallet) -> None:
+        self.wallets[wallet.customer_id] = wallet
+        self.customer_by_name[wallet.name] = wallet.customer_id
+
+    def add_key(self, key: Key) -> None:
+        self.keys[key.key_id] = key
+        self.key_by_sha256[key.sha256] = key.key_id
+
+    def add_submission(self, submission: Submission) -> None:
+        if submission.request_id in self.submissions:
+            return
+        self.submissions[submission.request_id] = submission
+        if submission.idempotency_key and submission.released_at is None:
+            self.submission_by_key[submission.customer_id, submission.idempotency_key] = submission
+        payload = (submission.customer_id, submission.payload_sha256)
+        self.submissions_by_payload.setdefault(payload, []).append(submission)
+
+    def forget(self, submission: Submission) -> None:
+        del self.submissions[submission.request_id]
+        key = (submission.customer_id, submission.idempotency_key)
+        if self.submission_by_key.get(key) is submission:
+            del self.submission_by_key[key]
+        self.submissions_by_payload[submission.customer_id, submission.payload_sha256].remove(submission)
+        self.forgotten.append(submission.request_id)
+
+    def open_wallet(self, customer_id: CustomerId, name: str) -> Wallet:
+        wallet = Wallet(customer_id, name, 0, ZERO, self.ts)
+        self.add_wallet(wallet)
+        self.new_wallets.append(wallet)
+        self.entries.append(
+            Entry(customer_id, 0, None, ZERO, ZERO, ZERO, "opening", customer_id, None, self.ts, "", self.epoch)
+        )
+        return wallet
+
+    def move(
+        self, wallet: Wallet, kind: str, amount: Mils, public_id: str, detail: str, reserved: Mils | None = None
+    ) -> Entry:
+        """Append one entry to the wallet's chain."""
+        balance = Mils(wallet.balance + amount)
+        assert balance >= 0, f"{kind} of {amount} mils on a balance of {wallet.balance}"
+        seq, before = wallet.seq, wallet.balance
+        entry = Entry(
+            wallet.customer_id,
+            seq + 1,
+            seq,
+            before,
+            amount,
+            balance,
+            kind,
+            public_id,
+            reserved,
+            self.ts,
+            detail,
+            self.epoch,
+        )
+        self.entries.append(entry)
+        wallet.seq, wallet.balance = seq + 1, balance
+        self.moved_wallets[wallet.customer_id] = wallet
+        return entry

@@ -1,0 +1,248 @@
+"""Loads what a batch of commands can see and the book does not know yet."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any, assert_never
+
+from sqlalchemy import ColumnElement, Connection, and_, bindparam, func, or_, select, tuple_
+
+from billing.commands import (
+    Command,
+    CreateKey,
+    CustomerId,
+    ExpireLeases,
+    Grant,
+    Heartbeat,
+    KeyId,
+    Quote,
+    Reserve,
+    RevokeKey,
+    RotateKey,
+    SetKeyTerms,
+    Settle,
+)
+from billing.core.book import Book, Entry, QuoteRow, Submission, Wallet
+from billing.core.keys import DAY_S
+from billing.core.reservations import KEY_MEMORY_S, MAX_FORGOTTEN_PER_SWEEP
+from billing.keys import initial_grant_id
+from billing.store.rows import key_of, reservation_of
+from billing.store.sql import AnyRow, ByText, by
+from billing.tables import api_key, budget_use, entry, key_terms, quote, reservation, submission, wallet
+
+MAX_IDS_PER_QUERY = 500
+"""Longer lists are asked for in parts; both databases bound the parameters of one statement."""
+
+_at_creation = entry.alias("at_creation")
+_KEYS = (
+    select(
+        api_key,
+        _at_creation.c.balance_after.label("balance_at_creation"),
+        *(column for column in key_terms.c if column.name != "key_id"),
+    )
+    .join_from(
+        api_key,
+        _at_creation,
+        and_(_at_creation.c.customer_id == api_key.c.customer_id, _at_creation.c.seq == api_key.c.created_seq),
+    )
+    .outerjoin(key_terms, key_terms.c.key_id == api_key.c.key_id)
+)
+_debit = entry.alias("debit")
+_settlement = entry.alias("settlement")
+_RESERVATIONS = (
+    select(
+        reservation,
+        _debit.c.balance_after.label("balance_after_debit"),
+        _settlement.c.balance_after.label("balance_after_settlement"),
+        budget_use.c.budget_id,
+        budget_use.c.day.label("budget_day"),
+    )
+    .join_from(
+        reservation,
+        _debit,
+        and_(_debit.c.customer_id == reservation.c.customer_id, _debit.c.seq == reservation.c.debit_seq),
+    )
+    .outerjoin(
+        _settlement,
+        and_(_settlement.c.customer_id == reservation.c.customer_id, _settlement.c.seq == reservation.c.settled_seq),
+    )
+    .outerjoin(budget_use, budget_use.c.request_id == reservation.c.request_id)
+)
+
+_KEYS_BY_ID = by(_KEYS, api_key.c.key_id)
+_KEYS_BY_SHA256 = by(_KEYS, api_key.c.sha256)
+_RESERVATIONS_BY_ID = by(_RESERVATIONS, reservation.c.request_id)
+_RUN_OUT = _RESERVATIONS.where(reservation.c.state == "open", reservation.c.lease_until <= bindparam("now"))
+_WALLETS_BY_ID = by(select(wallet), wallet.c.customer_id)
+_WALLETS_BY_NAME = by(select(wallet), wallet.c.name)
+_SPENT = by(
+    select(
+        budget_use.c.budget_id,
+        budget_use.c.day,
+        func.sum(reservation.c.amount - reservation.c.refunded).label("spent"),
+    )
+    .join(reservation, reservation.c.request_id == budget_use.c.request_id)
+    .where(budget_use.c.day >= bindparam("since"))
+    .group_by(budget_use.c.budget_id, budget_use.c.day),
+    budget_use.c.budget_id,
+)
+_QUOTES = by(select(quote), quote.c.quote_id)
+_CREDITS = by(select(entry).where(entry.c.kind == "credit"), entry.c.public_id)
+_SUBMISSIONS = select(submission)
+_stands = or_(reservation.c.state == "open", reservation.c.captured > 0)
+_STANDING = select(submission).join(reservation, reservation.c.request_id == submission.c.request_id).where(_stands)
+_FORGETTABLE = (
+    select(submission)
+    .join(reservation, reservation.c.request_id == submission.c.request_id)
+    .where(reservation.c.state == "settled", submission.c.created_at <= bindparam("before"))
+    .order_by(submission.c.created_at, submission.c.request_id)
+    .limit(MAX_FORGOTTEN_PER_SWEEP)
+)
+
+
+def load(connection: Connection, commands: Sequence[Command], book: Book) -> None:
+    """Whatever these commands can read or change and the book does not know yet."""
+    key_ids: set[str] = set()
+    sha256s: set[str] = set()
+    request_ids: set[str] = set()
+    customer_ids: set[str] = set()
+    names: set[str] = set()
+    credit_ids: set[str] = set()
+    quote_ids: set[str] = set()
+    recognised: list[Reserve] = []
+    expires = changes_budgets = False
+    for command in commands:
+        match command:
+            case Reserve():
+                key_ids.add(command.key_id)
+                request_ids.add(command.request_id)
+                if command.quote_id:
+                    quote_ids.add(command.quote_id)
+                if command.payload_sha256:
+                    recognised.append(command)
+            case Quote():
+                key_ids.add(command.key_id)
+                quote_ids.add(command.quote_id)
+            case Settle():
+                request_ids.add(command.request_id)
+            case Heartbeat():
+                request_ids.update(command.request_ids)
+            case Grant():
+                customer_ids.add(command.customer_id)
+                credit_ids.add(command.public_id)
+            case CreateKey():
+                key_ids.add(command.key_id)
+                sha256s.add(command.sha256)
+                names.add(command.customer_name)
+                customer_ids.add(command.customer_id)
+                credit_ids.add(initial_grant_id(command.key_id))
+            case RevokeKey():
+                key_ids.add(command.key_id)
+            case SetKeyTerms():
+                key_ids.add(command.key_id)
+                changes_budgets = True
+            case RotateKey():
+                key_ids.update((command.key_id, command.new_key_id))
+                sha256s.add(command.sha256)
+                changes_budgets = True
+            case ExpireLeases():
+                expires = True
+            case _:
+                assert_never(command)
+
+    is_sqlite = connection.dialect.name == "sqlite"
+
+    def among(statement: ByText, wanted: Iterable[str], add: Callable[[AnyRow], None], **parameters: object) -> None:
+        if ids := sorted(wanted):
+            values = {"wanted": json.dumps(ids), **parameters}
+            for row in connection.execute(statement.sqlite if is_sqlite else statement.postgresql, values):
+                add(row)
+
+    def fetch(statement: Any, column: ColumnElement[Any], wanted: set[Any], add: Callable[[AnyRow], None]) -> None:
+        for part in _parts(wanted):
+            for row in connection.execute(statement.where(column.in_(part))):
+                add(row)
+
+    def add_key(row: AnyRow) -> None:
+        book.add_key(key_of(row))
+        customer_ids.add(row.customer_id)
+
+    def add_wallet(row: AnyRow) -> None:
+        book.add_wallet(Wallet(*row))
+
+    def add_reservation(row: AnyRow) -> None:
+        if row.request_id not in book.reservations:
+            book.reservations[row.request_id] = reservation_of(row)
+            if row.state == "settled":
+                book.passing.append(row.request_id)
+        customer_ids.add(row.customer_id)
+
+    among(_KEYS_BY_ID, key_ids - book.keys.keys(), add_key)
+    among(_KEYS_BY_SHA256, sha256s - book.key_by_sha256.keys(), add_key)
+
+    keys = [book.keys[KeyId(key_id)] for key_id in key_ids & book.keys.keys()]
+    budget_ids = {key.budget_id for key in keys if key.has_budget or changes_budgets} - book.spent.keys()
+    if budget_ids:
+        for budget_id in budget_ids:
+            book.spent[budget_id] = {}
+        among(
+            _SPENT,
+            budget_ids,
+            lambda row: book.spent[row.budget_id].update({row.day: int(row.spent)}),
+            since=int(book.ts // DAY_S) - 31,
+        )
+
+    def add_submission(row: AnyRow) -> None:
+        book.add_submission(Submission(*row))
+        request_ids.add(row.request_id)
+
+    if recognised:
+        among(_WALLETS_BY_NAME, names - book.customer_by_name.keys(), add_wallet)
+        owners = {key_id: book.keys[KeyId(key_id)].customer_id for key_id in key_ids & book.keys.keys()}
+        for command in commands:  # a key may be made and used in one batch
+            if isinstance(command, CreateKey) and command.customer_name in book.customer_by_name:
+                owners.setdefault(command.key_id, book.customer_by_name[command.customer_name])
+        _load_submissions(owners, recognised, book.ts, fetch, add_submission)
+    if expires:
+        for row in connection.execute(_FORGETTABLE, {"before": book.now - KEY_MEMORY_S}):
+            add_submission(row)
+    among(_RESERVATIONS_BY_ID, request_ids - book.reservations.keys(), add_reservation)
+    if expires:
+        for row in connection.execute(_RUN_OUT, {"now": book.now}):
+            add_reservation(row)
+    among(_QUOTES, quote_ids, lambda row: book.quotes.update({row.quote_id: QuoteRow(*row)}))
+    among(_CREDITS, credit_ids, lambda row: book.credits.update({row.public_id: Entry(*row)}))
+    among(_WALLETS_BY_ID, customer_ids - book.wallets.keys(), add_wallet)
+    among(_WALLETS_BY_NAME, names - book.customer_by_name.keys(), add_wallet)
+
+
+def _load_submissions(
+    owners: Mapping[str, CustomerId],
+    commands: Sequence[Reserve],
+    ts: float,
+    fetch: Callable[[Any, ColumnElement[Any], set[Any], Callable[[AnyRow], None]], None],
+    add: Callable[[AnyRow], None],
+) -> None:
+    """Those that the commands may repeat."""
+    fetch(_SUBMISSIONS, submission.c.request_id, {command.request_id for command in commands}, add)
+    by_key, by_payload = set(), set()
+    window_s = 0.0
+    for command in commands:
+        customer_id = owners.get(command.key_id)
+        if customer_id is None:
+            continue
+        if command.idempotency_key:
+            by_key.add((customer_id, command.idempotency_key))
+        elif command.dedupe_window_s:
+            by_payload.add((customer_id, command.payload_sha256))
+            window_s = max(window_s, command.dedupe_window_s)
+    held = _SUBMISSIONS.where(submission.c.released_at.is_(None), submission.c.idempotency_key != "")
+    fetch(held, tuple_(submission.c.customer_id, submission.c.idempotency_key), by_key, add)
+    recent = _STANDING.where(submission.c.created_at >= ts - window_s)
+    fetch(recent, tuple_(submission.c.customer_id, submission.c.payload_sha256), by_payload, add)
+
+
+def _parts(wanted: Iterable[Any]) -> Iterator[list[Any]]:
+    ids = iter(sorted(wanted))
+    while part := list(islice(ids, MAX_IDS_PER_QUERY)):
+        yield part

@@ -1,0 +1,67 @@
+"""Writes what a batch decided: one statement for each kind of row."""
+
+from sqlalchemy import Connection
+
+from billing.core.book import Book
+from billing.store.rows import key_row, reservation_row, settlement_row, submission_row, terms_row, wallet_row
+from billing.store.sql import Write, insert_all, recordset, update_all, upsert_all
+from billing.tables import api_key, budget_use, entry, key_terms, quote, reservation, submission, wallet
+
+_INSERT_WALLETS = insert_all(wallet)
+_INSERT_KEYS = insert_all(api_key)
+_INSERT_RESERVATIONS = insert_all(reservation)
+_INSERT_SUBMISSIONS = insert_all(submission)
+_INSERT_ENTRIES = insert_all(entry)
+_INSERT_BUDGET_USES = insert_all(budget_use)
+_INSERT_QUOTES = insert_all(quote)
+_PUT_TERMS = upsert_all(key_terms, "key_id")
+_MOVE_WALLETS = update_all(wallet, "customer_id", ("seq", "balance_mils"))
+_REVOKE_KEYS = update_all(api_key, "key_id", ("revoked_at", "revoked_seq"))
+_SETTLE = update_all(
+    reservation,
+    "request_id",
+    ("captured", "refunded", "state", "reason", "settled_at", "settled_seq"),
+    only="state = 'open'",
+)
+_RENEW = update_all(reservation, "request_id", ("lease_until",), only="state = 'open'")
+_RELEASE = update_all(submission, "request_id", ("released_at",))
+_FORGET = Write(
+    "DELETE FROM submission WHERE request_id = ?",
+    f"DELETE FROM submission WHERE request_id IN ({recordset(submission, ('request_id',))})",  # noqa: S608 - our own
+)
+
+
+def write(connection: Connection, book: Book) -> None:
+    """Write what the batch decided. Reservations go before the entries that point at them, entries before wallets."""
+    new_wallets = {each.customer_id for each in book.new_wallets}
+    new_keys = {each.key_id for each in book.new_keys}
+    _INSERT_WALLETS(connection, [wallet_row(each) for each in book.new_wallets])
+    _INSERT_KEYS(connection, [key_row(each) for each in book.new_keys])
+    _REVOKE_KEYS(
+        connection,
+        [(each.revoked_at, each.revoked_seq, each.key_id) for each in book.revoked_keys if each.key_id not in new_keys],
+    )
+    _PUT_TERMS(connection, [terms_row(each) for each in book.new_terms.values()])
+    _INSERT_RESERVATIONS(connection, [reservation_row(each) for each in book.new_reservations])
+    _INSERT_BUDGET_USES(
+        connection,
+        [(each.request_id, each.budget_id, each.budget_day) for each in book.new_reservations if each.budget_id],
+    )
+    _RENEW(
+        connection,
+        [(each.lease_until, each.request_id) for each in book.renewed.values() if not each.is_new],
+    )
+    _SETTLE(connection, [settlement_row(each) for each in book.settled])
+    _FORGET(connection, [(request_id,) for request_id in book.forgotten])
+    _RELEASE(connection, [(each.released_at, each.request_id) for each in book.released])
+    _INSERT_SUBMISSIONS(connection, [submission_row(each) for each in book.new_submissions])
+    _INSERT_QUOTES(connection, book.new_quotes)  # type: ignore[arg-type]
+    _INSERT_ENTRIES(connection, book.entries)  # type: ignore[arg-type]
+    _MOVE_WALLETS(
+        connection,
+        [
+            (each.seq, each.balance, each.customer_id)
+            for each in book.moved_wallets.values()
+            if each.customer_id not in new_wallets
+        ],
+    )
