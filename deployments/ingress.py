@@ -6,6 +6,7 @@ Every way out after the reservation ends in a settlement: all frames delivered, 
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import aclosing
 
 import structlog
 from sqlalchemy.exc import DBAPIError
@@ -28,6 +29,7 @@ from billing.commands import (
 )
 from billing.money import Mils
 from billing.reader import LedgerReader, ReservationRecord
+from deployments.chunk_loop import ChunkPlan, finished_chunks
 from deployments.errors import (
     BudgetUsedUp,
     CreditsInsufficient,
@@ -40,7 +42,7 @@ from deployments.errors import (
     ResultExpired,
 )
 from deployments.ledger_client import LedgerClient
-from deployments.messages import Actions, ChunkFailed, ChunkRow, RolloutRequest, RolloutResult
+from deployments.messages import Actions, RolloutRequest, RolloutResult
 from deployments.model_client import ChunkTiming, ModelClient
 from deployments.results import ResultStore
 from deployments.status import Outcome, Sample
@@ -255,32 +257,21 @@ class Ingress:
     async def _roll_out(self, request: RolloutRequest) -> tuple[tuple[bytes, ...], list[ChunkTiming]]:
         """Chunk after chunk, each for all candidates that still have actions; then one mp4 per candidate."""
         model = self._models[request.model]
-        size = model.spec.chunk_size
-        frames = [request.start_frame] * len(request.candidates)
+        plan = ChunkPlan(
+            name=request.request_id,
+            start_frame=request.start_frame,
+            candidates=request.candidates,
+            seed=request.seed,
+            num_steps=request.num_steps,
+            guidance=request.guidance,
+        )
         clips: list[list[bytes]] = [[] for _ in request.candidates]
         timings = []
-        for chunk in range(max(-(-len(actions) // size) for actions in request.candidates)):
-            rows = [
-                ChunkRow(
-                    start_frame=frames[candidate],
-                    actions=actions[chunk * size : (chunk + 1) * size],
-                    seed=request.seed,
-                    candidate=candidate,
-                    chunk=chunk,
-                    num_steps=request.num_steps,
-                    guidance=request.guidance,
-                )
-                for candidate, actions in enumerate(request.candidates)
-                if len(actions) > chunk * size
-            ]
-            report, timing = await model.run_chunk(f"{request.request_id}/{chunk}", rows, begun=chunk > 0)
-            timings.append(timing)
-            for row, outcome in zip(rows, report.outcomes, strict=True):
-                if isinstance(outcome, ChunkFailed):
-                    log.error("row_failed", request_id=request.request_id, candidate=row.candidate, why=outcome.reason)
-                    raise EngineFailed(request.model, f"it raised on chunk {chunk} of candidate {row.candidate}")
-                clips[row.candidate].append(outcome.video)
-                frames[row.candidate] = outcome.last_frame
+        async with aclosing(finished_chunks(model, plan)) as chunks:
+            async for chunk in chunks:
+                timings.append(chunk.timing)
+                for candidate, outcome in chunk.outcomes.items():
+                    clips[candidate].append(outcome.video)
         videos = await asyncio.to_thread(_join_all, clips, request.candidates, model.spec.fps)
         return videos, timings
 

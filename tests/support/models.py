@@ -32,8 +32,10 @@ class StandInModel:
 
     def __init__(self, directory: Path, device: str) -> None:
         self.largest_batch = 0
+        self.chunks_started: list[int] = []
 
     def start(self, inputs: Sequence[Any]) -> list[StandInRow]:
+        self.chunks_started += (chunk_input.chunk for chunk_input in inputs)
         return [StandInRow(chunk_input) for chunk_input in inputs]
 
     def step(self, rows: Sequence[StandInRow]) -> None:

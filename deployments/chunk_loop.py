@@ -1,0 +1,83 @@
+"""The chunk loop: a rollout, a batch, a stream and a session are this one generator, read at their own pace.
+
+Each chunk starts from the last frame of the one before, and runs for all candidates that still have actions. Nothing
+runs ahead of its reader: who reads slowly, or stops, leaves the rest ungenerated. Knows neither money nor clients.
+"""
+
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping
+from dataclasses import dataclass
+
+import structlog
+
+from deployments.errors import EngineFailed
+from deployments.messages import Actions, ChunkDone, ChunkFailed, ChunkRow, Frame
+from deployments.model_client import ChunkTiming, ModelClient
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkPlan:
+    """What to generate: K candidates from one frame."""
+
+    name: str
+    """Names its tickets: no two plans may share it."""
+    start_frame: Frame
+    candidates: tuple[Actions, ...]
+    seed: int
+    num_steps: int
+    guidance: float
+    first_chunk: int = 0
+    """Chunks that were generated before this plan from the same seed; it goes on with their numbers."""
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedChunk:
+    index: int
+    outcomes: Mapping[int, ChunkDone]
+    """By candidate; those without an outcome have ended, or were dropped."""
+    timing: ChunkTiming
+
+
+Survivors = Callable[[FinishedChunk], Collection[int]]
+"""Which candidates go on after a chunk; the others are never generated further."""
+
+
+async def finished_chunks(
+    model: ModelClient, plan: ChunkPlan, survivors: Survivors = lambda finished: finished.outcomes.keys()
+) -> AsyncGenerator[FinishedChunk, None]:
+    """Chunk after chunk, until no candidate is left. Close it (`contextlib.aclosing`) when you stop before its end.
+
+    Raises:
+        ModelOverloaded: the model had no room in time.
+        EngineFailed: a replica, or the model on one of the rows, broke.
+    """
+    size = model.spec.chunk_size
+    frames = dict.fromkeys(range(len(plan.candidates)), plan.start_frame)
+    chunk = 0
+    while rows := [
+        ChunkRow(
+            start_frame=frame,
+            actions=plan.candidates[candidate][chunk * size : (chunk + 1) * size],
+            seed=plan.seed,
+            candidate=candidate,
+            chunk=plan.first_chunk + chunk,
+            num_steps=plan.num_steps,
+            guidance=plan.guidance,
+        )
+        for candidate, frame in frames.items()
+        if len(plan.candidates[candidate]) > chunk * size
+    ]:
+        begun = plan.first_chunk + chunk > 0
+        report, timing = await model.run_chunk(f"{plan.name}/{plan.first_chunk + chunk}", rows, begun)
+        outcomes = {}
+        for row, outcome in zip(rows, report.outcomes, strict=True):
+            if isinstance(outcome, ChunkFailed):
+                log.error("row_failed", work=plan.name, candidate=row.candidate, why=outcome.reason)
+                raise EngineFailed(model.spec.slug, f"it raised on chunk {row.chunk} of candidate {row.candidate}")
+            outcomes[row.candidate] = outcome
+        finished = FinishedChunk(plan.first_chunk + chunk, outcomes, timing)
+        yield finished
+        go_on = survivors(finished)
+        frames = {candidate: outcome.last_frame for candidate, outcome in outcomes.items() if candidate in go_on}
+        chunk += 1
