@@ -5,6 +5,7 @@ RolloutError
 ├── KeyNotAccepted        the key was revoked or has expired before the reservation
 ├── KeyNotAllowed         the key may not spend, or not on this model
 ├── BudgetUsedUp          the key's own budget does not cover the price; nothing was reserved
+├── QuoteNotAccepted      the quote is unknown, for other work, or has expired; nothing was reserved
 ├── IdempotencyKeyReused  the idempotency key already names other work; nothing was reserved
 ├── ResultExpired         it was delivered before and is no longer kept; nothing was reserved
 ├── ModelOverloaded       the queue is full, or nothing could run the work in time; refunded
@@ -57,6 +58,15 @@ class BudgetUsedUp(RolloutError):
             f"the API key's budget is {self.limit_mils} mils per {self.period} and {self.spent_mils} are spent; this"
             f" request needs {self.requested_mils}. It starts anew at {int(self.resets_at)} (POSIX seconds)"
         )
+
+
+class QuoteNotAccepted(RolloutError):
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"X-DreamEngine-Quote-Id: {self.reason}; ask for a new quote with dryRun=true. Nothing was charged"
 
 
 class IdempotencyKeyReused(RolloutError):

@@ -18,6 +18,9 @@ from billing.commands import (
     IdempotencyConflict,
     InsufficientCredits,
     KeyRefused,
+    Quote,
+    Quoted,
+    QuoteRefused,
     Repeated,
     RequestId,
     Reserve,
@@ -27,6 +30,7 @@ from billing.commands import (
     Settled,
     UnknownReservation,
 )
+from billing.keys import mint_quote_id
 from billing.money import Mils
 from billing.reader import LedgerReader, ReservationRecord
 from deployments.chunk_loop import ChunkPlan, finished_chunks
@@ -39,11 +43,13 @@ from deployments.errors import (
     KeyNotAllowed,
     LedgerUnavailable,
     ModelOverloaded,
+    QuoteNotAccepted,
     ResultExpired,
 )
 from deployments.ledger_client import LedgerClient
 from deployments.messages import Actions, RolloutRequest, RolloutResult
 from deployments.model_client import ChunkTiming, ModelClient
+from deployments.pricing import list_price
 from deployments.results import ResultStore
 from deployments.status import Outcome, Sample
 from deployments.status_client import StatusClient
@@ -63,6 +69,8 @@ LEASE_S = 30.0
 HEARTBEAT_EVERY_S = 5.0
 """A beat may take 10 s to be given up, so two may be missed."""
 
+QUOTE_VALID_S = 600.0
+"""How long the price of a dry run is promised."""
 DEDUPE_WINDOW_S = 60.0
 """How far back the same payload of the same customer counts as sent again: clients do so after a lost connection."""
 JOIN_POLL_S = 0.05
@@ -136,7 +144,8 @@ class Ingress:
         `lasting` results are kept for a link; those with an idempotency key always are.
 
         Raises:
-            CreditsInsufficient, KeyNotAccepted, LedgerUnavailable: nothing ran and nothing was charged.
+            CreditsInsufficient, KeyNotAccepted, KeyNotAllowed, BudgetUsedUp, QuoteNotAccepted, LedgerUnavailable:
+                nothing ran and nothing was charged.
             IdempotencyKeyReused, ResultExpired: nothing ran, the first request stands.
             ModelOverloaded, EngineFailed, OSError: what was reserved has been refunded.
             asyncio.CancelledError: the client left; what was reserved is being refunded.
@@ -163,6 +172,29 @@ class Ingress:
         finally:
             self._running.discard(task)
             self._stopped.discard(task)
+
+    async def quote(self, request: RolloutRequest) -> Quoted:
+        """Promise what `request` costs now for `QUOTE_VALID_S`. Nothing runs and nothing is reserved.
+
+        Raises:
+            KeyNotAccepted, LedgerUnavailable: nothing was promised.
+        """
+        version = list_price(self._models[request.model].spec)
+        outcome = await self._ledger.apply(
+            Quote(
+                quote_id=mint_quote_id(),
+                key_id=request.key_id,
+                model=request.model,
+                frames=request.num_frames,
+                mils_per_frame=self._models[request.model].spec.mils_per_frame,
+                price_version=version.version,
+                valid_s=QUOTE_VALID_S,
+            )
+        )
+        if isinstance(outcome, KeyRefused):
+            raise KeyNotAccepted()
+        assert isinstance(outcome, Quoted), outcome
+        return outcome
 
     async def _run(self, request: RolloutRequest, reserved: Reserved, lasting: bool, started: float) -> RolloutResult:
         try:
@@ -229,6 +261,7 @@ class Ingress:
                     payload_sha256=request.payload_sha256,
                     dedupe_window_s=DEDUPE_WINDOW_S,
                     model=request.model,
+                    quote_id=request.quote_id,
                 )
             )
         finally:
@@ -249,6 +282,8 @@ class Ingress:
                 raise IdempotencyKeyReused()
             case ScopeRefused(reason):
                 raise KeyNotAllowed(reason)
+            case QuoteRefused(reason):
+                raise QuoteNotAccepted(reason)
             case BudgetExceeded(limit_mils, spent_mils, period, resets_at):
                 price = Mils(request.num_frames * self._models[request.model].spec.mils_per_frame)
                 raise BudgetUsedUp(limit_mils, spent_mils, price, period, resets_at)

@@ -53,6 +53,8 @@ class RolloutRequest:
     """Of all that makes two requests the same work, by whichever route they come."""
     idempotency_key: str = ""
     """What the customer calls this request; empty when it has no name for it."""
+    quote_id: str = ""
+    """The quote whose price it was promised; empty for today's price."""
 
     @property
     def num_frames(self) -> int:

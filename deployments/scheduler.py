@@ -61,6 +61,8 @@ class SchedulerStatus:
     queued_rows: int
     attention: str = ""
     """The kernel that the replicas compute attention with; empty while none runs."""
+    rows_per_s: float | None = None
+    """Rows, a chunk each, that were completed lately; None while none were."""
 
 
 @dataclass(slots=True)
@@ -200,6 +202,7 @@ class Scheduler:
             running_rows=sum(running.num_rows for running in self._running.values()),
             queued_rows=sum(ticket.num_rows for ticket in self._queued.values()),
             attention=next((replica.attention for replica in self._replicas.values()), ""),
+            rows_per_s=self._rows_per_s(),
         )
 
     def _roomiest(self, rows: int) -> ReplicaId | None:
@@ -235,10 +238,15 @@ class Scheduler:
         while self._completed and self._clock() - self._completed[0][0] > RATE_WINDOW_S:
             self._completed.popleft()
 
-    def _retry_after_s(self) -> int:
+    def _rows_per_s(self) -> float | None:
         self._forget_old_completions()
         if not self._completed:
-            return UNKNOWN_RATE_RETRY_AFTER_S
+            return None
         span_s = max(1.0, self._clock() - self._completed[0][0])
-        rows_per_s = sum(rows for _, rows in self._completed) / span_s
+        return sum(rows for _, rows in self._completed) / span_s
+
+    def _retry_after_s(self) -> int:
+        rows_per_s = self._rows_per_s()
+        if rows_per_s is None:
+            return UNKNOWN_RATE_RETRY_AFTER_S
         return min(MAX_RETRY_AFTER_S, 1 + int(self._new_rows / rows_per_s))

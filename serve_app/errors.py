@@ -33,6 +33,7 @@ from deployments.errors import (
     KeyNotAllowed,
     LedgerUnavailable,
     ModelOverloaded,
+    QuoteNotAccepted,
     ResultExpired,
     RolloutError,
 )
@@ -124,6 +125,7 @@ ROLLOUT_ERRORS: Mapping[type[RolloutError], tuple[int, str]] = {
     KeyNotAccepted: (401, "AUTHENTICATION_FAILED"),
     KeyNotAllowed: (403, "AUTHENTICATION_FAILED"),
     BudgetUsedUp: (402, "INSUFFICIENT_BALANCE"),
+    QuoteNotAccepted: (422, "INVALID_REQUEST"),
     IdempotencyKeyReused: (422, "IDEMPOTENCY_CONFLICT"),
     ResultExpired: (410, "INVALID_REQUEST"),
     ModelOverloaded: (503, "OVERLOADED"),

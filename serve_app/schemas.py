@@ -149,6 +149,36 @@ class RolloutEnvelope(BaseModel):
     metadata: RolloutMetadata
 
 
+class EstimateComponent(BaseModel):
+    """One line of a price. Money in USD, exact to the nano-dollar in `unit_price` and to the mil in `total_cost`."""
+
+    type: Literal["video"] = "video"
+    metric: str
+    quantity: float
+    billable_quantity: float
+    unit_price: float
+    total_cost: float
+
+
+class Estimate(BaseModel):
+    """The answer to `dryRun=true`: a price that binds until it expires."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    estimated: Literal[True] = True
+    model: str
+    provider: str
+    cost_mils: int
+    total_cost_micros: int = Field(description="Millionths of a dollar")
+    cost_usd: float
+    currency: Literal["USD"] = "USD"
+    components: list[EstimateComponent]
+    affordable_rollouts: int = Field(description="How many of this request the balance pays for")
+    expected_wait_s: float | None = Field(description="Until it would begin; 0 if at once, null if nothing is known")
+    quote_id: str
+    expires_at: float
+
+
 class Balance(BaseModel):
     customer_id: str
     balance_mils: int

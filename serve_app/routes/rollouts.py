@@ -7,24 +7,24 @@ import tarfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import structlog
-from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import FileResponse
 
 from billing.commands import RequestId
 from billing.money import usd
 from billing.reader import KeyRecord
 from deployments.messages import Actions, Frame, ModelSpec, RolloutRequest, RolloutResult
-from serve_app.context import ActiveModel, ActiveSlug, Caller, Parts, Services
+from serve_app.context import ActiveModel, ActiveSlug, Caller, Parts, Services, authenticate
 from serve_app.errors import ApiError, Forbidden, Gone, InvalidRequest, ModelRefused, NotFound
 from serve_app.forms import read_form, validate
 from serve_app.middleware import REQUEST_ID_HEADER
-from serve_app.schemas import ActionsFormat, PredictParams, RolloutEnvelope, RolloutMetadata, RolloutParams
+from serve_app.routes.quotes import PROVIDER, DryRun, as_json, estimate, presented_quote
+from serve_app.schemas import ActionsFormat, Estimate, PredictParams, RolloutEnvelope, RolloutMetadata, RolloutParams
 from serve_app.uploads import decode_actions, decode_start_frame
 
-PROVIDER = "dream-engine-cluster"
 MAX_IDEMPOTENCY_KEY = 256
 PROVIDER_NAME = "Dream Engine Cluster"
 
@@ -40,19 +40,11 @@ def multipart(required: Sequence[str], **properties: Any) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
 
 
-async def refuse_unoffered(
-    _: Caller,
-    dry_run: Annotated[bool, Query(alias="dryRun", description="Not offered yet: refused, never run")] = False,
-) -> None:
-    """A promise that this version does not keep is refused; ignoring it could cost the caller money."""
-    if dry_run:
-        raise InvalidRequest("dryRun", "quotes are not offered by this version; nothing was run")
-
-
 log = structlog.get_logger(__name__)
 
 router = APIRouter(tags=["rollouts"])
-paid = APIRouter(tags=["rollouts"], dependencies=[Depends(refuse_unoffered)])
+paid = APIRouter(tags=["rollouts"], dependencies=[Depends(authenticate)])
+"""Whatever costs money. Each takes `DryRun`: a price that was asked for must never be charged instead."""
 
 
 @paid.post(
@@ -62,10 +54,12 @@ paid = APIRouter(tags=["rollouts"], dependencies=[Depends(refuse_unoffered)])
     ),
 )
 async def create_rollout(
-    request: Request, response: Response, parts: Parts, caller: Caller, active: ActiveSlug
-) -> RolloutEnvelope:
+    request: Request, response: Response, parts: Parts, caller: Caller, active: ActiveSlug, dry_run: DryRun = False
+) -> RolloutEnvelope | Estimate:
     """One rollout; the answer links to its video. `params` is JSON text with the fields of `RolloutParams`."""
     rollout, resized = await _read_rollout(request, parts, caller, active)
+    if dry_run:
+        return await estimate(parts, caller, rollout)
     result = await parts.ingress.run(rollout, lasting=True)
     if parts.results.video(result.request_id) is None:  # another route's: it was kept only for a repetition
         try:
@@ -107,9 +101,13 @@ async def create_rollout(
     responses=MP4,
     openapi_extra=multipart(["frame", "actions"], frame=FILE, actions=FILE, **KNOBS),
 )
-async def predict(request: Request, parts: Parts, caller: Caller, model: ActiveModel) -> Response:
+async def predict(
+    request: Request, parts: Parts, caller: Caller, model: ActiveModel, dry_run: DryRun = False
+) -> Response:
     """One rollout on the active model; the answer is its mp4."""
     rollout = await _read_predict(request, parts, caller, model, max_candidates=1)
+    if dry_run:
+        return as_json(await estimate(parts, caller, rollout))
     result = await parts.ingress.run(rollout)
     return Response(result.videos[0], media_type="video/mp4", headers=_headers(result, caller))
 
@@ -120,9 +118,13 @@ async def predict(request: Request, parts: Parts, caller: Caller, model: ActiveM
     responses=TAR,
     openapi_extra=multipart(["frame", "actions"], frame=FILE, actions={"type": "array", "items": FILE}, **KNOBS),
 )
-async def predict_batch(request: Request, parts: Parts, caller: Caller, model: ActiveModel) -> Response:
+async def predict_batch(
+    request: Request, parts: Parts, caller: Caller, model: ActiveModel, dry_run: DryRun = False
+) -> Response:
     """K rollouts that share a start frame, reserved and charged as one; the answer is a tar of K mp4s in order."""
     rollout = await _read_predict(request, parts, caller, model, parts.args.limits.max_candidates)
+    if dry_run:
+        return as_json(await estimate(parts, caller, rollout))
     result = await parts.ingress.run(rollout)
     headers = _headers(result, caller) | {"X-DreamEngine-Batch-Size": str(len(result.videos))}
     return Response(_tar(result.videos), media_type="application/x-tar", headers=headers)
@@ -226,6 +228,7 @@ async def _assemble(
         guidance=guidance,
         payload_sha256=_digest(model.slug, params.seed, num_steps, guidance, start_frame, actions),
         idempotency_key=_idempotency_key(request),
+        quote_id=presented_quote(request),
     )
     return rollout, resized
 

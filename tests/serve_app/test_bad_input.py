@@ -263,10 +263,16 @@ class TestBody:
 
 
 @pytest.mark.parametrize("route", ROUTES)
-class TestNotOffered:
-    @pytest.mark.parametrize("value", ["true", "1", "True", "yes", "on"])
-    async def test_a_dry_run_is_refused_and_nothing_runs(self, app: App, route: str, value: str) -> None:
-        await refused(app, Sent(route, query={"dryRun": value}), "dryRun: quotes are not offered")
+class TestQueryAndHeaders:
+    @pytest.mark.parametrize("value", ["quo_1", "1", "quo_" + "g" * 32, "quo_" + "0" * 33])
+    async def test_a_quote_that_cannot_be_one_is_refused(self, app: App, route: str, value: str) -> None:
+        sent = Sent(route, headers={"X-DreamEngine-Quote-Id": value})
+        await refused(app, sent, "X-DreamEngine-Quote-Id: is not a quote's id; send the quote_id of a dry run")
+
+    async def test_a_dry_run_refuses_what_the_real_run_would(self, app: App, route: str) -> None:
+        await refused(app, Sent(route, candidates=[npy(actions(0))], query={"dryRun": "true"}), "actions")
+        steps = "params.num_steps" if route == ROLLOUTS else "num_steps"
+        await refused(app, Sent(route, knobs={"num_steps": 101}, query={"dryRun": "true"}), steps)
 
     @pytest.mark.parametrize("value", ["maybe", "", "2"])
     async def test_a_dry_run_that_cannot_be_read_is_not_taken_for_a_real_one(

@@ -20,6 +20,7 @@ from deployments.errors import (
     KeyNotAllowed,
     LedgerUnavailable,
     ModelOverloaded,
+    QuoteNotAccepted,
     ResultExpired,
     RolloutError,
 )
@@ -74,6 +75,12 @@ EXAMPLES: list[tuple[Exception, int, str, str]] = [
         402,
         "INSUFFICIENT_BALANCE",
         "the balance is 244 mils and this request needs 245; add credits",
+    ),
+    (
+        QuoteNotAccepted("the quote has expired"),
+        422,
+        "INVALID_REQUEST",
+        "X-DreamEngine-Quote-Id: the quote has expired; ask for a new quote with dryRun=true. Nothing was charged",
     ),
     (
         IdempotencyKeyReused(),
