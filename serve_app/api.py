@@ -15,7 +15,6 @@ from serve_app.middleware import RequestEnvelope
 from serve_app.routes import billing, catalog, rollouts, status
 from serve_app.schemas import ErrorBody
 
-SWEEP_RESULTS_EVERY_S = 30.0
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
 
 log = structlog.get_logger(__name__)
@@ -58,9 +57,9 @@ async def _sweep_results(parts: Services) -> None:
     while True:
         try:
             swept = await asyncio.to_thread(parts.results.sweep)
-        except OSError as error:
+        except Exception as error:  # each object store has its own; the next sweep may do better
             log.warning("results_not_swept", error=type(error).__name__)
         else:
             if swept:
                 log.info("results_expired", files=swept)
-        await asyncio.sleep(SWEEP_RESULTS_EVERY_S)
+        await asyncio.sleep(parts.results.sweep_every_s)

@@ -64,7 +64,7 @@ class Gateway:
             for slug, replicas in self._replicas.items()
         }
         reader = LedgerReader(open_database(args.database_url))
-        results = ResultStore(args.data_dir / "results", args.video_ttl_s)
+        results = ResultStore(args.results, args.video_ttl_s)
         self._ingress = Ingress(ledger, reader, models, results, status)
         return create_api(
             Services(

@@ -10,6 +10,7 @@ from typing import Annotated, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from deployments.file_groups import open_file_groups
 from deployments.results import RECENT_TTL_S
 from serve_app.catalog import CATALOG, DEFAULT_MODEL, PACKAGED_CHECKPOINTS
 
@@ -77,8 +78,23 @@ class ClusterArgs(BaseModel):
     ingress_replicas: int = Field(1, ge=1)
     public_url: str = ""
     """Base of absolute URLs in answers; empty takes it from each request's Host header."""
+    results_url: str = ""
+    """Where results and the inputs of queued jobs are kept: a path, or an fsspec URL such as `s3://bucket/prefix`;
+    empty means below the data directory."""
     video_ttl_s: float = Field(24 * 3600.0, ge=RECENT_TTL_S)
     limits: Limits = Limits()
+
+    @property
+    def results(self) -> str:
+        return self.results_url or str(self.data_dir / "results")
+
+    @model_validator(mode="after")
+    def _results_can_be_kept(self) -> Self:
+        try:
+            open_file_groups(self.results)
+        except (ImportError, ValueError) as error:
+            raise ValueError(f"results_url {self.results_url!r} cannot be used: {error}") from None
+        return self
 
     @model_validator(mode="after")
     def _models_are_known(self) -> Self:
@@ -110,12 +126,18 @@ class Settings(BaseSettings):
     """JSON object from a catalog slug to the file with the range of its robot's commands."""
     model_device: str = "cpu"
     public_url: str = ""
+    results_url: str = ""
     ray_address: str = ""
     """For `dream-admin` beside a cluster of `serve deploy`; one of `make serve` is found by itself."""
 
     @property
     def ledger_url(self) -> str:
         return self.database_url or f"sqlite:///{self.data_dir.resolve() / 'ledger.db'}"
+
+    @staticmethod
+    def _absolute(path: str) -> str:
+        """The cluster's processes have working directories of their own."""
+        return str(Path(path).resolve()) if path else ""
 
     def cluster_args(self) -> ClusterArgs:
         checkpoints = dict.fromkeys(PACKAGED_CHECKPOINTS, "") | self.model_checkpoints
@@ -124,6 +146,7 @@ class Settings(BaseSettings):
             database_url=self.ledger_url,
             default_model=self.default_model,
             public_url=self.public_url,
+            results_url=self.results_url if "://" in self.results_url else self._absolute(self.results_url),
             models=tuple(
                 ModelArgs(
                     slug=slug,

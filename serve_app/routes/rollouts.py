@@ -61,7 +61,7 @@ async def create_rollout(
     if dry_run:
         return await estimate(parts, caller, rollout)
     result = await parts.ingress.run(rollout, lasting=True)
-    if parts.results.video(result.request_id) is None:  # another route's: it was kept only for a repetition
+    if result.request_id != rollout.request_id:  # perhaps another route's: then it was kept only for a repetition
         try:
             await asyncio.to_thread(parts.results.put, result, True)
         except OSError as error:
@@ -131,16 +131,20 @@ async def predict_batch(
 
 
 @router.get("/v1/rollouts/{rollout_id}/video", response_class=FileResponse, responses=MP4)
-async def get_video(rollout_id: str, expires: int, signature: str, parts: Parts) -> FileResponse:
+async def get_video(rollout_id: str, expires: int, signature: str, parts: Parts) -> Response:
     """The video behind a rollout's `video_url`: the signature is the permission, no key is sent."""
     if not parts.signer.is_valid(rollout_id, expires, signature):
         raise Forbidden("signature: does not match this link; use a rollout's video_url unchanged")
     if time.time() > expires:
         raise Gone("expires: this link has expired; run the rollout again")
-    path = parts.results.video(RequestId(f"req_{rollout_id.removeprefix('rollout_')}"))
-    if path is None:
+    request_id = RequestId(f"req_{rollout_id.removeprefix('rollout_')}")
+    video = await asyncio.to_thread(parts.results.video, request_id)
+    if video is None:
         raise NotFound("this video is no longer stored")
-    return FileResponse(path, media_type="video/mp4", filename=f"{rollout_id}.mp4", content_disposition_type="inline")
+    if isinstance(video, bytes):
+        headers = {"Content-Disposition": f'inline; filename="{rollout_id}.mp4"'}
+        return Response(video, media_type="video/mp4", headers=headers)
+    return FileResponse(video, media_type="video/mp4", filename=f"{rollout_id}.mp4", content_disposition_type="inline")
 
 
 async def _read_rollout(

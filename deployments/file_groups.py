@@ -1,0 +1,175 @@
+"""Groups of small files at an fsspec URL: a group appears whole or not at all, and is deleted whole.
+
+Knows nothing of what the files hold. A directory of this machine is made durable file by file; an object store, such
+as `s3://bucket/prefix`, is durable once it has answered.
+"""
+
+import os
+import shutil
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import fsspec
+
+_MODIFIED = ("mtime", "LastModified", "last_modified", "updated", "created")
+"""What the file systems call the time at which a file was written, the surest first."""
+
+
+class FileGroups(ABC):
+    """Names are relative paths of known parts (`lasting/req_...`); callers check whatever they did not make."""
+
+    is_local: bool
+
+    @abstractmethod
+    def put(self, name: str, files: Mapping[str, bytes], durable: bool) -> None:
+        """Store the group unless it is there already; a durable one survives a power cut once this returns.
+
+        Raises:
+            OSError: it cannot be stored.
+        """
+
+    @abstractmethod
+    def read(self, name: str, file: str) -> bytes:
+        """Raises FileNotFoundError if there is no such group, or it has no such file."""
+
+    @abstractmethod
+    def path(self, name: str, file: str) -> Path | None:
+        """Where the file is on this machine, if that is where it is."""
+
+    @abstractmethod
+    def remove(self, name: str) -> None:
+        """Delete the group; FileNotFoundError if there is none."""
+
+    @abstractmethod
+    def ages(self, kind: str) -> Iterator[tuple[str, float]]:
+        """The name of each group below `kind`, half-made ones included, and when it was last written to."""
+
+
+def open_file_groups(url: str) -> FileGroups:
+    """Groups below `url`: a path, or any URL whose fsspec implementation is installed.
+
+    Raises:
+        ValueError, ImportError: nothing that is installed can read that URL.
+    """
+    files, root = fsspec.core.url_to_fs(url, use_listings_cache=False)
+    protocols = (files.protocol,) if isinstance(files.protocol, str) else files.protocol
+    return LocalFileGroups(Path(root)) if "file" in protocols else RemoteFileGroups(files, root)
+
+
+class LocalFileGroups(FileGroups):
+    """Each group is a directory that is renamed into place. Several processes may share it."""
+
+    is_local = True
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def put(self, name: str, files: Mapping[str, bytes], durable: bool) -> None:
+        target = self._directory / name
+        if target.exists():
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f"{target.name}.", suffix=".partial", dir=target.parent))
+        try:
+            for file, content in files.items():
+                _write(partial / file, content, durable)
+            try:
+                if durable:
+                    _sync(partial)
+                partial.rename(target)
+                if durable:
+                    _sync(target.parent)
+            except OSError:  # it was stored meanwhile
+                if not target.exists():
+                    raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def read(self, name: str, file: str) -> bytes:
+        return (self._directory / name / file).read_bytes()
+
+    def path(self, name: str, file: str) -> Path | None:
+        return self._directory / name / file
+
+    def remove(self, name: str) -> None:
+        shutil.rmtree(self._directory / name)
+
+    def ages(self, kind: str) -> Iterator[tuple[str, float]]:
+        directory = self._directory / kind
+        if not directory.is_dir():
+            return
+        for path in directory.iterdir():
+            try:
+                yield f"{kind}/{path.name}", path.stat().st_mtime
+            except FileNotFoundError:  # another process was faster
+                continue
+
+
+class RemoteFileGroups(FileGroups):
+    """Each file is an object; a group is there once `complete`, which is written last, is."""
+
+    is_local = False
+    _MARK = "complete"
+
+    def __init__(self, files: Any, root: str) -> None:
+        self._files = files
+        self._root = root.rstrip("/")
+
+    def put(self, name: str, files: Mapping[str, bytes], durable: bool) -> None:
+        if self._files.exists(self._object(name, self._MARK)):
+            return
+        for file, content in {**files, self._MARK: uuid4().bytes}.items():
+            self._files.pipe_file(self._object(name, file), content)
+
+    def read(self, name: str, file: str) -> bytes:
+        if not self._files.exists(self._object(name, self._MARK)):
+            raise FileNotFoundError(name)
+        content: bytes = self._files.cat_file(self._object(name, file))
+        return content
+
+    def path(self, name: str, file: str) -> Path | None:
+        return None
+
+    def remove(self, name: str) -> None:
+        """The mark goes first: what is half deleted is not read."""
+        if self._files.exists(self._object(name, self._MARK)):
+            self._files.rm_file(self._object(name, self._MARK))
+        self._files.rm(f"{self._root}/{name}", recursive=True)
+
+    def ages(self, kind: str) -> Iterator[tuple[str, float]]:
+        newest: dict[str, float] = {}
+        prefix = f"{self._root}/{kind}/"
+        for found, about in self._files.find(prefix, detail=True).items():
+            group = str(found).split(prefix.lstrip("/"), 1)[1].split("/", 1)[0]
+            newest[group] = max(newest.get(group, 0.0), _modified(about))
+        for group, modified in newest.items():
+            yield f"{kind}/{group}", modified
+
+    def _object(self, name: str, file: str) -> str:
+        return f"{self._root}/{name}/{file}"
+
+
+def _modified(about: Mapping[str, Any]) -> float:
+    when = next(about[key] for key in _MODIFIED if about.get(key) is not None)
+    return when.timestamp() if isinstance(when, datetime) else float(when)
+
+
+def _sync(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write(path: Path, content: bytes, durable: bool) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
