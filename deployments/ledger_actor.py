@@ -11,11 +11,13 @@ from typing import NoReturn
 
 import structlog
 
+from billing.auditor import Auditor, AuditReport
 from billing.commands import Command, Outcome
 from billing.database import migrate, open_database
 from billing.errors import BillingError
 from billing.ledger import Ledger
 from billing.writer import LedgerWriter
+from deployments.ledger_audits import AuditGauges
 from deployments.logs import configure_logs
 
 log = structlog.get_logger(__name__)
@@ -34,6 +36,8 @@ class LedgerActor:
         self._database_url = database_url
         self._writer: LedgerWriter | None = None
         self._starting = asyncio.Lock()
+        self._audits: AuditReport | None = None
+        self._gauges = AuditGauges()
 
     async def apply(self, commands: list[Command]) -> list[Outcome]:
         """A cancelled caller does not cancel the commit."""
@@ -41,6 +45,10 @@ class LedgerActor:
             if self._writer is None:
                 self._writer = await asyncio.to_thread(self._take_over)
         return await asyncio.wrap_future(self._writer.submit(commands))
+
+    async def audits(self) -> AuditReport | None:
+        """The last round of audits; None until this actor is the writer and has finished one."""
+        return self._audits
 
     def _take_over(self) -> LedgerWriter:
         try:
@@ -52,7 +60,12 @@ class LedgerActor:
             time.sleep(RESTART_PAUSE_S)
             _end_process(error)
         log.info("ledger_writer_ready", epoch=epoch)
+        Auditor(self._database_url, self._publish).start()
         return LedgerWriter(ledger, on_death=_end_process)
+
+    def _publish(self, report: AuditReport) -> None:
+        self._audits = report
+        self._gauges.set(report)
 
 
 def _end_process(error: BaseException) -> NoReturn:

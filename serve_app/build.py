@@ -15,6 +15,7 @@ from billing.database import open_database
 from billing.reader import LedgerReader
 from deployments import actors, ledger_client
 from deployments.ingress import Ingress
+from deployments.ledger_audits import AuditsClient
 from deployments.logs import configure_logs
 from deployments.model_client import ModelClient
 from deployments.replica import Replica, ReplicaConfig
@@ -51,7 +52,8 @@ class Gateway:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         args, limits = self._args, self._args.limits
-        ledger = ledger_client.connect(actors.start_ledger(args.database_url))
+        ledger_actor = actors.start_ledger(args.database_url)
+        ledger = ledger_client.connect(ledger_actor)
         status = StatusClient(actors.start_status())
         models = {
             slug: ModelClient(
@@ -82,6 +84,7 @@ class Gateway:
                 results=results,
                 signer=LinkSigner(load_secret(args.data_dir / "link-secret")),
                 status=status,
+                audits=AuditsClient(ledger_actor),
                 decoders=ThreadPoolExecutor(limits.image_decoders, thread_name_prefix="decode"),
             )
         )

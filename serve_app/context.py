@@ -15,6 +15,7 @@ from billing.keys import is_token_shaped, token_sha256
 from billing.reader import KeyRecord, LedgerReader
 from deployments.errors import LedgerUnavailable
 from deployments.ingress import Ingress
+from deployments.ledger_audits import AuditsClient
 from deployments.messages import ModelSpec
 from deployments.model_client import ModelClient
 from deployments.results import ResultStore
@@ -48,6 +49,7 @@ class Services:
     results: ResultStore
     signer: LinkSigner
     status: StatusClient
+    audits: AuditsClient
     decoders: Executor
     """Threads for pictures alone: a large one takes seconds and hundreds of MB, so few run at once and no key waits."""
 

@@ -227,9 +227,21 @@ class ModelStatus(BaseModel):
     total_ms: LatencyPercentiles | None
 
 
+class LedgerStatus(BaseModel):
+    """What the ledger's own audits last found."""
+
+    audits: Literal["ok", "violated", "not_finished", "pending", "unreachable"]
+    """`not_finished`: the database did not answer some. `pending`: the ledger has not finished a round yet."""
+    audited_at: float | None = None
+    """POSIX seconds."""
+    took_s: float | None = None
+    violations: int = 0
+
+
 class Status(BaseModel):
     model: str
     models: dict[str, ModelStatus]
+    ledger: LedgerStatus
     uptime_s: float
     window_s: float
     version: str

@@ -8,11 +8,12 @@ from typing import Literal
 import structlog
 from fastapi import APIRouter
 
+from deployments.ledger_audits import AuditsClient
 from deployments.model_client import ModelClient
 from deployments.scheduler import SchedulerStatus
 from deployments.status import NOTHING_YET, WINDOW_S, ModelReport, Percentiles
 from serve_app.context import ActiveSlug, Parts
-from serve_app.schemas import Health, LatencyPercentiles, ModelStatus, Status
+from serve_app.schemas import Health, LatencyPercentiles, LedgerStatus, ModelStatus, Status
 
 log = structlog.get_logger(__name__)
 
@@ -32,6 +33,7 @@ async def get_status(parts: Parts, active: ActiveSlug) -> Status:
     except Exception as error:  # the queues are still worth showing
         log.warning("status_unreachable", error=type(error).__name__)
         counting_since, reports = time.time(), {}
+    ledger = asyncio.ensure_future(ledger_status(parts.audits))
     queues = await asyncio.gather(*(queue_status(model) for model in parts.models.values()))
     return Status(
         model=active,
@@ -39,9 +41,26 @@ async def get_status(parts: Parts, active: ActiveSlug) -> Status:
             slug: _model_status(reports.get(slug, NOTHING_YET), queue)
             for slug, queue in zip(parts.models, queues, strict=True)
         },
+        ledger=await ledger,
         uptime_s=round(time.time() - counting_since, 3),
         window_s=WINDOW_S,
         version=version("dream-engine-cluster"),
+    )
+
+
+async def ledger_status(audits: AuditsClient) -> LedgerStatus:
+    try:
+        report = await audits.report()
+    except Exception:  # whatever ails it, the ledger does not answer, and that is the status to show
+        return LedgerStatus(audits="unreachable")
+    if report is None:
+        return LedgerStatus(audits="pending")
+    state: Literal["ok", "violated", "not_finished"] = "ok" if report.ok else "not_finished"
+    return LedgerStatus(
+        audits="violated" if report.violations else state,
+        audited_at=report.finished_at,
+        took_s=round(report.took_s, 3),
+        violations=len(report.violations),
     )
 
 

@@ -17,6 +17,7 @@ from fastapi import FastAPI
 from sqlalchemy import Engine as Database
 
 from billing import invariants
+from billing.auditor import AuditReport
 from billing.commands import Command, CreateKey, CustomerId, KeyCreated, Outcome
 from billing.database import migrate, open_database
 from billing.keys import mint_customer_id, mint_key_id, mint_token, token_sha256
@@ -26,6 +27,7 @@ from billing.reader import LedgerReader
 from billing.writer import LedgerWriter
 from deployments.engine import Engine
 from deployments.ingress import Ingress
+from deployments.ledger_audits import AuditsClient
 from deployments.ledger_client import LedgerClient
 from deployments.messages import ChunkReport, ChunkRow, ModelSpec
 from deployments.model_client import ChunkTiming
@@ -158,9 +160,13 @@ class LedgerCall:
     """The hop to the ledger; a test may replace `call` with one that fails or waits."""
 
     ledger: Ledgered
+    audit_report: AuditReport | None = None
 
     async def call(self, commands: list[Command]) -> list[Outcome]:
         return await asyncio.wrap_future(self.ledger.writer.submit(commands))
+
+    async def audits(self) -> AuditReport | None:
+        return self.audit_report
 
 
 @contextlib.asynccontextmanager
@@ -193,6 +199,7 @@ async def running_app(data_dir: Path, model: Any = None, limits: Limits | None =
             results=results,
             signer=LinkSigner(b"0" * 32),
             status=status,
+            audits=AuditsClient(LocalActor(ledger_call)),
             decoders=ThreadPoolExecutor(2),
         )
         api = create_api(services)
