@@ -4,13 +4,14 @@ Each chunk starts from the last frame of the one before, and runs for all candid
 runs ahead of its reader: who reads slowly, or stops, leaves the rest ungenerated. Knows neither money nor clients.
 """
 
+import time
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import structlog
 
 from deployments.errors import EngineFailed
-from deployments.messages import Actions, ChunkDone, ChunkFailed, ChunkRow, Frame
+from deployments.messages import NO_TERMS, Actions, ChunkDone, ChunkFailed, ChunkRow, Frame, TicketTerms
 from deployments.model_client import ChunkTiming, ModelClient
 
 log = structlog.get_logger(__name__)
@@ -29,6 +30,8 @@ class ChunkPlan:
     guidance: float
     first_chunk: int = 0
     """Chunks that were generated before this plan from the same seed; it goes on with their numbers."""
+    terms: TicketTerms = NO_TERMS
+    """For whom it runs; a deadline counts from its start, and the chunks left are counted here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +53,12 @@ async def finished_chunks(
 
     Raises:
         ModelOverloaded: the model had no room in time.
+        DeadlinePassed: the plan's deadline has passed, or can no longer be met.
         EngineFailed: a replica, or the model on one of the rows, broke.
     """
     size = model.spec.chunk_size
     frames = dict.fromkeys(range(len(plan.candidates)), plan.start_frame)
-    chunk = 0
+    chunk, started = 0, time.monotonic()
     while rows := [
         ChunkRow(
             start_frame=frame,
@@ -69,7 +73,9 @@ async def finished_chunks(
         if len(plan.candidates[candidate]) > chunk * size
     ]:
         begun = plan.first_chunk + chunk > 0
-        report, timing = await model.run_chunk(f"{plan.name}/{plan.first_chunk + chunk}", rows, begun)
+        report, timing = await model.run_chunk(
+            f"{plan.name}/{plan.first_chunk + chunk}", rows, begun, _terms_now(model, plan, frames, chunk, started)
+        )
         outcomes = {}
         for row, outcome in zip(rows, report.outcomes, strict=True):
             if isinstance(outcome, ChunkFailed):
@@ -81,3 +87,16 @@ async def finished_chunks(
         go_on = survivors(finished)
         frames = {candidate: outcome.last_frame for candidate, outcome in outcomes.items() if candidate in go_on}
         chunk += 1
+
+
+def _terms_now(
+    model: ModelClient, plan: ChunkPlan, candidates: Collection[int], chunk: int, started: float
+) -> TicketTerms:
+    """The plan's terms as of this chunk: the time that is left, and the chunks of the longest candidate."""
+    longest = max(len(plan.candidates[candidate]) for candidate in candidates)
+    deadline_s = plan.terms.deadline_s
+    return replace(
+        plan.terms,
+        deadline_s=None if deadline_s is None else deadline_s - (time.monotonic() - started),
+        chunks_left=-(-longest // model.spec.chunk_size) - chunk,
+    )

@@ -9,6 +9,7 @@ RolloutError
 ├── IdempotencyKeyReused  the idempotency key already names other work; nothing was reserved
 ├── ResultExpired         it was delivered before and is no longer kept; nothing was reserved
 ├── ModelOverloaded       the queue is full, or nothing could run the work in time; refunded
+├── DeadlinePassed        it was not, or could not have been, done by its deadline; refunded
 ├── EngineFailed          the model or its replica failed; refunded
 └── LedgerUnavailable     nothing runs unless it is reserved first
 """
@@ -87,6 +88,15 @@ class ModelOverloaded(RolloutError):
 
     def __str__(self) -> str:
         return f"{self.model} has no room right now; try again in {self.retry_after_s} s. Nothing was charged"
+
+
+class DeadlinePassed(RolloutError):
+    def __init__(self, model: str) -> None:
+        super().__init__(model)
+        self.model = model
+
+    def __str__(self) -> str:
+        return f"{self.model} cannot finish this by its deadline; allow more time or send less. Nothing was charged"
 
 
 class EngineFailed(RolloutError):

@@ -13,6 +13,7 @@ from sqlalchemy.exc import DBAPIError
 
 from billing.commands import (
     BudgetExceeded,
+    CustomerId,
     ExpireLeases,
     Heartbeat,
     IdempotencyConflict,
@@ -37,6 +38,7 @@ from deployments.chunk_loop import ChunkPlan, finished_chunks
 from deployments.errors import (
     BudgetUsedUp,
     CreditsInsufficient,
+    DeadlinePassed,
     EngineFailed,
     IdempotencyKeyReused,
     KeyNotAccepted,
@@ -47,7 +49,7 @@ from deployments.errors import (
     ResultExpired,
 )
 from deployments.ledger_client import LedgerClient
-from deployments.messages import Actions, RolloutRequest, RolloutResult
+from deployments.messages import Actions, RolloutRequest, RolloutResult, TicketTerms
 from deployments.model_client import ChunkTiming, ModelClient
 from deployments.pricing import list_price
 from deployments.results import ResultStore
@@ -147,7 +149,7 @@ class Ingress:
             CreditsInsufficient, KeyNotAccepted, KeyNotAllowed, BudgetUsedUp, QuoteNotAccepted, LedgerUnavailable:
                 nothing ran and nothing was charged.
             IdempotencyKeyReused, ResultExpired: nothing ran, the first request stands.
-            ModelOverloaded, EngineFailed, OSError: what was reserved has been refunded.
+            ModelOverloaded, DeadlinePassed, EngineFailed, OSError: what was reserved has been refunded.
             asyncio.CancelledError: the client left; what was reserved is being refunded.
         """
         if self._draining:
@@ -198,7 +200,7 @@ class Ingress:
 
     async def _run(self, request: RolloutRequest, reserved: Reserved, lasting: bool, started: float) -> RolloutResult:
         try:
-            videos, timings = await self._roll_out(request)
+            videos, timings = await self._roll_out(request, reserved.customer_id, started)
             result = RolloutResult(
                 request_id=request.request_id,
                 model=request.model,
@@ -289,9 +291,12 @@ class Ingress:
                 raise BudgetUsedUp(limit_mils, spent_mils, price, period, resets_at)
         raise AssertionError(f"the ledger answered a reservation with {outcome}")
 
-    async def _roll_out(self, request: RolloutRequest) -> tuple[tuple[bytes, ...], list[ChunkTiming]]:
+    async def _roll_out(
+        self, request: RolloutRequest, customer_id: CustomerId, started: float
+    ) -> tuple[tuple[bytes, ...], list[ChunkTiming]]:
         """Chunk after chunk, each for all candidates that still have actions; then one mp4 per candidate."""
         model = self._models[request.model]
+        left_s = None if request.deadline_s is None else request.deadline_s - (time.perf_counter() - started)
         plan = ChunkPlan(
             name=request.request_id,
             start_frame=request.start_frame,
@@ -299,6 +304,7 @@ class Ingress:
             seed=request.seed,
             num_steps=request.num_steps,
             guidance=request.guidance,
+            terms=TicketTerms(customer_id, request.service_class, left_s),
         )
         clips: list[list[bytes]] = [[] for _ in request.candidates]
         timings = []
@@ -319,6 +325,8 @@ class Ingress:
                 outcome, reason = "canceled", "server stopping" if self._draining else "client disconnected"
             case ModelOverloaded():
                 outcome, reason = "refused", "overloaded"
+            case DeadlinePassed():
+                outcome, reason = "refused", "deadline passed"
             case EngineFailed():
                 outcome, reason = "failed", "engine failed"
             case _:

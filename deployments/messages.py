@@ -4,12 +4,12 @@ Legend: H, W pixels; T actions; A action_dim; n actions of one chunk, at most ch
 """
 
 from dataclasses import dataclass
-from typing import NewType
+from typing import Literal, NewType
 
 import numpy as np
 from numpy.typing import NDArray
 
-from billing.commands import KeyId, RequestId
+from billing.commands import CustomerId, KeyId, RequestId
 from billing.money import Mils
 
 Frame = NDArray[np.uint8]
@@ -19,6 +19,9 @@ Actions = NDArray[np.float32]
 
 ReplicaId = NewType("ReplicaId", str)
 TicketId = NewType("TicketId", str)
+
+ServiceClass = Literal["interactive", "standard", "batch"]
+"""Who waits for whom: a session that a person steers, a request that a program waits for, a job that nobody does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,9 @@ class RolloutRequest:
     """What the customer calls this request; empty when it has no name for it."""
     quote_id: str = ""
     """The quote whose price it was promised; empty for today's price."""
+    service_class: ServiceClass = "standard"
+    deadline_s: float | None = None
+    """How long after its arrival the whole answer is still of use; it is refused as soon as that cannot be met."""
 
     @property
     def num_frames(self) -> int:
@@ -89,6 +95,26 @@ class ChunkRow:
     chunk: int
     num_steps: int
     guidance: float
+
+
+NOBODY = CustomerId("")
+"""Whom work is counted against that no customer asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class TicketTerms:
+    """For whom a chunk runs, and what the scheduler may do with it."""
+
+    customer_id: CustomerId = NOBODY
+    """Whose fair share it counts against."""
+    service_class: ServiceClass = "standard"
+    deadline_s: float | None = None
+    """Seconds from now by which the rollout's last chunk must be done; None waits as long as the queue's time-out."""
+    chunks_left: int = 1
+    """Of its rollout, this one included: what must still fit before the deadline."""
+
+
+NO_TERMS = TicketTerms()
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ elsewhere: same seed, same pixels.
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -15,9 +15,9 @@ import structlog
 from ray.exceptions import RayActorError, RayError, TaskCancelledError
 from ray.serve.exceptions import RequestCancelledError
 
-from deployments.errors import EngineFailed, ModelOverloaded
-from deployments.messages import ChunkJob, ChunkReport, ChunkRow, ModelSpec, TicketId
-from deployments.scheduler import Grant, Overloaded, SchedulerStatus, Ticket
+from deployments.errors import DeadlinePassed, EngineFailed, ModelOverloaded
+from deployments.messages import NO_TERMS, ChunkJob, ChunkReport, ChunkRow, ModelSpec, TicketId, TicketTerms
+from deployments.scheduler import Grant, Overloaded, SchedulerStatus, Ticket, TooLate
 
 MAX_ATTEMPTS = 3
 """A chunk is tried on another replica at most twice."""
@@ -61,20 +61,34 @@ class ModelClient:
             self._notifier.cancel()
 
     async def run_chunk(
-        self, ticket_prefix: str, rows: Sequence[ChunkRow], begun: bool
+        self, ticket_prefix: str, rows: Sequence[ChunkRow], begun: bool, terms: TicketTerms = NO_TERMS
     ) -> tuple[ChunkReport, ChunkTiming]:
         """Outcomes of `rows` in order. `begun` says that an earlier chunk of the same rollout has run.
 
         Raises:
             ModelOverloaded: the queue is full, or no replica had room within the queue time-out.
+            DeadlinePassed: the deadline of `terms` has passed, or can no longer be met.
             EngineFailed: the replica broke or hung on every attempt.
         """
+        try:
+            async with asyncio.timeout(terms.deadline_s):
+                return await self._run_chunk(ticket_prefix, rows, begun, terms)
+        except TimeoutError as error:
+            raise DeadlinePassed(self.spec.slug) from error
+
+    async def _run_chunk(
+        self, ticket_prefix: str, rows: Sequence[ChunkRow], begun: bool, terms: TicketTerms
+    ) -> tuple[ChunkReport, ChunkTiming]:
+        cost = sum(row.num_steps * (2 if row.guidance else 1) for row in rows)
+        called = time.monotonic()
         for attempt in range(MAX_ATTEMPTS):
             if attempt:
                 await self._notices.join()  # or the scheduler would grant the replica that was just lost
             begun = begun or attempt > 0
             patience_s = self._begun_timeout_s if begun else self._queue_timeout_s
-            ticket = Ticket(TicketId(f"{ticket_prefix}/{attempt}"), len(rows), begun, patience_s)
+            if terms.deadline_s is not None and attempt:
+                terms = replace(terms, deadline_s=terms.deadline_s - (time.monotonic() - called))
+            ticket = Ticket(TicketId(f"{ticket_prefix}/{attempt}"), len(rows), begun, patience_s, cost, terms)
             finished = False
             try:
                 started = time.perf_counter()
@@ -116,6 +130,8 @@ class ModelClient:
             raise ModelOverloaded(self.spec.slug, RETRY_AFTER_TIMEOUT_S) from error
         if isinstance(answer, Overloaded):
             raise ModelOverloaded(self.spec.slug, answer.retry_after_s)
+        if isinstance(answer, TooLate):
+            raise DeadlinePassed(self.spec.slug)
         assert isinstance(answer, Grant)
         return answer
 

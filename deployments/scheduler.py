@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from deployments.messages import ReplicaId, TicketId
+from deployments.messages import NO_TERMS, ReplicaId, TicketId, TicketTerms
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,11 @@ class Ticket:
     begun: bool = False
     patience_s: float = 60.0
     """How long it may wait; after that nobody does any more."""
+    cost: int = 0
+    """Row-steps: denoising forwards, summed over its rows."""
+    terms: TicketTerms = NO_TERMS
+    start_frame: str = ""
+    """Digest of the frame that its rows begin with; a replica that has it encoded already is preferred."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +50,11 @@ class Overloaded:
     """The queue is full; `retry_after_s` is the backlog over the drain rate, at most `MAX_RETRY_AFTER_S`."""
 
     retry_after_s: int
+
+
+@dataclass(frozen=True, slots=True)
+class TooLate:
+    """It was not granted by its deadline, or could no longer be done by it."""
 
 
 MAX_RETRY_AFTER_S = 60

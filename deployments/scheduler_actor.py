@@ -9,7 +9,7 @@ import time
 
 from deployments.logs import configure_logs
 from deployments.messages import ReplicaId, TicketId
-from deployments.scheduler import Grant, Overloaded, Scheduler, SchedulerLimits, SchedulerStatus, Ticket
+from deployments.scheduler import Grant, Overloaded, Scheduler, SchedulerLimits, SchedulerStatus, Ticket, TooLate
 
 EXPIRE_EVERY_S = 1.0
 
@@ -18,10 +18,10 @@ class SchedulerActor:
     def __init__(self, limits: SchedulerLimits) -> None:
         configure_logs()
         self._scheduler = Scheduler(time.monotonic, limits)
-        self._waiting: dict[TicketId, asyncio.Future[Grant | Overloaded]] = {}
+        self._waiting: dict[TicketId, asyncio.Future[Grant | Overloaded | TooLate]] = {}
         self._expiry: asyncio.Task[None] | None = None
 
-    async def acquire(self, ticket: Ticket) -> Grant | Overloaded:
+    async def acquire(self, ticket: Ticket) -> Grant | Overloaded | TooLate:
         """Wait until a replica has room for `ticket`, or refuse it at once."""
         granted_before = self._scheduler.granted(ticket.ticket_id)
         if granted_before is not None:
@@ -32,7 +32,7 @@ class SchedulerActor:
         earlier = self._waiting.get(ticket.ticket_id)
         if earlier is not None:  # asked again over a connection that broke: both get the one answer
             return await asyncio.shield(earlier)
-        granted: asyncio.Future[Grant | Overloaded] = asyncio.get_running_loop().create_future()
+        granted: asyncio.Future[Grant | Overloaded | TooLate] = asyncio.get_running_loop().create_future()
         self._waiting[ticket.ticket_id] = granted
         self._dispatch()
         try:

@@ -27,6 +27,7 @@ from billing.money import Mils, cents, cents_rounded_up
 from deployments.errors import (
     BudgetUsedUp,
     CreditsInsufficient,
+    DeadlinePassed,
     EngineFailed,
     IdempotencyKeyReused,
     KeyNotAccepted,
@@ -130,6 +131,7 @@ ROLLOUT_ERRORS: Mapping[type[RolloutError], tuple[int, str]] = {
     ResultExpired: (410, "INVALID_REQUEST"),
     ModelOverloaded: (503, "OVERLOADED"),
     LedgerUnavailable: (503, "OVERLOADED"),
+    DeadlinePassed: (504, "DEADLINE_EXCEEDED"),
     EngineFailed: (500, "ENGINE_FAILED"),
 }
 

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import threading
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from billing.reader import KeyRecord
 from deployments.errors import (
     BudgetUsedUp,
     CreditsInsufficient,
+    DeadlinePassed,
     EngineFailed,
     IdempotencyKeyReused,
     KeyNotAccepted,
@@ -181,6 +183,23 @@ async def test_an_overloaded_model_refunds_and_says_when_to_come_back(
         await ingress(app).run(request_of(key))
     assert refusal.value.retry_after_s == 7
     assert balance(app, key.customer_id) == 1_000
+
+
+async def test_a_deadline_that_passes_is_refunded_and_its_rows_leave_the_batch(held: App) -> None:
+    key = customer(held, 1_000)
+    with pytest.raises(DeadlinePassed):
+        await ingress(held).run(replace(request_of(key), deadline_s=0.05))
+    assert held.ledger.rows(key.customer_id) == [("credit", 1_000), ("debit", -245), ("refund", 245)]
+
+
+async def test_every_chunk_says_for_whom_it_runs_and_how_much_is_left(app: App) -> None:
+    key = customer(app, 1_000)
+    await ingress(app).run(replace(request_of(key), deadline_s=60.0, service_class="interactive"))
+    terms = app.model.terms
+    assert {(each.customer_id, each.service_class) for each in terms} == {(key.customer_id, "interactive")}
+    assert [each.chunks_left for each in terms] == [4, 3, 2, 1]
+    left_s = [60.0, *(each.deadline_s or 0.0 for each in terms), 0.0]
+    assert left_s == sorted(left_s, reverse=True)
 
 
 async def test_an_unexpected_error_refunds_too(app: App, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,8 +10,8 @@ from ray.exceptions import ActorDiedError, RayTaskError
 
 import deployments.model_client
 from billing.money import Mils
-from deployments.errors import EngineFailed, ModelOverloaded
-from deployments.messages import ChunkDone, ChunkJob, ChunkReport, ChunkRow, ModelSpec, ReplicaId, TicketId
+from deployments.errors import DeadlinePassed, EngineFailed, ModelOverloaded
+from deployments.messages import ChunkDone, ChunkJob, ChunkReport, ChunkRow, ModelSpec, ReplicaId, TicketId, TicketTerms
 from deployments.model_client import ModelClient
 from deployments.scheduler import SchedulerLimits, Ticket
 from deployments.scheduler_actor import SchedulerActor
@@ -207,6 +207,18 @@ async def test_a_client_that_leaves_holds_no_room_whatever_was_under_way(
     with pytest.raises(asyncio.CancelledError):
         await running
     scheduler.replies.set()
+    assert await held_rows(scheduler) == 0
+    assert replicas.cancelled == (1 if stage == "running" else 0)
+
+
+@pytest.mark.parametrize("stage", ["queued", "running"])
+async def test_a_deadline_ends_the_work_wherever_it_is_and_frees_its_room(
+    client: ModelClient, scheduler: Remote, replicas: Replicas, stage: str
+) -> None:
+    if stage == "running":
+        await announce(scheduler)
+    with pytest.raises(DeadlinePassed):
+        await client.run_chunk("a/0", [ROW], begun=False, terms=TicketTerms(deadline_s=0.01))
     assert await held_rows(scheduler) == 0
     assert replicas.cancelled == (1 if stage == "running" else 0)
 

@@ -14,6 +14,7 @@ from deployments import errors as engine_errors
 from deployments.errors import (
     BudgetUsedUp,
     CreditsInsufficient,
+    DeadlinePassed,
     EngineFailed,
     IdempotencyKeyReused,
     KeyNotAccepted,
@@ -120,6 +121,12 @@ EXAMPLES: list[tuple[Exception, int, str, str]] = [
         500,
         "ENGINE_FAILED",
         "tiny-pusher failed: it raised. Nothing is charged for it",
+    ),
+    (
+        DeadlinePassed("tiny-pusher"),
+        504,
+        "DEADLINE_EXCEEDED",
+        "tiny-pusher cannot finish this by its deadline; allow more time or send less. Nothing was charged",
     ),
     (HTTPException(418, "teapot"), 418, "INVALID_REQUEST", "teapot"),
 ]

@@ -26,10 +26,11 @@ from billing.money import Mils
 from billing.reader import LedgerReader
 from billing.writer import LedgerWriter
 from deployments.engine import Engine
+from deployments.errors import DeadlinePassed
 from deployments.ingress import Ingress
 from deployments.ledger_audits import AuditsClient
 from deployments.ledger_client import LedgerClient
-from deployments.messages import ChunkReport, ChunkRow, ModelSpec
+from deployments.messages import NO_TERMS, ChunkReport, ChunkRow, ModelSpec, TicketTerms
 from deployments.model_client import ChunkTiming
 from deployments.results import ResultStore
 from deployments.scheduler import SchedulerStatus
@@ -52,6 +53,7 @@ class LocalModel:
     def __init__(self, spec: ModelSpec, model: Any) -> None:
         self.spec = spec
         self.model = model
+        self.terms: list[TicketTerms] = []
         self.engine = Engine(model, spec.resolution, spec.fps, max_rows=16)
 
     def start(self) -> None:
@@ -61,9 +63,14 @@ class LocalModel:
         pass
 
     async def run_chunk(
-        self, ticket_prefix: str, rows: Sequence[ChunkRow], begun: bool
+        self, ticket_prefix: str, rows: Sequence[ChunkRow], begun: bool, terms: TicketTerms = NO_TERMS
     ) -> tuple[ChunkReport, ChunkTiming]:
-        report = await asyncio.wrap_future(self.engine.submit(rows))
+        self.terms.append(terms)
+        try:
+            async with asyncio.timeout(terms.deadline_s):
+                report = await asyncio.wrap_future(self.engine.submit(rows))
+        except TimeoutError:
+            raise DeadlinePassed(self.spec.slug) from None
         return report, ChunkTiming(0.0, report.infer_ms)
 
     async def status(self) -> SchedulerStatus:
