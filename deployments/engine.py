@@ -15,10 +15,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
-
-from deployments.messages import ChunkDone, ChunkFailed, ChunkOutcome, ChunkReport, ChunkRow, Frame
-from deployments.video import encode_chunk
+from deployments.messages import ChunkFailed, ChunkOutcome, ChunkReport, ChunkRow, Frame
+from deployments.presenter import FrameDistance, Presenter
 
 
 class Model(Protocol):
@@ -69,9 +67,10 @@ class Engine:
         encoders: int = 2,
         stall_s: float = 120.0,
         clock: Callable[[], float] = time.monotonic,
+        lpips: FrameDistance | None = None,
     ) -> None:
         self._model = model
-        self._resolution, self._fps = resolution, fps
+        self._presenter = Presenter(model, resolution, fps, lpips)
         self._max_rows = max_rows
         self._stall_s = stall_s
         self._clock = clock
@@ -186,10 +185,8 @@ class Engine:
                 self._encoders.submit(self._encode, active, frames)
 
     def _encode(self, active: _Active, frames: Frame) -> None:
-        row = active.job.rows[active.index]
-        clip = [row.start_frame, *frames] if row.chunk == 0 else list(frames)
         try:
-            outcome: ChunkOutcome = ChunkDone(encode_chunk(clip, self._resolution, self._fps), np.array(frames[-1]))
+            outcome: ChunkOutcome = self._presenter.present(active.job.rows[active.index], frames)
         except Exception as error:
             outcome = ChunkFailed(_reason(error))
         self._settle(active.job, active.index, outcome)

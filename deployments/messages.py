@@ -14,6 +14,8 @@ from billing.money import Mils
 
 Frame = NDArray[np.uint8]
 """uint8 (H, W, 3), RGB."""
+Frames = NDArray[np.uint8]
+"""uint8 (F, H, W, 3), RGB."""
 Actions = NDArray[np.float32]
 """float32 (T, A)."""
 
@@ -83,6 +85,21 @@ class RolloutResult:
     total_ms: float
 
 
+Metric = Literal["mse", "psnr", "ssim", "lpips", "latent"]
+"""How alike two pictures are: mean squared error of values in [0, 1], decibels, similarity, the published network's
+distance, or the mean squared distance in the space that the model's own tokenizer maps them to."""
+ChunkForm = Literal["h264", "png", "jpeg", "raw", "none"]
+"""What a replica makes of a chunk's frames, beside the last of them, before they travel."""
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """What a candidate's last frame is measured against, where it is made."""
+
+    frame: Frame
+    metric: Metric
+
+
 @dataclass(frozen=True, slots=True)
 class ChunkRow:
     """One candidate's next chunk: the last frame it has and the actions to continue with."""
@@ -95,6 +112,10 @@ class ChunkRow:
     chunk: int
     num_steps: int
     guidance: float
+    form: ChunkForm = "h264"
+    goal: Goal | None = None
+    reference: Frames | None = None
+    """uint8 (n, H, W, 3): what the n frames should have been."""
 
 
 NOBODY = CustomerId("")
@@ -127,11 +148,30 @@ class ChunkJob:
 
 
 @dataclass(frozen=True, slots=True)
+class Closeness:
+    """Means over a chunk's frames of how close each is to its reference."""
+
+    mse: float
+    ssim: float
+    lpips: float | None
+    """None where the network's weights are not installed."""
+
+
+@dataclass(frozen=True, slots=True)
 class ChunkDone:
     video: bytes
-    """H.264 Annex B of this chunk's frames, starting with a key frame; chunk 0 begins with the start frame."""
+    """H.264 Annex B of this chunk's frames, starting with a key frame; chunk 0 begins with the start frame. Empty
+    unless that form was asked for."""
     last_frame: Frame
     """The start frame of the next chunk."""
+    pictures: tuple[bytes, ...] = ()
+    """PNG or JPEG per frame, where one of these forms was asked for; chunk 0 begins with the start frame."""
+    frames: Frames | None = None
+    """uint8 (n, H, W, 3), where the raw form was asked for; never with the start frame."""
+    distance: float | None = None
+    """From the last frame to the row's goal, smaller is better, whatever the metric."""
+    closeness: Closeness | None = None
+    """To the row's reference, where it has one."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from deployments.checkpoints import local_checkpoint
 from deployments.engine import Engine, Model
 from deployments.logs import configure_logs
 from deployments.messages import ChunkFailed, ChunkJob, ChunkReport, ChunkRow, ModelSpec, ReplicaId
+from deployments.presenter import FrameDistance
 from deployments.scheduler import SchedulerLimits
 
 ANNOUNCE_EVERY_S = 1.0
@@ -42,6 +43,9 @@ class ReplicaConfig:
     stall_s: float
     """How long one call of the model may take before the replica counts as hung and is replaced."""
     encoders: int = 2
+    lpips_weights: str = ""
+    """File of the LPIPS network; empty without that metric."""
+    lpips_sha256: str = ""
 
 
 class Replica:
@@ -59,7 +63,15 @@ class Replica:
         model = load_runner(config.runner)(local_checkpoint(config.checkpoint, Path(config.cache_dir)), config.device)
         self._attention = str(getattr(model, "attention", ""))
         spec = config.spec
-        self._engine = Engine(model, spec.resolution, spec.fps, config.max_rows, config.encoders, config.stall_s)
+        self._engine = Engine(
+            model,
+            spec.resolution,
+            spec.fps,
+            config.max_rows,
+            config.encoders,
+            config.stall_s,
+            lpips=load_lpips(config.lpips_weights, config.lpips_sha256),
+        )
         warm_up(self._engine, spec)
         log.info("replica_ready", model=spec.slug, replica=self._id)
         self._announcing = asyncio.get_running_loop().create_task(self._announce())
@@ -93,6 +105,15 @@ def load_runner(path: str) -> Callable[[Path, str], Model]:
     for name in attribute.split("."):
         found = getattr(found, name)
     return found  # type: ignore[no-any-return]
+
+
+def load_lpips(weights: str, sha256: str) -> FrameDistance | None:
+    """The metric, or None where no weights are configured; raises CheckpointError where they do not fit."""
+    if not weights:
+        return None
+    from deployments.world_model.lpips import Lpips
+
+    return Lpips.read(Path(weights), sha256)
 
 
 def warm_up(engine: Engine, spec: ModelSpec) -> None:

@@ -112,6 +112,8 @@ def _replicas(model: ModelArgs, args: ClusterArgs) -> serve.Application:
         max_rows=model.max_rows,
         torch_threads=model.torch_threads,
         stall_s=args.limits.chunk_timeout_s,
+        lpips_weights=args.lpips_weights,
+        lpips_sha256=args.lpips_sha256,
         scheduler_limits=scheduler_limits(args),
     )
     deployment = serve.deployment(Replica, name=f"model-{model.slug}").options(

@@ -76,6 +76,9 @@ class ClusterArgs(BaseModel):
     default_model: str = DEFAULT_MODEL
     models: tuple[ModelArgs, ...]
     ingress_replicas: int = Field(1, ge=1)
+    lpips_weights: str = ""
+    """File of the LPIPS network's weights (safetensors), readable on every node with replicas; empty without it."""
+    lpips_sha256: str = ""
     public_url: str = ""
     """Base of absolute URLs in answers; empty takes it from each request's Host header."""
     results_url: str = ""
@@ -125,6 +128,9 @@ class Settings(BaseSettings):
     model_statistics: dict[str, str] = Field(default_factory=dict)
     """JSON object from a catalog slug to the file with the range of its robot's commands."""
     model_device: str = "cpu"
+    lpips_weights: str = ""
+    """File of the LPIPS network's weights; without it that metric is not offered."""
+    lpips_sha256: str = ""
     public_url: str = ""
     results_url: str = ""
     ray_address: str = ""
@@ -145,6 +151,8 @@ class Settings(BaseSettings):
             data_dir=self.data_dir.resolve(),
             database_url=self.ledger_url,
             default_model=self.default_model,
+            lpips_weights=self.lpips_weights,
+            lpips_sha256=self.lpips_sha256,
             public_url=self.public_url,
             results_url=self.results_url if "://" in self.results_url else self._absolute(self.results_url),
             models=tuple(

@@ -186,6 +186,12 @@ class WorldModel:
             ]
         )
 
+    @torch.inference_mode()
+    def latents(self, frames: Frames) -> FloatArray:
+        """Each of (F, H, W, 3) as the tokenizer sees it alone: float32 (F, C, H, W)."""
+        latents: FloatArray = torch.stack(self._encode(list(frames))).cpu().numpy()
+        return latents
+
     def _encode(self, frames: list[Frame]) -> list[Tensor]:
         latents_BC1HW = self.tokenizer.encode(from_uint8(np.stack(frames)[:, None], self.device, self._dtype))
         return list(latents_BC1HW[:, :, 0].float())
