@@ -12,7 +12,7 @@ from fastapi import Depends, FastAPI
 from serve_app import errors
 from serve_app.context import Services, authenticate, check_base
 from serve_app.middleware import RequestEnvelope
-from serve_app.routes import billing, catalog, rollouts, status
+from serve_app.routes import billing, catalog, predict, rollouts, status
 from serve_app.schemas import ErrorBody
 
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
@@ -45,6 +45,7 @@ def create_api(parts: Services) -> FastAPI:
             (status.router, known),
             (billing.router, [Depends(authenticate), *known]),
             (rollouts.paid, []),
+            (predict.paid, []),
             (rollouts.router, known),
         ):
             api.include_router(router, prefix=base, include_in_schema=in_schema, dependencies=first, responses=ERRORS)

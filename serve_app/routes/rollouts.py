@@ -1,13 +1,7 @@
-"""The paid routes: validate, hand over to the ingress, and dress the result as each route's answer."""
+"""`/v1/rollouts`: one rollout, answered with an envelope that links to its video."""
 
 import asyncio
-import hashlib
-import io
-import tarfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import structlog
 from fastapi import APIRouter, Depends, Request, Response
@@ -16,29 +10,16 @@ from fastapi.responses import FileResponse
 from billing.commands import RequestId
 from billing.money import usd
 from billing.reader import KeyRecord
-from deployments.messages import Actions, Frame, ModelSpec, RolloutRequest, RolloutResult
-from serve_app.context import ActiveModel, ActiveSlug, Caller, Parts, Services, authenticate
+from deployments.messages import ModelSpec, RolloutRequest
+from serve_app.context import ActiveSlug, Caller, Parts, Services, authenticate
 from serve_app.errors import ApiError, Forbidden, Gone, InvalidRequest, ModelRefused, NotFound
 from serve_app.forms import read_form, validate
-from serve_app.middleware import REQUEST_ID_HEADER
-from serve_app.routes.quotes import PROVIDER, DryRun, as_json, estimate, presented_quote
-from serve_app.schemas import ActionsFormat, Estimate, PredictParams, RolloutEnvelope, RolloutMetadata, RolloutParams
-from serve_app.uploads import decode_actions, decode_start_frame
+from serve_app.routes.answers import MP4, result_headers
+from serve_app.routes.inputs import FILE, Inputs, assemble, multipart
+from serve_app.routes.quotes import PROVIDER, DryRun, estimate
+from serve_app.schemas import Estimate, RolloutEnvelope, RolloutMetadata, RolloutParams
 
-MAX_IDEMPOTENCY_KEY = 256
 PROVIDER_NAME = "Dream Engine Cluster"
-
-FILE = {"type": "string", "format": "binary"}
-KNOBS = PredictParams.model_json_schema()["properties"]
-MP4: dict[int | str, dict[str, Any]] = {200: {"content": {"video/mp4": {"schema": FILE}}}}
-TAR: dict[int | str, dict[str, Any]] = {200: {"content": {"application/x-tar": {"schema": FILE}}}}
-
-
-def multipart(required: Sequence[str], **properties: Any) -> dict[str, Any]:
-    """OpenAPI of a form that the route reads itself, so that it can check the key before the body."""
-    schema = {"type": "object", "required": list(required), "properties": properties}
-    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
-
 
 log = structlog.get_logger(__name__)
 
@@ -68,7 +49,7 @@ async def create_rollout(
             log.error("link_not_stored", request_id=result.request_id, error=type(error).__name__)
             raise ApiError("the rollout was delivered before, but a link to it cannot be stored now") from error
     rollout_id = _rollout_id(result.request_id)
-    response.headers.update(_headers(result, caller))
+    response.headers.update(result_headers(result, caller))
     created = int(result.created_at)
     expires_at = created + int(parts.results.ttl_s)
     cost_usd = usd(result.cost_mils)
@@ -93,41 +74,6 @@ async def create_rollout(
             start_frame_resized=resized,
         ),
     )
-
-
-@paid.post(
-    "/v1/predict",
-    response_class=Response,
-    responses=MP4,
-    openapi_extra=multipart(["frame", "actions"], frame=FILE, actions=FILE, **KNOBS),
-)
-async def predict(
-    request: Request, parts: Parts, caller: Caller, model: ActiveModel, dry_run: DryRun = False
-) -> Response:
-    """One rollout on the active model; the answer is its mp4."""
-    rollout = await _read_predict(request, parts, caller, model, max_candidates=1)
-    if dry_run:
-        return as_json(await estimate(parts, caller, rollout))
-    result = await parts.ingress.run(rollout)
-    return Response(result.videos[0], media_type="video/mp4", headers=_headers(result, caller))
-
-
-@paid.post(
-    "/v1/predict/batch",
-    response_class=Response,
-    responses=TAR,
-    openapi_extra=multipart(["frame", "actions"], frame=FILE, actions={"type": "array", "items": FILE}, **KNOBS),
-)
-async def predict_batch(
-    request: Request, parts: Parts, caller: Caller, model: ActiveModel, dry_run: DryRun = False
-) -> Response:
-    """K rollouts that share a start frame, reserved and charged as one; the answer is a tar of K mp4s in order."""
-    rollout = await _read_predict(request, parts, caller, model, parts.args.limits.max_candidates)
-    if dry_run:
-        return as_json(await estimate(parts, caller, rollout))
-    result = await parts.ingress.run(rollout)
-    headers = _headers(result, caller) | {"X-DreamEngine-Batch-Size": str(len(result.videos))}
-    return Response(_tar(result.videos), media_type="application/x-tar", headers=headers)
 
 
 @router.get("/v1/rollouts/{rollout_id}/video", response_class=FileResponse, responses=MP4)
@@ -162,21 +108,7 @@ async def _read_rollout(
     if params.score:
         raise InvalidRequest("params.score", "scores are not offered by this version; false is accepted")
     inputs = Inputs("start_frame", form.file("start_frame"), [form.file("actions")], params.actions_format)
-    return await _assemble(request, parts, caller, model, inputs, params, "params.num_steps")
-
-
-async def _read_predict(
-    request: Request, parts: Services, caller: KeyRecord, model: ModelSpec, max_candidates: int
-) -> RolloutRequest:
-    """The validated request of `POST /v1/predict` and `/v1/predict/batch`."""
-    form = await read_form(request, max_candidates + 8, parts.args.limits.body_timeout_s)
-    form.only(files=("frame", "actions"), fields=PredictParams.model_fields)
-    params = form.fields(PredictParams)
-    frame = form.file("frame")
-    candidates = [form.file("actions")] if max_candidates == 1 else form.files("actions", max_candidates)
-    inputs = Inputs("frame", frame, candidates, params.actions_format)
-    rollout, _ = await _assemble(request, parts, caller, model, inputs, params, "num_steps")
-    return rollout
+    return await assemble(request, parts, caller, model, inputs, params, "params.num_steps")
 
 
 def _named_model(request: Request, parts: Services, active: str, slug: str) -> ModelSpec:
@@ -189,125 +121,8 @@ def _named_model(request: Request, parts: Services, active: str, slug: str) -> M
     return model.spec
 
 
-@dataclass(frozen=True, slots=True)
-class Inputs:
-    """The files of a request as they came, and the name that its frame has on this route."""
-
-    frame_field: str
-    frame: bytes
-    candidates: Sequence[bytes]
-    actions_format: ActionsFormat
-
-
-async def _assemble(
-    request: Request,
-    parts: Services,
-    caller: KeyRecord,
-    model: ModelSpec,
-    inputs: Inputs,
-    params: RolloutParams | PredictParams,
-    steps_field: str,
-) -> tuple[RolloutRequest, bool]:
-    """Decode and check everything. The files are let go of here: only arrays live as long as the rollout."""
-    num_steps = model.default_num_steps if params.num_steps is None else params.num_steps
-    most = parts.max_row_steps[model.slug]
-    if num_steps * len(inputs.candidates) > most:
-        raise InvalidRequest(
-            steps_field,
-            f"{num_steps} steps of {len(inputs.candidates)} candidates are too many; steps x candidates up to {most}"
-            " are accepted",
-        )
-    start_frame, actions, resized = await asyncio.get_running_loop().run_in_executor(
-        parts.decoders, _decode, parts, model, inputs
-    )
-    guidance = model.default_guidance if params.guidance is None else params.guidance
-    rollout = RolloutRequest(
-        request_id=request.state.request_id,
-        key_id=caller.key_id,
-        model=model.slug,
-        start_frame=start_frame,
-        candidates=tuple(actions),
-        seed=params.seed,
-        num_steps=num_steps,
-        guidance=guidance,
-        payload_sha256=_digest(model.slug, params.seed, num_steps, guidance, start_frame, actions),
-        idempotency_key=_idempotency_key(request),
-        quote_id=presented_quote(request),
-    )
-    return rollout, resized
-
-
-def _decode(parts: Services, model: ModelSpec, inputs: Inputs) -> tuple[Frame, list[Actions], bool]:
-    limits, candidates = parts.args.limits, inputs.candidates
-    start_frame, resized = decode_start_frame(
-        inputs.frame, inputs.frame_field, model.resolution, limits.max_image_pixels
-    )
-    fields = ["actions"] if len(candidates) == 1 else [f"actions[{index}]" for index in range(len(candidates))]
-    if inputs.actions_format == "encoded":
-        actions = [
-            decode_actions(candidate, field, model.action_dim, limits.max_actions)
-            for field, candidate in zip(fields, candidates, strict=True)
-        ]
-        return start_frame, actions, resized
-    robot = parts.commands.get(model.slug)
-    if robot is None:
-        raise InvalidRequest("actions_format", f"{model.slug} takes encoded actions only")
-    actions = []
-    for field, candidate in zip(fields, candidates, strict=True):
-        commands = decode_actions(candidate, field, robot.num_dimensions, limits.max_actions + 2)
-        try:
-            actions.append(robot.actions(commands))
-        except ValueError as error:
-            raise InvalidRequest(field, str(error)) from None
-    return start_frame, actions, resized
-
-
-def _digest(
-    model: str, seed: int, num_steps: int, guidance: float, start_frame: Frame, candidates: Sequence[Actions]
-) -> str:
-    """What makes two requests the same work, by whichever route they came."""
-    digest = hashlib.sha256(f"{model}\n{seed}\n{num_steps}\n{guidance}\n".encode())
-    digest.update(start_frame.tobytes())
-    for actions in candidates:
-        digest.update(str(actions.shape).encode())
-        digest.update(actions.tobytes())
-    return digest.hexdigest()
-
-
-def _idempotency_key(request: Request) -> str:
-    """The header's value, or empty if it is not sent."""
-    key = request.headers.get("idempotency-key")
-    if key is None:
-        return ""
-    if not 1 <= len(key) <= MAX_IDEMPOTENCY_KEY or not key.isascii() or not key.isprintable():
-        raise InvalidRequest("Idempotency-Key", f"is not 1 to {MAX_IDEMPOTENCY_KEY} printable ASCII characters")
-    return key
-
-
 def _rollout_id(request_id: RequestId) -> str:
     return f"rollout_{request_id.removeprefix('req_')}"
-
-
-def _headers(result: RolloutResult, caller: KeyRecord) -> dict[str, str]:
-    return {
-        REQUEST_ID_HEADER: result.request_id,
-        "X-DreamEngine-Engine-Wall-Ms": f"{result.infer_ms:.3f}",
-        "X-DreamEngine-Estimated-Charge-USD": f"{usd(result.cost_mils):.4f}",
-        "X-DreamEngine-Customer-Id": caller.customer_id,
-        "X-DreamEngine-Frames": str(result.num_frames),
-        "X-DreamEngine-Model": result.model,
-    }
-
-
-def _tar(videos: Sequence[bytes]) -> bytes:
-    """Uncompressed, `rollout_000.mp4` and on: clients sort the members by name."""
-    output = io.BytesIO()
-    with tarfile.open(fileobj=output, mode="w") as tar:
-        for index, video in enumerate(videos):
-            member = tarfile.TarInfo(f"rollout_{index:03d}.mp4")
-            member.size = len(video)
-            tar.addfile(member, io.BytesIO(video))
-    return output.getvalue()
 
 
 def _video_url(request: Request, parts: Services, rollout_id: str, expires_at: int) -> str:
