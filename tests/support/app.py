@@ -177,9 +177,12 @@ class LedgerCall:
 
 
 @contextlib.asynccontextmanager
-async def running_app(data_dir: Path, model: Any = None, limits: Limits | None = None) -> AsyncIterator[App]:
-    """An application with its lifespan running over a new SQLite ledger, which must audit clean at the end."""
-    with ledgered(f"sqlite:///{data_dir / 'ledger.db'}") as ledger:
+async def running_app(
+    data_dir: Path, model: Any = None, limits: Limits | None = None, database_url: str = ""
+) -> AsyncIterator[App]:
+    """An application with its lifespan running over a ledger, which must audit clean at the end; a new SQLite file's
+    unless told otherwise."""
+    with ledgered(database_url or f"sqlite:///{data_dir / 'ledger.db'}") as ledger:
         ledger_call = LedgerCall(ledger)
         local = LocalModel(model_spec(CATALOG[SLUG]), model or StandInModel(Path(), "cpu"))
         status = StatusClient(LocalActor(StatusActor()))
