@@ -40,7 +40,7 @@ from billing.invariants import audit
 from billing.keys import mint_customer_id, mint_key_id, mint_request_id
 from billing.ledger import Ledger
 from billing.money import Mils
-from billing.writer import LedgerWriter
+from billing.writer import LedgerWriter, collect_rarely
 
 NUM_WALLETS = 1_000
 BATCHES = (1, 16, 64, 256, 1024)
@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument("--postgresql", default="", help="another server; the default is one of its own, fsync on")
     parser.add_argument("--keyed", action="store_true", help="give every request an idempotency key and a payload")
     arguments = parser.parse_args()
+    collect_rarely()  # as the ledger's actor does
     for kind in arguments.databases:
         with database(kind, arguments.postgresql) as (engine, directory):
             print(json.dumps(measure(engine, kind, directory, arguments.seconds, arguments.keyed)), flush=True)

@@ -16,7 +16,7 @@ from billing.commands import Command, Outcome
 from billing.database import migrate, open_database
 from billing.errors import BillingError
 from billing.ledger import Ledger
-from billing.writer import LedgerWriter
+from billing.writer import LedgerWriter, collect_rarely
 from deployments.ledger_audits import AuditGauges
 from deployments.logs import configure_logs
 
@@ -59,6 +59,7 @@ class LedgerActor:
         except BillingError as error:  # the database may be back in seconds: callers ask again, of the next process
             time.sleep(RESTART_PAUSE_S)
             _end_process(error)
+        collect_rarely()
         log.info("ledger_writer_ready", epoch=epoch)
         Auditor(self._database_url, self._publish).start()
         return LedgerWriter(ledger, on_death=_end_process)

@@ -4,7 +4,7 @@ from sqlalchemy import Connection
 
 from billing.core.book import Book
 from billing.store.rows import key_row, reservation_row, settlement_row, submission_row, terms_row, wallet_row
-from billing.store.sql import Write, insert_all, recordset, update_all, upsert_all
+from billing.store.sql import delete_all, insert_all, update_all, upsert_all
 from billing.tables import api_key, budget_use, entry, key_terms, quote, reservation, submission, wallet
 
 _INSERT_WALLETS = insert_all(wallet)
@@ -25,10 +25,7 @@ _SETTLE = update_all(
 )
 _RENEW = update_all(reservation, "request_id", ("lease_until",), only="state = 'open'")
 _RELEASE = update_all(submission, "request_id", ("released_at",))
-_FORGET = Write(
-    "DELETE FROM submission WHERE request_id = ?",
-    f"DELETE FROM submission WHERE request_id IN ({recordset(submission, ('request_id',))})",  # noqa: S608 - our own
-)
+_FORGET = delete_all(submission, "request_id")
 
 
 def write(connection: Connection, book: Book) -> None:
