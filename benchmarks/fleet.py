@@ -209,7 +209,9 @@ def main() -> None:
     parser.add_argument("--plots", type=Path)
     args = parser.parse_args()
 
-    service = Service(args.step_fixed_ms / 1e3, args.step_row_ms / 1e3, args.num_steps, args.max_rows, 0.05, 0.005, 0.02)
+    service = Service(
+        args.step_fixed_ms / 1e3, args.step_row_ms / 1e3, args.num_steps, args.max_rows, 0.05, 0.005, 0.02
+    )
     duration_s = args.hours * 3600
     limit_s = SLO * service.decision_s(ROWS, CHUNKS)
     first = max(1, math.ceil(rate_of(args.trace, args.gpus, duration_s, 0.0) * 1.2))

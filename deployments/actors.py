@@ -5,6 +5,7 @@ failure for a call that ran.
 """
 
 import hashlib
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -28,8 +29,12 @@ _OPTIONS = {
 }
 
 
-def start_ledger(database_url: str) -> Any:
-    return ray.remote(LedgerActor).options(name=_ledger_name(database_url), **_OPTIONS).remote(database_url)
+Labels = Mapping[str, str]
+"""Of the nodes that an actor may live on; empty for any. They hold for who makes it, and everybody passes the same."""
+
+
+def start_ledger(database_url: str, labels: Labels) -> Any:
+    return _remote(LedgerActor, _ledger_name(database_url), labels).remote(database_url)
 
 
 def ledger_handle(database_url: str) -> Any:
@@ -37,13 +42,25 @@ def ledger_handle(database_url: str) -> Any:
     return ray.get_actor(_ledger_name(database_url), namespace=NAMESPACE)
 
 
-def start_status() -> Any:
-    return ray.remote(StatusActor).options(name=_name("status"), **_OPTIONS).remote()
+def start_status(labels: Labels) -> Any:
+    return _remote(StatusActor, _name("status"), labels).remote()
 
 
-def start_scheduler(model: str, limits: SchedulerLimits) -> Any:
-    name = _name(f"scheduler:{model}", repr(limits))
-    return ray.remote(SchedulerActor).options(name=name, **_OPTIONS).remote(limits)
+def start_scheduler(model: str, limits: SchedulerLimits, labels: Labels) -> Any:
+    return _remote(SchedulerActor, _scheduler_name(model, limits), labels).remote(limits)
+
+
+def scheduler_handle(model: str, limits: SchedulerLimits) -> Any:
+    """The running scheduler of that model. Raises ValueError if there is none."""
+    return ray.get_actor(_scheduler_name(model, limits), namespace=NAMESPACE)
+
+
+def _remote(actor: type, name: str, labels: Labels) -> Any:
+    return ray.remote(actor).options(name=name, label_selector=dict(labels), **_OPTIONS)
+
+
+def _scheduler_name(model: str, limits: SchedulerLimits) -> str:
+    return _name(f"scheduler:{model}", repr(limits))
 
 
 def _ledger_name(database_url: str) -> str:

@@ -14,11 +14,12 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import structlog
+
+from deployments.scheduler import SchedulerLimits
 
 log = structlog.get_logger(__name__)
 
@@ -48,7 +49,9 @@ class ScalingTerms:
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_replicas <= self.max_replicas or self.max_replicas < 1:
-            raise ValueError(f"replicas must be 0 <= min <= max, max >= 1; got {self.min_replicas}..{self.max_replicas}")
+            raise ValueError(
+                f"replicas must be 0 <= min <= max, max >= 1; got {self.min_replicas}..{self.max_replicas}"
+            )
         if self.safety < 0:
             raise ValueError(f"safety must not be negative, got {self.safety}")
         for name in ("boot_s", "drain_s", "window_s", "calm_s"):
@@ -127,9 +130,11 @@ class ServePolicy:
     POLL_EVERY_S = 1.0
     STALE_S = 10.0
 
-    def __init__(self, model: str, **terms: float) -> None:
+    def __init__(self, model: str, limits: dict[str, Any], terms: dict[str, Any]) -> None:
+        """`limits` name the scheduler, `terms` are the fields of `ScalingTerms`: Serve passes JSON."""
         self._model = model
-        self._policy = DemandPolicy(ScalingTerms(**terms))  # type: ignore[arg-type]  # JSON has one kind of number
+        self._limits = SchedulerLimits(**limits)
+        self._policy = DemandPolicy(ScalingTerms(**terms))
         self._latest: tuple[float, Demand] | None = None
         self._poller: threading.Thread | None = None
 
@@ -150,12 +155,10 @@ class ServePolicy:
         failing = False
         while True:
             try:
-                demand = ray.get(scheduler_handle(self._model).demand.remote(), timeout=self.STALE_S)
+                demand = ray.get(scheduler_handle(self._model, self._limits).demand.remote(), timeout=self.STALE_S)
                 self._latest, failing = (time.monotonic(), demand), False
             except Exception as error:
                 if not failing:
                     log.warning("demand_unknown", model=self._model, error=type(error).__name__)
                 failing = True
             time.sleep(self.POLL_EVERY_S)
-
-

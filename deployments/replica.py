@@ -5,7 +5,7 @@ Torch never runs on the event loop: a blocked loop would fail health checks and 
 
 import asyncio
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,8 @@ class ReplicaConfig:
     torch_threads: int
     """Threads of one forward on a CPU; 0 leaves torch's own choice."""
     scheduler_limits: SchedulerLimits
+    control_labels: Mapping[str, str]
+    """Of the nodes for the scheduler, should this replica be the first to need it."""
     stall_s: float
     """How long one call of the model may take before the replica counts as hung and is replaced."""
     encoders: int = 2
@@ -55,7 +57,7 @@ class Replica:
         configure_logs()
         self._config = config
         self._id = ReplicaId(serve.get_replica_context().replica_id.unique_id)
-        self._scheduler = start_scheduler(config.spec.slug, config.scheduler_limits)
+        self._scheduler = start_scheduler(config.spec.slug, config.scheduler_limits, config.control_labels)
         if config.torch_threads:
             import torch
 

@@ -3,12 +3,13 @@
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
-from ray.serve.config import AutoscalingConfig, RequestRouterConfig
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
 from billing.database import open_database
@@ -52,13 +53,13 @@ class Gateway:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         args, limits = self._args, self._args.limits
-        ledger_actor = actors.start_ledger(args.database_url)
+        ledger_actor = actors.start_ledger(args.database_url, args.control_labels)
         ledger = ledger_client.connect(ledger_actor)
-        status = StatusClient(actors.start_status())
+        status = StatusClient(actors.start_status(args.control_labels))
         models = {
             slug: ModelClient(
                 model_spec(CATALOG[slug]),
-                actors.start_scheduler(slug, scheduler_limits(args)),
+                actors.start_scheduler(slug, scheduler_limits(args), args.control_labels),
                 replicas,
                 limits.queue_timeout_s,
                 limits.chunk_timeout_s,
@@ -97,7 +98,7 @@ def build(args: ClusterArgs) -> serve.Application:
         max_ongoing_requests=args.limits.max_ongoing_requests,
         max_queued_requests=args.limits.max_waiting_requests,
         graceful_shutdown_timeout_s=args.limits.chunk_timeout_s,
-        ray_actor_options={"num_cpus": INGRESS_CPUS},
+        ray_actor_options={"num_cpus": INGRESS_CPUS, "label_selector": args.control_labels},
     )
     return gateway.bind(args, {model.slug: _replicas(model, args) for model in args.models})
 
@@ -115,24 +116,39 @@ def _replicas(model: ModelArgs, args: ClusterArgs) -> serve.Application:
         lpips_weights=args.lpips_weights,
         lpips_sha256=args.lpips_sha256,
         scheduler_limits=scheduler_limits(args),
+        control_labels=args.control_labels,
     )
+    where = {"accelerator_type": model.accelerator} if model.accelerator else {}
     deployment = serve.deployment(Replica, name=f"model-{model.slug}").options(
-        autoscaling_config=AutoscalingConfig(
-            min_replicas=model.min_replicas,
-            max_replicas=model.max_replicas,
-            target_ongoing_requests=1,
-        ),
+        **_replica_count(model, args),
         max_ongoing_requests=MAX_ONGOING_CHUNKS,
         request_router_config=RequestRouterConfig(
             request_router_class="deployments.routing:GrantedReplicaRouter",
         ),
-        ray_actor_options={"num_cpus": model.num_cpus, "num_gpus": model.num_gpus},
+        ray_actor_options={"num_cpus": model.num_cpus, "num_gpus": model.num_gpus, **where},
         health_check_period_s=2,
         health_check_timeout_s=10,
         graceful_shutdown_timeout_s=10,
         max_constructor_retry_count=MAX_CONSTRUCTOR_ATTEMPTS,
     )
     return deployment.bind(config)
+
+
+def _replica_count(model: ModelArgs, args: ClusterArgs) -> dict[str, Any]:
+    if model.min_replicas == model.max_replicas:
+        return {"num_replicas": model.min_replicas}
+    kwargs = {"model": model.slug, "limits": asdict(scheduler_limits(args)), "terms": asdict(model.scaling_terms())}
+    return {
+        "autoscaling_config": AutoscalingConfig(
+            min_replicas=model.min_replicas,
+            max_replicas=model.max_replicas,
+            initial_replicas=max(1, model.min_replicas),
+            # The policy keeps its own time: Serve's delays would come on top of it.
+            upscale_delay_s=0,
+            downscale_delay_s=0,
+            policy=AutoscalingPolicy(policy_function="deployments.autoscaling:ServePolicy", policy_kwargs=kwargs),
+        )
+    }
 
 
 def scheduler_limits(args: ClusterArgs) -> SchedulerLimits:

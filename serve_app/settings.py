@@ -10,11 +10,26 @@ from typing import Annotated, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from deployments.autoscaling import ScalingTerms
 from deployments.file_groups import open_file_groups
 from deployments.results import RECENT_TTL_S
 from serve_app.catalog import CATALOG, DEFAULT_MODEL, PACKAGED_CHECKPOINTS
 
 WORLD_MODEL_RUNNER = "deployments.world_model.rollout:WorldModel.load"
+
+
+class ScalingArgs(BaseModel):
+    """When replicas come and go; `deployments.autoscaling.ScalingTerms` says what each number does."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    boot_s: float = Field(240.0, gt=0)
+    drain_s: float = Field(60.0, gt=0)
+    safety: float = Field(1.0, ge=0)
+    window_s: float = Field(30.0, gt=0)
+    calm_s: float = Field(180.0, gt=0)
+    cold_start_budget_s: float = Field(0.0, ge=0)
+    idle_s: float = Field(900.0, gt=0)
 
 
 class ModelArgs(BaseModel):
@@ -31,14 +46,27 @@ class ModelArgs(BaseModel):
     device: str = "cpu"
     num_cpus: float = Field(1.0, ge=0)
     num_gpus: float = Field(0.0, ge=0)
-    min_replicas: int = Field(1, ge=1)
+    accelerator: str = ""
+    """Kind of GPU, such as `H100`, as Ray calls it; empty takes any."""
+    min_replicas: int = Field(1, ge=0)
+    """Kept at all times, those for provisioned units included. 0 only with `scaling.cold_start_budget_s`."""
     max_replicas: int = Field(1, ge=1)
+    scaling: ScalingArgs = ScalingArgs()
     max_rows: int = Field(16, ge=1)
     """Candidates in one forward."""
     max_row_steps: int = Field(1024, ge=1)
     """Candidates x denoising steps of one request: what a replica does for it per chunk. 64 candidates may take 16."""
     torch_threads: int = Field(0, ge=0)
     """CPU threads of the model; 0 leaves torch's default."""
+
+    @model_validator(mode="after")
+    def _replicas_are_in_order(self) -> Self:
+        self.scaling_terms()
+        return self
+
+    def scaling_terms(self) -> ScalingTerms:
+        """Raises ValueError if the bounds contradict each other."""
+        return ScalingTerms(self.min_replicas, self.max_replicas, **self.scaling.model_dump())
 
 
 class Limits(BaseModel):
@@ -76,6 +104,8 @@ class ClusterArgs(BaseModel):
     default_model: str = DEFAULT_MODEL
     models: tuple[ModelArgs, ...]
     ingress_replicas: int = Field(1, ge=1)
+    control_labels: dict[str, str] = Field(default_factory=dict)
+    """Labels of the nodes for ingress replicas, the ledger and the schedulers; empty takes any node."""
     lpips_weights: str = ""
     """File of the LPIPS network's weights (safetensors), readable on every node with replicas; empty without it."""
     lpips_sha256: str = ""
