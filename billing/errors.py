@@ -4,7 +4,9 @@
     ├── DatabaseUnusable    the database cannot be opened; an operator has to act
     ├── LedgerUnavailable   the database failed in the middle of a write; whether it took effect is not known
     ├── Fenced              another writer has taken over; this one must stop
-    └── UnknownWallet       a reader was asked about a customer that does not exist
+    ├── UnknownWallet       a reader was asked about a customer that does not exist
+    ├── UnknownCursor       a reader was asked to go on from what this customer does not have
+    └── TooManyRows         a reader was asked for more than one answer holds
 
 Fields are positional and reach `super().__init__`, so that every error survives pickling.
 """
@@ -53,3 +55,25 @@ class UnknownWallet(BillingError):
 
     def __str__(self) -> str:
         return f"no customer {self.customer_id!r}"
+
+
+class UnknownCursor(BillingError):
+    """A list was to go on from a row that this customer does not have."""
+
+    def __init__(self, cursor: str) -> None:
+        super().__init__(cursor)
+        self.cursor = cursor
+
+    def __str__(self) -> str:
+        return f"there is no {self.cursor!r} to go on from"
+
+
+class TooManyRows(BillingError):
+    """Ask for less: a shorter time, or rows that are counted together."""
+
+    def __init__(self, at_most: int) -> None:
+        super().__init__(at_most)
+        self.at_most = at_most
+
+    def __str__(self) -> str:
+        return f"the answer would have more than {self.at_most} rows"

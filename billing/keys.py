@@ -57,3 +57,9 @@ def mint_request_id() -> RequestId:
 def initial_grant_id(key_id: KeyId) -> str:
     """The id of the credit that came with a key: the same for the same key, so that a retry cannot grant twice."""
     return f"adm_{hashlib.sha256(f'initial credits of {key_id}'.encode()).hexdigest()[:32]}"
+
+
+def budget_event_id(budget_id: str, period: str, starts_day: int, limit_mils: int, level: int) -> str:
+    """The same for the same level of the same budget and period; another limit is another budget to warn of."""
+    name = f"{level}% of {limit_mils} mils in the {period} from {starts_day} by {budget_id}"
+    return f"evt_{hashlib.sha256(name.encode()).hexdigest()[:32]}"

@@ -1,4 +1,4 @@
-"""The nine tables of the ledger, and every rule about them that a constraint can say.
+"""The ten tables of the ledger, and every rule about them that a constraint can say.
 
 The rules that only a trigger can say are in `billing.triggers`. A deployed database is made by `billing.migrations`,
 never from here; a test holds the two equal.
@@ -144,6 +144,7 @@ class ReservationTable(Table, table=True):
             sqlite_where=text("state = 'open'"),
             postgresql_where=text("state = 'open'"),
         ),
+        Index("ix_reservation_customer", "customer_id", "created_at", "debit_seq"),
         STRICT,
     )
 
@@ -165,6 +166,8 @@ class ReservationTable(Table, table=True):
     settled_at: float | None = Field(default=None, sa_column=Column(SECONDS, nullable=True))
     settled_seq: int | None = Field(default=None, sa_column=Column(INT64, nullable=True))
     """The wallet's last entry once this was settled: the refund, if there was one."""
+    model: str = Field(sa_column=Column(Text, nullable=False, server_default=""))
+    """What ran; empty for what an older version reserved."""
 
 
 class SubmissionTable(Table, table=True):
@@ -249,6 +252,38 @@ class BudgetUseTable(Table, table=True):
     budget_id: str = Field(sa_column=Column(Text, nullable=False))
     day: int = Field(sa_column=Column(INT64, nullable=False))
     """Of the reservation, in days of UTC since 1970."""
+
+
+class BudgetEventTable(Table, table=True):
+    """A key's budget came to a level: written once for each budget, period, limit and level, never touched again."""
+
+    __tablename__ = "budget_event"
+    __table_args__ = (
+        PrimaryKeyConstraint("event_id", name="pk_budget_event"),
+        CheckConstraint(
+            "period IN ('day', 'month') AND level IN (75, 90) AND spent_mils * 100 >= limit_mils * level",
+            name="ck_budget_event_level",
+        ),
+        ForeignKeyConstraint(
+            ["key_id", "customer_id"], ["api_key.key_id", "api_key.customer_id"], name="fk_budget_event_key"
+        ),
+        Index("ix_budget_event_customer", "customer_id", "created_at", "event_id"),
+        STRICT,
+    )
+
+    event_id: str = Field(sa_column=Column(Text, nullable=False))
+    """Made of the budget, the period, the limit and the level: the same again is the same row."""
+    customer_id: str = Field(sa_column=Column(Text, nullable=False))
+    key_id: str = Field(sa_column=Column(Text, nullable=False))
+    """The key that spent it; after a rotation not the one that the budget began with."""
+    period: str = Field(sa_column=Column(Text, nullable=False))
+    starts_day: int = Field(sa_column=Column(INT64, nullable=False))
+    """Of the period, in days of UTC since 1970."""
+    level: int = Field(sa_column=Column(INT64, nullable=False))
+    """Per cent."""
+    limit_mils: int = Field(sa_column=Column(INT64, nullable=False))
+    spent_mils: int = Field(sa_column=Column(INT64, nullable=False))
+    created_at: float = Field(sa_column=Column(SECONDS, nullable=False))
 
 
 class QuoteTable(Table, table=True):
@@ -347,5 +382,6 @@ reservation = billing_metadata.tables["reservation"]
 submission = billing_metadata.tables["submission"]
 key_terms = billing_metadata.tables["key_terms"]
 budget_use = billing_metadata.tables["budget_use"]
+budget_event = billing_metadata.tables["budget_event"]
 quote = billing_metadata.tables["quote"]
 entry = billing_metadata.tables["entry"]

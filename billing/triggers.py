@@ -36,6 +36,7 @@ CREATE TRIGGER tr_reservation_update BEFORE UPDATE ON reservation
 WHEN OLD.state = 'settled' OR NEW.request_id <> OLD.request_id OR NEW.customer_id <> OLD.customer_id
   OR NEW.key_id <> OLD.key_id OR NEW.frames <> OLD.frames OR NEW.mils_per_frame <> OLD.mils_per_frame
   OR NEW.amount <> OLD.amount OR NEW.debit_seq <> OLD.debit_seq OR NEW.created_at <> OLD.created_at
+  OR NEW.model <> OLD.model
 BEGIN SELECT RAISE(ABORT, 'tr_reservation_update: a reservation settles once and its terms never change'); END
 """,
     """
@@ -96,6 +97,14 @@ BEGIN SELECT RAISE(ABORT, 'tr_quote_update: a quote stands as it was given'); EN
 CREATE TRIGGER tr_quote_delete BEFORE DELETE ON quote
 BEGIN SELECT RAISE(ABORT, 'tr_quote_delete: a quote stands as it was given'); END
 """,
+    """
+CREATE TRIGGER tr_budget_event_update BEFORE UPDATE ON budget_event
+BEGIN SELECT RAISE(ABORT, 'tr_budget_event_update: a warning stands as it was given'); END
+""",
+    """
+CREATE TRIGGER tr_budget_event_delete BEFORE DELETE ON budget_event
+BEGIN SELECT RAISE(ABORT, 'tr_budget_event_delete: a warning stands as it was given'); END
+""",
 )
 
 POSTGRESQL = (
@@ -149,7 +158,8 @@ EXECUTE FUNCTION billing_refuse('a wallet never goes back')
 CREATE TRIGGER tr_reservation_update BEFORE UPDATE ON reservation FOR EACH ROW
 WHEN (OLD.state = 'settled' OR NEW.request_id <> OLD.request_id OR NEW.customer_id <> OLD.customer_id
   OR NEW.key_id <> OLD.key_id OR NEW.frames <> OLD.frames OR NEW.mils_per_frame <> OLD.mils_per_frame
-  OR NEW.amount <> OLD.amount OR NEW.debit_seq <> OLD.debit_seq OR NEW.created_at <> OLD.created_at)
+  OR NEW.amount <> OLD.amount OR NEW.debit_seq <> OLD.debit_seq OR NEW.created_at <> OLD.created_at
+  OR NEW.model <> OLD.model)
 EXECUTE FUNCTION billing_refuse('a reservation settles once and its terms never change')
 """,
     """
@@ -225,5 +235,13 @@ FOR EACH ROW EXECUTE FUNCTION billing_refuse('a quote stands as it was given')
     """
 CREATE TRIGGER tr_quote_delete BEFORE DELETE ON quote
 FOR EACH ROW EXECUTE FUNCTION billing_refuse('a quote stands as it was given')
+""",
+    """
+CREATE TRIGGER tr_budget_event_update BEFORE UPDATE ON budget_event
+FOR EACH ROW EXECUTE FUNCTION billing_refuse('a warning stands as it was given')
+""",
+    """
+CREATE TRIGGER tr_budget_event_delete BEFORE DELETE ON budget_event
+FOR EACH ROW EXECUTE FUNCTION billing_refuse('a warning stands as it was given')
 """,
 )

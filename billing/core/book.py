@@ -65,8 +65,23 @@ class Reservation:
     """The budget that it is counted under, if its key had one."""
     budget_day: int | None = None
     """In days of UTC since 1970."""
+    model: str = ""
     is_new: bool = False
     """Made by this batch: not in the database yet."""
+
+
+class BudgetEvent(NamedTuple):
+    """In the order of the table's columns."""
+
+    event_id: str
+    customer_id: CustomerId
+    key_id: KeyId
+    period: str
+    starts_day: int
+    level: int
+    limit: Mils
+    spent: Mils
+    created_at: float
 
 
 class QuoteRow(NamedTuple):
@@ -135,6 +150,9 @@ class Book:
     key_by_sha256: dict[str, KeyId] = field(default_factory=dict)
     spent: dict[str, dict[int, int]] = field(default_factory=dict)
     """By budget and day, for at least the current month: what was reserved less what was refunded."""
+    budget_events: dict[str, BudgetEvent] = field(default_factory=dict)
+    """Those that this writer has decided lately: the table keeps each once, whoever decides it again."""
+    new_budget_events: list[BudgetEvent] = field(default_factory=list)
     reservations: dict[RequestId, Reservation] = field(default_factory=dict)
     submissions: dict[RequestId, Submission] = field(default_factory=dict)
     """Of the batch's requests, and those that may be what the batch repeats."""
@@ -195,9 +213,12 @@ class Book:
             self.settled,
             self.passing,
             self.new_quotes,
+            self.new_budget_events,
             self.entries,
         ):
             written.clear()
+        if len(self.budget_events) > MAX_REMEMBERED:
+            self.budget_events.clear()
         if max(len(self.wallets), len(self.keys), len(self.reservations)) > MAX_REMEMBERED:
             for remembered in (
                 self.wallets,

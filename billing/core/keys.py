@@ -3,7 +3,7 @@
 import calendar
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from billing.commands import (
     NO_TERMS,
@@ -21,12 +21,14 @@ from billing.commands import (
     SetKeyTerms,
     UnknownKey,
 )
-from billing.core.book import Book, Key
+from billing.core.book import Book, BudgetEvent, Key
 from billing.core.credits import add_credit
-from billing.keys import initial_grant_id
+from billing.keys import budget_event_id, initial_grant_id
 from billing.money import MAX_MILS, Mils, dollars
 
 DAY_S = 86_400
+BUDGET_LEVELS = (75, 90)
+"""Per cent of a budget at which its owner is warned."""
 
 
 def create_key(book: Book, command: CreateKey) -> Outcome:
@@ -132,8 +134,20 @@ def day_of(ts: float) -> int:
     return int(ts // DAY_S)
 
 
-def exceeded_budget(book: Book, key: Key, amount: Mils) -> BudgetExceeded | None:
-    """The first of the key's budgets that this amount would overdraw."""
+class BudgetState(NamedTuple):
+    """One of a key's budgets, now."""
+
+    period: Literal["day", "month"]
+    limit: Mils
+    spent: Mils
+    first: int
+    """Day of UTC since 1970."""
+    after: int
+    """The first day that is not in the period any more."""
+
+
+def budgets_of(book: Book, key: Key) -> list[BudgetState]:
+    """Those that the key has, the day's first."""
     today = day_of(book.ts)
     date = datetime.fromtimestamp(book.ts, UTC)
     month = today - date.day + 1
@@ -143,8 +157,41 @@ def exceeded_budget(book: Book, key: Key, amount: Mils) -> BudgetExceeded | None
         ("day", key.terms.daily_budget_mils, today, today + 1),
         ("month", key.terms.monthly_budget_mils, month, next_month),
     )
-    for period, limit, first, after in periods:
-        spent = Mils(sum(spent for day, spent in days.items() if first <= day < after))
-        if limit is not None and spent + amount > limit:
-            return BudgetExceeded(limit, spent, period, after * DAY_S)
+    return [
+        BudgetState(
+            period, limit, Mils(sum(spent for day, spent in days.items() if first <= day < after)), first, after
+        )
+        for period, limit, first, after in periods
+        if limit is not None
+    ]
+
+
+def exceeded_budget(book: Book, key: Key, amount: Mils) -> BudgetExceeded | None:
+    """The first of the key's budgets that this amount would overdraw."""
+    for budget in budgets_of(book, key):
+        if budget.spent + amount > budget.limit:
+            return BudgetExceeded(budget.limit, budget.spent, budget.period, budget.after * DAY_S)
     return None
+
+
+def warn_of_budgets(book: Book, key: Key) -> None:
+    """Note each level that a budget has come to. Its id says which, so a second time is no second event."""
+    for budget in budgets_of(book, key):
+        for level in BUDGET_LEVELS:
+            if budget.spent * 100 < budget.limit * level:
+                break
+            event_id = budget_event_id(key.budget_id, budget.period, budget.first, budget.limit, level)
+            if event_id not in book.budget_events:
+                event = BudgetEvent(
+                    event_id,
+                    key.customer_id,
+                    key.key_id,
+                    budget.period,
+                    budget.first,
+                    level,
+                    budget.limit,
+                    budget.spent,
+                    book.ts,
+                )
+                book.budget_events[event_id] = event
+                book.new_budget_events.append(event)

@@ -23,7 +23,7 @@ from billing.commands import (
     UnknownReservation,
 )
 from billing.core.book import Book, Reservation, Submission
-from billing.core.keys import day_of, exceeded_budget, has_expired
+from billing.core.keys import day_of, exceeded_budget, has_expired, warn_of_budgets
 from billing.core.quotes import why_not
 from billing.money import Mils
 
@@ -91,6 +91,7 @@ def reserve(book: Book, command: Reserve) -> Outcome:
         created_at=debit.ts,
         debit_seq=debit.seq,
         balance_after_debit=debit.balance_after,
+        model=command.model,
         is_new=True,
     )
     book.reservations[command.request_id] = reservation
@@ -99,6 +100,7 @@ def reserve(book: Book, command: Reserve) -> Outcome:
         reservation.budget_id, reservation.budget_day = key.budget_id, day_of(debit.ts)
         days = book.spent.setdefault(key.budget_id, {})
         days[reservation.budget_day] = days.get(reservation.budget_day, 0) + amount
+        warn_of_budgets(book, key)
     if command.payload_sha256:
         submission = Submission(
             request_id=command.request_id,

@@ -60,6 +60,7 @@ def reservation_of(row: AnyRow) -> Reservation:
         balance_after_settlement=row.balance_after_settlement,
         budget_id=row.budget_id,
         budget_day=row.budget_day,
+        model=row.model,
     )
 
 
@@ -113,6 +114,7 @@ def reservation_row(each: Reservation) -> tuple[Any, ...]:
         each.debit_seq,
         each.settled_at,
         each.settled_seq,
+        each.model,
     )
 
 

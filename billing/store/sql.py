@@ -109,6 +109,11 @@ def update_all(table: Table, key: str, columns: Sequence[str], only: str = "") -
     )
 
 
+def insert_missing(table: Table) -> Write:
+    """Rows whose key is there already are left as they are."""
+    return insert_all(table, " ON CONFLICT DO NOTHING")
+
+
 def upsert_all(table: Table, key: str) -> Write:
     changes = ", ".join(f"{name} = excluded.{name}" for name in _COLUMNS[table.name] if name != key)
     return insert_all(table, f" ON CONFLICT ({key}) DO UPDATE SET {changes}")

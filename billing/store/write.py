@@ -4,8 +4,8 @@ from sqlalchemy import Connection
 
 from billing.core.book import Book
 from billing.store.rows import key_row, reservation_row, settlement_row, submission_row, terms_row, wallet_row
-from billing.store.sql import delete_all, insert_all, update_all, upsert_all
-from billing.tables import api_key, budget_use, entry, key_terms, quote, reservation, submission, wallet
+from billing.store.sql import delete_all, insert_all, insert_missing, update_all, upsert_all
+from billing.tables import api_key, budget_event, budget_use, entry, key_terms, quote, reservation, submission, wallet
 
 _INSERT_WALLETS = insert_all(wallet)
 _INSERT_KEYS = insert_all(api_key)
@@ -14,6 +14,7 @@ _INSERT_SUBMISSIONS = insert_all(submission)
 _INSERT_ENTRIES = insert_all(entry)
 _INSERT_BUDGET_USES = insert_all(budget_use)
 _INSERT_QUOTES = insert_all(quote)
+_INSERT_BUDGET_EVENTS = insert_missing(budget_event)
 _PUT_TERMS = upsert_all(key_terms, "key_id")
 _MOVE_WALLETS = update_all(wallet, "customer_id", ("seq", "balance_mils"))
 _REVOKE_KEYS = update_all(api_key, "key_id", ("revoked_at", "revoked_seq"))
@@ -53,6 +54,7 @@ def write(connection: Connection, book: Book) -> None:
     _RELEASE(connection, [(each.released_at, each.request_id) for each in book.released])
     _INSERT_SUBMISSIONS(connection, [submission_row(each) for each in book.new_submissions])
     _INSERT_QUOTES(connection, book.new_quotes)  # type: ignore[arg-type]
+    _INSERT_BUDGET_EVENTS(connection, book.new_budget_events)  # type: ignore[arg-type]
     _INSERT_ENTRIES(connection, book.entries)  # type: ignore[arg-type]
     _MOVE_WALLETS(
         connection,

@@ -12,7 +12,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -238,6 +238,13 @@ class Desk:
 
     def settle(self, request_id: RequestId, frames_delivered: int, reason: str = "") -> Outcome:
         return self.do(Settle(request_id, frames_delivered, reason))
+
+    def ran(self, account: Account, frames: int = 1, model: str = "m", delivered: int | None = None) -> RequestId:
+        """The id of a request that was settled with so many frames; all of them unless said otherwise."""
+        request = replace(self.reserve(account, frames), model=model)
+        self.do(request)
+        self.settle(request.request_id, frames if delivered is None else delivered, "" if delivered is None else "why")
+        return request.request_id
 
     def balance(self, account: Account) -> int:
         return self.reader.balance(account.customer_id)

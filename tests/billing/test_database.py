@@ -1,5 +1,6 @@
 """Opening and migrating: what works, and one clear line without secrets for what does not."""
 
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -37,7 +38,17 @@ def schema(engine: Engine) -> dict[str, str]:
                     """
                 )
             )
-        return {name: definition for name, definition in rows if "alembic_version" not in name}
+        return {name: _normal(definition) for name, definition in rows if "alembic_version" not in name}
+
+
+def _normal(definition: str) -> str:
+    """SQLite keeps a table's text, in which a column that was added later stands behind the constraints."""
+    if not definition.startswith("CREATE TABLE"):
+        return definition
+    head, _, rest = definition.partition("(")
+    body, _, options = rest.rpartition(")")
+    parts = re.split(r",\s*(?![^()]*\))", body)
+    return f"{head}({', '.join(sorted(part.strip() for part in parts))}){options}"
 
 
 class TestMigrations:

@@ -5,7 +5,15 @@ import re
 import pytest
 
 from billing import errors
-from billing.errors import BillingError, DatabaseUnusable, Fenced, LedgerUnavailable, UnknownWallet
+from billing.errors import (
+    BillingError,
+    DatabaseUnusable,
+    Fenced,
+    LedgerUnavailable,
+    TooManyRows,
+    UnknownCursor,
+    UnknownWallet,
+)
 
 EXAMPLES = [
     DatabaseUnusable("cannot use it"),
@@ -13,6 +21,8 @@ EXAMPLES = [
     Fenced(1, 2),
     Fenced(0, 2),
     UnknownWallet("cus_1"),
+    UnknownCursor("req_1"),
+    TooManyRows(10),
 ]
 
 

@@ -646,6 +646,25 @@ ATTACKS = [
     Attack("spending on another day", "tr_budget_use_update", ["UPDATE budget_use SET day = day - 1"]),
     Attack("spending that is forgotten", "tr_budget_use_delete", ["DELETE FROM budget_use"]),
     # Quotes. Bob has one.
+    Attack(
+        "a warning at another level",
+        "ck_budget_event_level",
+        ["INSERT INTO budget_event VALUES ('evt_1', :bob, :bob_key, 'day', 1, 80, 100, 80, 1)"],
+    ),
+    Attack(
+        "a warning before its time",
+        "ck_budget_event_level",
+        ["INSERT INTO budget_event VALUES ('evt_1', :bob, :bob_key, 'day', 1, 75, 100, 74, 1)"],
+    ),
+    Attack(
+        "a warning of another's key",
+        "fk_budget_event_key",
+        ["INSERT INTO budget_event VALUES ('evt_1', :ann, :bob_key, 'day', 1, 75, 100, 75, 1)"],
+    ),
+    Attack("the same warning twice", "pk_budget_event", ["INSERT INTO budget_event SELECT * FROM budget_event"]),
+    Attack("a warning of another sum", "tr_budget_event_update", ["UPDATE budget_event SET spent_mils = 12"]),
+    Attack("a warning that was never given", "tr_budget_event_delete", ["DELETE FROM budget_event"]),
+    Attack("another model than the one that ran", "tr_reservation_update", ["UPDATE reservation SET model = 'x'"]),
     Attack("two quotes of one id", "pk_quote", ["INSERT INTO quote VALUES ('quo_1', :bob, 'm', 1, 5, 1, 0, 1, 2)"]),
     Attack(
         "a quote for nothing", "ck_quote_price", ["INSERT INTO quote VALUES ('quo_2', :bob, 'm', 1, 0, 1, 0, 1, 2)"]
@@ -694,7 +713,7 @@ def history(databases: Databases) -> Iterator[History]:
             if request_id == "part":
                 command = replace(command, idempotency_key="key of part", payload_sha256="0" * 64)
             if request_id == "kept":
-                desk.do(SetKeyTerms(ann.key.key_id, KeyTerms(daily_budget_mils=Mils(500))))
+                desk.do(SetKeyTerms(ann.key.key_id, KeyTerms(daily_budget_mils=Mils(13))))
             assert isinstance(desk.do(command), Reserved)
             if request_id == "kept":
                 desk.do(SetKeyTerms(ann.key.key_id, KeyTerms()))

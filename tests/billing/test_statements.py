@@ -1,0 +1,82 @@
+"""A customer's months: every entry is in exactly one, and each adds up."""
+
+import pytest
+
+from billing.commands import Grant
+from billing.errors import UnknownWallet
+from billing.keys import initial_grant_id, mint_grant_id
+from billing.money import Mils
+from billing.statements import Month, StatementReader
+from tests.billing.conftest import Desk
+
+NOON = 1_800_000_000.0
+"""Of 15 January 2027, about."""
+JANUARY, FEBRUARY, MARCH = Month(2027, 1), Month(2027, 2), Month(2027, 3)
+
+
+class TestStatements:
+    def test_months_tile_and_each_adds_up(self, desk: Desk):
+        desk.clock.now = NOON
+        account = desk.account(1000)
+        desk.ran(account, 10)
+        desk.clock.now = FEBRUARY.starts_at - 0.001
+        late = desk.reserved(account, 10)
+        desk.clock.now = FEBRUARY.starts_at
+        desk.settle(late, 4, "why")
+        desk.do(Grant(account.customer_id, Mils(500), mint_grant_id(), ""))
+        months = StatementReader(desk.engine).statements(account.customer_id, MARCH, 12)
+        assert [each.month for each in months] == [MARCH, FEBRUARY, JANUARY]
+        assert [(each.from_seq, each.to_seq, each.num_entries) for each in months] == [(5, 5, 0), (3, 5, 2), (0, 3, 3)]
+        march, february, january = months
+        assert (january.opening_mils, january.credits_mils, january.debits_mils, january.closing_mils) == (
+            0,
+            1000,
+            -100,
+            900,
+        )
+        assert (february.opening_mils, february.credits_mils, february.refunds_mils, february.closing_mils) == (
+            900,
+            500,
+            30,
+            1430,
+        )
+        assert march.opening_mils == march.closing_mils == desk.balance(account)
+        for each in months:
+            moved = each.credits_mils + each.debits_mils + each.refunds_mils
+            assert each.opening_mils + moved == each.closing_mils
+
+    def test_a_clock_that_steps_back_over_the_end_of_a_month_puts_no_entry_into_two(self, desk: Desk):
+        desk.clock.now = FEBRUARY.starts_at
+        account = desk.account(1000)
+        desk.ran(account)
+        desk.clock.advance(-5)
+        desk.ran(account)
+        (february,) = StatementReader(desk.engine).statements(account.customer_id, FEBRUARY, 2)
+        assert (february.month, february.from_seq, february.to_seq) == (FEBRUARY, 0, 3)
+
+    def test_the_limit_and_the_newest_month_are_kept_to(self, desk: Desk):
+        desk.clock.now = NOON
+        account = desk.account(1000)
+        reader = StatementReader(desk.engine)
+        assert [each.month for each in reader.statements(account.customer_id, MARCH, 2)] == [MARCH, FEBRUARY]
+        assert [each.month for each in reader.statements(account.customer_id, JANUARY, 5)] == [JANUARY]
+        assert reader.statements(account.customer_id, Month(2026, 12), 5) == []
+
+    def test_its_entries_are_those_of_its_range_oldest_first(self, desk: Desk):
+        account = desk.account(1000)
+        ids = [desk.ran(account) for _ in range(3)]
+        reader = StatementReader(desk.engine)
+        credit = initial_grant_id(account.key.key_id)
+        assert [each.public_id for each in reader.entries(account.customer_id, 0, 4, 10)] == [credit, *ids]
+        assert [each.seq for each in reader.entries(account.customer_id, 1, 3, 10)] == [2, 3]
+        assert [each.seq for each in reader.entries(account.customer_id, 1, 4, 1)] == [2]
+
+    def test_an_unknown_customer_is_an_error(self, desk: Desk):
+        with pytest.raises(UnknownWallet):
+            StatementReader(desk.engine).statements("cus_never", JANUARY, 1)  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize("month", [Month(2026, 12), Month(2027, 1)])
+    def test_a_month_ends_where_the_next_begins(self, month: Month):
+        assert month.following.previous == month
+        assert Month.of(month.following.starts_at) == month.following
+        assert Month.of(month.following.starts_at - 0.001) == month
