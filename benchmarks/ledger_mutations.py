@@ -53,7 +53,7 @@ EDITS = {
         "billing.core.reservations", "key is None or key.revoked_at is not None or", "key is None or", "test_ledger.py"
     ),
     "spend only what there is": Edit(
-        "billing.core.reservations", "if amount > wallet.balance:", "if False:", "test_ledger.py"
+        "billing.core.reservations", "if amount > wallet.spendable:", "if False:", "test_ledger.py"
     ),
     "payload hash": Edit(
         "billing.core.reservations", "holder.payload_sha256 != command.payload_sha256", "False", "test_idempotency.py"
@@ -96,11 +96,27 @@ EDITS = {
 }
 
 
+ENTRY_CHECKS = {
+    "tr_entry_epoch": "epoch",
+    "tr_entry_refund": "kind = 'refund'",
+    "tr_entry_floor": "balance_after < 0",
+    "tr_entry_reversal": "kind IN ('reversal'",
+    "tr_entry_repayment": "kind = 'repayment'",
+}
+
+
 def schema_rules() -> list[str]:
     from billing.tables import billing_metadata
     from billing.triggers import POSTGRESQL, SQLITE
 
-    implied = {"uq_api_key_customer", "uq_entry_balance", "uq_reservation_amount"}  # foreign keys need them to exist
+    implied = {  # foreign keys need them to exist
+        "uq_api_key_customer",
+        "uq_entry_balance",
+        "uq_reservation_amount",
+        "uq_payment_customer",
+        "uq_reversal_to",
+        "uq_debt_after",
+    }
     rules = set()
     for table in billing_metadata.sorted_tables:
         rules.update(str(constraint.name) for constraint in table.constraints)
@@ -160,8 +176,11 @@ def leave_out(rule: str) -> None:
     """Migrations run without the constraint, index or trigger of that name."""
     from alembic import op
 
+    from billing.migrations import redeclare as redeclaring
+
     create_table, create_index = op.create_table, op.create_index
-    create_key, execute = op.create_foreign_key, op.execute
+    create_key, create_check, execute = op.create_foreign_key, op.create_check_constraint, op.execute
+    drop, redeclare = op.drop_constraint, redeclaring.redeclare
 
     def table(name: str, *items: Any, **options: Any) -> Any:
         return create_table(name, *(item for item in items if getattr(item, "name", None) != rule), **options)
@@ -172,17 +191,28 @@ def leave_out(rule: str) -> None:
     def foreign_key(name: str, *arguments: Any, **options: Any) -> Any:
         return None if name == rule else create_key(name, *arguments, **options)
 
+    def check(name: str, *arguments: Any, **options: Any) -> Any:
+        return None if name == rule else create_check(name, *arguments, **options)
+
+    def redeclared(name: str, *items: Any) -> None:
+        redeclare(name, *(item for item in items if getattr(item, "name", None) != rule))
+
     def statement(sql: str, *arguments: Any, **options: Any) -> Any:
         if re.search(rf"(CREATE|DROP) TRIGGER {rule}\b", sql):
             return None
-        # On PostgreSQL one function checks both rules of a new entry.
-        for name, column in (("tr_entry_epoch", "epoch"), ("tr_entry_refund", "kind")):
+        # On PostgreSQL one function checks all rules of a new entry.
+        for name, condition in ENTRY_CHECKS.items():
             if rule == name:
-                check = f"EXISTS (SELECT 1 FROM new_entry WHERE {column}"
+                check = f"EXISTS (SELECT 1 FROM new_entry WHERE {condition}"
                 sql = sql.replace(f"IF {check}", f"IF FALSE AND {check}")
         return execute(sql, *arguments, **options)
 
+    def drop_constraint(name: str, *arguments: Any, **options: Any) -> Any:
+        return None if name == rule else drop(name, *arguments, **options)  # it was never made
+
     op.create_table, op.create_index, op.create_foreign_key, op.execute = table, index, foreign_key, statement
+    op.create_check_constraint, op.drop_constraint = check, drop_constraint
+    redeclaring.redeclare = redeclared
 
 
 if __name__ == "__main__":

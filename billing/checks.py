@@ -8,12 +8,14 @@ import math
 from billing.commands import (
     Command,
     CreateKey,
+    Credit,
     ExpireLeases,
     Grant,
     Heartbeat,
     KeyTerms,
     Quote,
     Reserve,
+    Reverse,
     RevokeKey,
     RotateKey,
     SetKeyTerms,
@@ -26,6 +28,7 @@ MAX_DETAIL_CHARS = 300
 MAX_LEASE_S = 7 * 86_400
 MAX_IDEMPOTENCY_KEY_CHARS = 256
 MAX_MODELS = 100
+MAX_EVENTS = 100
 MAX_DEDUPE_WINDOW_S = 86_400
 """As long as payloads are remembered."""
 
@@ -85,6 +88,14 @@ def malformed(command: Command) -> str | None:
                 or _not_whole("amount_mils", command.amount_mils, 1)
                 or _not_text("detail", command.detail)
             )
+        case Credit():
+            return (
+                _not_id("customer_id", command.customer_id)
+                or _not_whole("amount_mils", command.amount_mils, 1)
+                or _not_payment(command)
+            )
+        case Reverse():
+            return _not_whole("target_mils", command.target_mils, 0) or _not_payment(command)
         case CreateKey():
             return (
                 _not_id("key_id", command.key_id)
@@ -118,6 +129,17 @@ def _not_id(name: str, value: object) -> str | None:
     if isinstance(value, str) and 1 <= len(value) <= MAX_ID_CHARS and value.isprintable() and value == value.strip():
         return None
     return f"{name} must be 1 to {MAX_ID_CHARS} printable characters without surrounding spaces"
+
+
+def _not_payment(command: Credit | Reverse) -> str | None:
+    if not isinstance(command.events, tuple) or len(command.events) > MAX_EVENTS:
+        return f"events must be a tuple of at most {MAX_EVENTS}"
+    return (
+        _not_id("source", command.source)
+        or _not_id("public_id", command.public_id)
+        or _not_text("detail", command.detail)
+        or next(filter(None, (_not_id("events", event_id) for event_id in command.events)), None)
+    )
 
 
 def _not_text(name: str, value: object) -> str | None:

@@ -9,6 +9,8 @@ caller chose, so the same command again gives the same answer and no second row.
     Settle        -> Settled | UnknownReservation
     Heartbeat     -> HeartbeatDone
     Grant         -> Granted | UnknownCustomer
+    Credit        -> Credited | UnknownCustomer
+    Reverse       -> Reversed | UnknownPayment
     CreateKey     -> KeyCreated
     RevokeKey     -> KeyRevoked | UnknownKey
     SetKeyTerms   -> KeyTermsSet | UnknownKey
@@ -25,6 +27,7 @@ from billing.money import Mils
 RequestId = NewType("RequestId", str)
 CustomerId = NewType("CustomerId", str)
 KeyId = NewType("KeyId", str)
+NOTHING = Mils(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +85,8 @@ class IdempotencyConflict:
 class InsufficientCredits:
     balance_mils: Mils
     requested_mils: Mils
+    debt_mils: Mils = NOTHING
+    """What has to be repaid before anything can be spent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,6 +253,65 @@ class UnknownCustomer:
 
 
 @dataclass(frozen=True, slots=True)
+class Credit:
+    """Credit a customer for what was paid outside, once for each `source`. It repays the customer's debt first."""
+
+    customer_id: CustomerId
+    amount_mils: Mils
+    source: str
+    """What was paid, by its own name, such as `stripe:cs_...`: a second credit for it is answered with the first."""
+    public_id: str
+    """The row's id, unique too: Stripe's `event.id`."""
+    detail: str
+    events: tuple[str, ...] = ()
+    """The provider's messages that this takes into account: marked in the same commit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Credited:
+    source: str
+    public_id: str
+    """The first one's."""
+    amount_mils: Mils
+    balance_after_mils: Mils
+    """Of the credit's own row: a debt that it repaid is a row after it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reverse:
+    """Have `target_mils` of a payment taken back, all in all: books what is missing to that, in either direction.
+
+    So any order and any repetition of a payment's refunds and disputes ends the same. More than was granted counts as
+    all of it. What the balance does not cover becomes a debt, which blocks spending and which every mil that comes in
+    repays first.
+    """
+
+    source: str
+    target_mils: Mils
+    public_id: str
+    """The rows' id, if any are written; it need not be unique."""
+    detail: str
+    events: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Reversed:
+    """How things stand now; not remembered, so a repetition may be answered with another balance."""
+
+    source: str
+    customer_id: CustomerId
+    reversed_mils: Mils
+    """Of this payment, all in all."""
+    balance_mils: Mils
+    debt_mils: Mils
+
+
+@dataclass(frozen=True, slots=True)
+class UnknownPayment:
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
 class CreateKey:
     """Register a key by its hash. A customer of that name is created if there is none; many keys share its wallet."""
 
@@ -307,7 +371,20 @@ class Rejected:
     reason: str
 
 
-Command = Reserve | Quote | Settle | Heartbeat | Grant | CreateKey | RevokeKey | SetKeyTerms | RotateKey | ExpireLeases
+Command = (
+    Reserve
+    | Quote
+    | Settle
+    | Heartbeat
+    | Grant
+    | Credit
+    | Reverse
+    | CreateKey
+    | RevokeKey
+    | SetKeyTerms
+    | RotateKey
+    | ExpireLeases
+)
 Outcome = (
     Reserved
     | Repeated
@@ -322,6 +399,9 @@ Outcome = (
     | UnknownReservation
     | HeartbeatDone
     | Granted
+    | Credited
+    | Reversed
+    | UnknownPayment
     | UnknownCustomer
     | KeyCreated
     | KeyRevoked

@@ -32,10 +32,10 @@ class Violation:
 AUDITS = (
     Audit(
         "conservation",
-        "What came in is what can be spent, plus what open reservations hold, plus what was captured.",
+        "What came in and stayed is what can be spent, plus what open reservations hold, plus what was captured.",
         """
         SELECT credited, spendable, held, captured FROM (SELECT
-          (SELECT COALESCE(SUM(amount), 0) FROM entry WHERE kind = 'credit') AS credited,
+          (SELECT COALESCE(SUM(amount), 0) FROM entry WHERE kind NOT IN ('debit', 'refund')) AS credited,
           (SELECT COALESCE(SUM(balance_mils), 0) FROM wallet) AS spendable,
           (SELECT COALESCE(SUM(amount), 0) FROM reservation WHERE state = 'open') AS held,
           (SELECT COALESCE(SUM(captured), 0) FROM reservation WHERE state = 'settled') AS captured) AS totals
@@ -66,16 +66,21 @@ AUDITS = (
     ),
     Audit(
         "no_negative_balance",
-        "No wallet is below zero, and none ever was.",
+        "No wallet is below its floor, and no prepaid one ever was below zero.",
         """
-        SELECT customer_id, NULL AS seq, balance_mils FROM wallet WHERE balance_mils < 0
-        UNION ALL SELECT customer_id, seq, balance_after FROM entry WHERE balance_after < 0
+        SELECT customer_id, NULL AS seq, balance_mils FROM wallet WHERE balance_mils < -credit_limit_mils
+        UNION ALL SELECT entry.customer_id, entry.seq, balance_after
+        FROM entry JOIN wallet ON wallet.customer_id = entry.customer_id
+        WHERE balance_after < 0 AND credit_limit_mils = 0
         """,
     ),
     Audit(
         "one_entry_per_id",
         "A request is debited at most once and refunded at most once, and a payment is credited at most once.",
-        "SELECT kind, public_id, COUNT(*) AS times FROM entry GROUP BY kind, public_id HAVING COUNT(*) > 1",
+        """
+        SELECT kind, public_id, COUNT(*) AS times FROM entry
+        WHERE kind IN ('opening', 'debit', 'refund', 'credit') GROUP BY kind, public_id HAVING COUNT(*) > 1
+        """,
     ),
     Audit(
         "refund_follows_debit",
@@ -152,6 +157,58 @@ AUDITS = (
         WHERE reservation.request_id IS NULL OR reservation.customer_id <> submission.customer_id
           OR reservation.amount <> submission.amount
           OR (released_at IS NOT NULL AND (state = 'open' OR captured > 0))
+        """,
+    ),
+    Audit(
+        "payment_is_its_credit",
+        "Every payment was credited once, by the entry that it names, and not more was taken back than it granted.",
+        """
+        SELECT payment.source, payment.customer_id, granted, reversed, credit.amount
+        FROM payment LEFT JOIN entry AS credit ON credit.customer_id = payment.customer_id
+          AND credit.seq = credit_seq AND credit.kind = 'credit' AND credit.public_id = payment.public_id
+        WHERE credit.seq IS NULL OR credit.amount <> granted OR reversed < 0 OR reversed > granted
+        """,
+    ),
+    Audit(
+        "reversals_add_up",
+        "What is reversed of a payment is what all its reversals took from the wallet and left owing.",
+        """
+        SELECT payment.source, reversed, COALESCE(SUM(taken + owed), 0) AS booked, COUNT(reversal.seq) AS reversals
+        FROM payment LEFT JOIN reversal ON reversal.source = payment.source
+          AND reversal.customer_id = payment.customer_id
+        GROUP BY payment.source, reversed, reversal_seq
+        HAVING reversed <> COALESCE(SUM(taken + owed), 0) OR COALESCE(reversal_seq, 0) <> COUNT(reversal.seq)
+        """,
+    ),
+    Audit(
+        "reversal_is_an_entry",
+        "What reversals took or gave back is what the wallets' entries say, one for one.",
+        """
+        SELECT reversal.source, reversal.seq, taken, moved.amount FROM reversal LEFT JOIN entry AS moved
+          ON moved.customer_id = reversal.customer_id AND moved.seq = entry_seq
+          AND moved.kind IN ('reversal', 'reinstatement')
+        WHERE taken <> 0 AND (moved.seq IS NULL OR moved.amount <> -taken)
+        UNION ALL SELECT public_id, entry.seq, NULL, amount FROM entry
+        WHERE kind IN ('reversal', 'reinstatement') AND NOT EXISTS (SELECT 1 FROM reversal
+          WHERE reversal.customer_id = entry.customer_id AND entry_seq = entry.seq AND taken = -amount)
+        """,
+    ),
+    Audit(
+        "debt_adds_up",
+        "A wallet's debt is what its reversals left owing less what was repaid; nothing is spendable beside it.",
+        """
+        SELECT wallet.customer_id, debt_mils, balance_mils, floor_mils, COALESCE(owing.mils, 0) AS owing,
+          COALESCE(repaid.mils, 0) AS repaid
+        FROM wallet
+        LEFT JOIN (SELECT customer_id, SUM(amount) AS total, MAX(seq) AS seq FROM debt GROUP BY customer_id) AS chain
+          ON chain.customer_id = wallet.customer_id
+        LEFT JOIN (SELECT customer_id, SUM(owed) AS mils FROM reversal GROUP BY customer_id) AS owing
+          ON owing.customer_id = wallet.customer_id
+        LEFT JOIN (SELECT customer_id, SUM(amount) AS mils FROM entry WHERE kind = 'repayment' GROUP BY customer_id)
+          AS repaid ON repaid.customer_id = wallet.customer_id
+        WHERE debt_mils <> COALESCE(chain.total, 0) OR COALESCE(debt_seq, 0) <> COALESCE(chain.seq, 0)
+          OR debt_mils <> COALESCE(owing.mils, 0) + COALESCE(repaid.mils, 0)
+          OR (debt_mils > 0 AND balance_mils > floor_mils)
         """,
     ),
     Audit(

@@ -1,5 +1,6 @@
 """Read-only questions about the ledger, for processes that never write it. Every answer is committed state."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -9,12 +10,21 @@ from billing.commands import NO_TERMS, CustomerId, KeyId, KeyTerms, RequestId
 from billing.errors import UnknownWallet
 from billing.money import Mils
 from billing.store import terms_of
-from billing.tables import api_key, entry, key_terms, reservation, wallet
+from billing.tables import api_key, entry, key_terms, payment, payment_event, reservation, wallet
 
 MAX_TRANSACTIONS = 200
 
 AnyRow = Row[*tuple[Any, ...]]
 EntryKind = Literal["debit", "credit", "refund"]
+SHOWN_AS: dict[str, EntryKind] = {
+    "debit": "debit",
+    "refund": "refund",
+    "credit": "credit",
+    "reversal": "debit",
+    "reinstatement": "credit",
+    "repayment": "debit",
+}
+"""Customers see three kinds of entries."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +96,21 @@ class CustomerRecord:
     seq: int
     """How many entries made this balance."""
     created_at: float
+    credit_limit_mils: Mils
+    floor_mils: Mils
+    """How far down the balance may be spent."""
+    debt_mils: Mils
+    """What reversed payments took and the balance did not cover; it blocks spending until it is repaid."""
+
+
+@dataclass(frozen=True, slots=True)
+class PaymentRecord:
+    source: str
+    public_id: str
+    customer_id: CustomerId
+    granted_mils: Mils
+    reversed_mils: Mils
+    created_at: float
 
 
 _TERMS = tuple(column for column in key_terms.c if column.name not in ("key_id", "budget_id"))
@@ -148,8 +173,28 @@ _RESERVATION = select(
     reservation.c.created_at,
     reservation.c.settled_at,
 ).where(reservation.c.request_id == bindparam("request_id"))
+_PAYMENT = select(
+    payment.c.source,
+    payment.c.public_id,
+    payment.c.customer_id,
+    payment.c.granted,
+    payment.c.reversed,
+    payment.c.created_at,
+).where(payment.c.source == bindparam("source"))
+_APPLIED_EVENTS = select(payment_event.c.event_id).where(
+    payment_event.c.event_id.in_(bindparam("event_ids", expanding=True))
+)
 _CUSTOMER = (
-    select(wallet.c.customer_id, wallet.c.name, wallet.c.balance_mils, wallet.c.seq, wallet.c.created_at)
+    select(
+        wallet.c.customer_id,
+        wallet.c.name,
+        wallet.c.balance_mils,
+        wallet.c.seq,
+        wallet.c.created_at,
+        wallet.c.credit_limit_mils,
+        wallet.c.floor_mils,
+        wallet.c.debt_mils,
+    )
     .where(or_(wallet.c.customer_id == bindparam("name_or_id"), wallet.c.name == bindparam("name_or_id")))
     # A customer may bear another one's id as its name; the id wins.
     .order_by((wallet.c.customer_id == bindparam("name_or_id")).desc())
@@ -188,7 +233,8 @@ class LedgerReader:
     def transactions(self, customer_id: CustomerId, limit: int) -> list[EntryRecord]:
         """The newest entries first, at least 1 and at most `MAX_TRANSACTIONS`; the opening entry is not one of them."""
         at_most = max(1, min(limit, MAX_TRANSACTIONS))
-        return [EntryRecord(*row) for row in self._all(_TRANSACTIONS, customer_id=customer_id, at_most=at_most)]
+        rows = self._all(_TRANSACTIONS, customer_id=customer_id, at_most=at_most)
+        return [EntryRecord(row.seq, row.public_id, row.ts, SHOWN_AS[row.kind], *row[4:]) for row in rows]
 
     def keys(self) -> list[KeySummary]:
         """Every key, revoked ones too, in the order in which they were made."""
@@ -197,6 +243,14 @@ class LedgerReader:
     def reservation(self, request_id: RequestId) -> ReservationRecord | None:
         row = self._first(_RESERVATION, request_id=request_id)
         return None if row is None else ReservationRecord(*row)
+
+    def payment(self, source: str) -> PaymentRecord | None:
+        row = self._first(_PAYMENT, source=source)
+        return None if row is None else PaymentRecord(*row)
+
+    def applied_events(self, event_ids: Sequence[str]) -> set[str]:
+        """Those of a provider's messages that a committed credit or reversal took into account."""
+        return {row.event_id for row in self._all(_APPLIED_EVENTS, event_ids=list(event_ids))}
 
     def customer(self, name_or_id: str) -> CustomerRecord | None:
         row = self._first(_CUSTOMER, name_or_id=name_or_id)

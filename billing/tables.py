@@ -1,4 +1,4 @@
-"""The ten tables of the ledger, and every rule about them that a constraint can say.
+"""The tables of the ledger, and every rule about them that a constraint can say.
 
 The rules that only a trigger can say are in `billing.triggers`. A deployed database is made by `billing.migrations`,
 never from here; a test holds the two equal.
@@ -66,11 +66,21 @@ class WalletTable(Table, table=True):
     __table_args__ = (
         PrimaryKeyConstraint("customer_id", name="pk_wallet"),
         UniqueConstraint("name", name="uq_wallet_name"),
-        CheckConstraint("balance_mils >= 0", name="ck_wallet_balance"),
+        CheckConstraint("balance_mils >= -credit_limit_mils", name="ck_wallet_balance"),
+        CheckConstraint("credit_limit_mils >= 0 AND floor_mils IN (0, -credit_limit_mils)", name="ck_wallet_floor"),
+        CheckConstraint(
+            "debt_mils >= 0 AND (debt_mils = 0 OR (debt_seq IS NOT NULL AND balance_mils <= 0))", name="ck_wallet_debt"
+        ),
         ForeignKeyConstraint(
             ["customer_id", "seq", "balance_mils"],
             ["entry.customer_id", "entry.seq", "entry.balance_after"],
             name="fk_wallet_tail",
+            **AT_COMMIT,
+        ),
+        ForeignKeyConstraint(
+            ["customer_id", "debt_seq", "debt_mils"],
+            ["debt.customer_id", "debt.seq", "debt.debt_after"],
+            name="fk_wallet_debt",
             **AT_COMMIT,
         ),
         STRICT,
@@ -81,6 +91,13 @@ class WalletTable(Table, table=True):
     seq: int = Field(sa_column=Column(INT64, nullable=False))
     balance_mils: int = Field(sa_column=Column(INT64, nullable=False))
     created_at: float = Field(sa_column=Column(SECONDS, nullable=False))
+    credit_limit_mils: int = Field(sa_column=Column(INT64, nullable=False, server_default=text("0")))
+    """How far below zero the balance may ever be; 0 for prepaid."""
+    floor_mils: int = Field(sa_column=Column(INT64, nullable=False, server_default=text("0")))
+    """Where spending ends: minus the credit limit, or 0 while an invoice is overdue."""
+    debt_mils: int = Field(sa_column=Column(INT64, nullable=False, server_default=text("0")))
+    """What was taken back of payments and is not there any more; every mil that comes in repays it first."""
+    debt_seq: int | None = Field(default=None, sa_column=Column(INT64, nullable=True))
 
 
 class ApiKeyTable(Table, table=True):
@@ -321,7 +338,6 @@ class EntryTable(Table, table=True):
         PrimaryKeyConstraint("customer_id", "seq", name="pk_entry"),
         UniqueConstraint("customer_id", "seq", "balance_after", name="uq_entry_balance"),
         CheckConstraint("balance_after = prev_balance + amount", name="ck_entry_sum"),
-        CheckConstraint("balance_after >= 0", name="ck_entry_balance"),
         CheckConstraint(
             "(kind = 'opening' AND seq = 0 AND prev_seq IS NULL AND prev_balance = 0)"
             " OR (kind <> 'opening' AND seq > 0 AND prev_seq IS NOT NULL AND prev_seq = seq - 1)",
@@ -329,7 +345,8 @@ class EntryTable(Table, table=True):
         ),
         CheckConstraint(
             "(kind = 'opening' AND amount = 0 AND reserved IS NULL)"
-            " OR (kind = 'credit' AND amount > 0 AND reserved IS NULL)"
+            " OR (kind IN ('credit', 'reinstatement') AND amount > 0 AND reserved IS NULL)"
+            " OR (kind IN ('reversal', 'repayment') AND amount < 0 AND reserved IS NULL)"
             " OR (kind = 'debit' AND amount < 0 AND reserved IS NOT NULL AND amount = -reserved)"
             " OR (kind = 'refund' AND amount > 0 AND reserved IS NOT NULL AND amount <= reserved)",
             name="ck_entry_kind",
@@ -375,6 +392,146 @@ class EntryTable(Table, table=True):
     """Which writer wrote it."""
 
 
+class PaymentTable(Table, table=True):
+    """A credit that was paid for outside, once for each `source`, and how much of it was taken back since."""
+
+    __tablename__ = "payment"
+    __table_args__ = (
+        PrimaryKeyConstraint("source", name="pk_payment"),
+        UniqueConstraint("public_id", name="uq_payment_public_id"),
+        UniqueConstraint("source", "customer_id", name="uq_payment_customer"),
+        CheckConstraint("granted > 0 AND reversed >= 0 AND reversed <= granted", name="ck_payment_reversed"),
+        CheckConstraint("reversal_seq IS NOT NULL OR reversed = 0", name="ck_payment_untouched"),
+        ForeignKeyConstraint(
+            ["source", "reversal_seq", "reversed"],
+            ["reversal.source", "reversal.seq", "reversal.to_mils"],
+            name="fk_payment_reversal",
+            **AT_COMMIT,
+        ),
+        STRICT,
+    )
+
+    source: str = Field(sa_column=Column(Text, nullable=False))
+    """What was paid, by its own name: `stripe:cs_...`."""
+    public_id: str = Field(sa_column=Column(Text, nullable=False))
+    customer_id: str = Field(sa_column=Column(Text, nullable=False))
+    granted: int = Field(sa_column=Column(INT64, nullable=False))
+    credit_seq: int = Field(sa_column=Column(INT64, nullable=False))
+    """Its entry, which a trigger looks up when the payment is inserted."""
+    reversed: int = Field(sa_column=Column(INT64, nullable=False))
+    reversal_seq: int | None = Field(default=None, sa_column=Column(INT64, nullable=True))
+    created_at: float = Field(sa_column=Column(SECONDS, nullable=False))
+
+
+class ReversalTable(Table, table=True):
+    """One change of how much of a payment is taken back, in either direction: chained, like entries."""
+
+    __tablename__ = "reversal"
+    __table_args__ = (
+        PrimaryKeyConstraint("source", "seq", name="pk_reversal"),
+        UniqueConstraint("source", "seq", "to_mils", name="uq_reversal_to"),
+        CheckConstraint(
+            "(seq = 1 AND prev_seq IS NULL AND prev_mils = 0)"
+            " OR (seq > 1 AND prev_seq IS NOT NULL AND prev_seq = seq - 1)",
+            name="ck_reversal_chain",
+        ),
+        CheckConstraint("to_mils >= 0 AND to_mils - prev_mils = taken + owed", name="ck_reversal_sum"),
+        CheckConstraint(
+            "owed >= 0 AND ((to_mils > prev_mils AND taken >= 0) OR (to_mils < prev_mils AND owed = 0))",
+            name="ck_reversal_parts",
+        ),
+        # The payment must be this customer's.
+        ForeignKeyConstraint(
+            ["source", "customer_id"],
+            ["payment.source", "payment.customer_id"],
+            name="fk_reversal_payment",
+            **AT_COMMIT,
+        ),
+        ForeignKeyConstraint(
+            ["source", "prev_seq", "prev_mils"],
+            ["reversal.source", "reversal.seq", "reversal.to_mils"],
+            name="fk_reversal_previous",
+        ),
+        ForeignKeyConstraint(
+            ["customer_id", "entry_seq"], ["entry.customer_id", "entry.seq"], name="fk_reversal_entry", **AT_COMMIT
+        ),
+        Index("ix_reversal_entry", "customer_id", "entry_seq"),
+        STRICT,
+    )
+
+    source: str = Field(sa_column=Column(Text, nullable=False))
+    seq: int = Field(sa_column=Column(INT64, nullable=False, autoincrement=False))
+    prev_seq: int | None = Field(default=None, sa_column=Column(INT64, nullable=True))
+    prev_mils: int = Field(sa_column=Column(INT64, nullable=False))
+    to_mils: int = Field(sa_column=Column(INT64, nullable=False))
+    taken: int = Field(sa_column=Column(INT64, nullable=False))
+    """Out of the wallet; negative when it came back."""
+    owed: int = Field(sa_column=Column(INT64, nullable=False))
+    """What was no longer there to be taken."""
+    customer_id: str = Field(sa_column=Column(Text, nullable=False))
+    entry_seq: int = Field(sa_column=Column(INT64, nullable=False))
+    """The entry that moved the money; the wallet's last one if none was moved."""
+    public_id: str = Field(sa_column=Column(Text, nullable=False))
+    ts: float = Field(sa_column=Column(SECONDS, nullable=False))
+
+
+class DebtTable(Table, table=True):
+    """One change of what a customer owes after a reversal that its balance did not cover: chained, like entries."""
+
+    __tablename__ = "debt"
+    __table_args__ = (
+        PrimaryKeyConstraint("customer_id", "seq", name="pk_debt"),
+        UniqueConstraint("customer_id", "seq", "debt_after", name="uq_debt_after"),
+        CheckConstraint("debt_after >= 0 AND debt_after = prev_debt + amount", name="ck_debt_sum"),
+        CheckConstraint(
+            "(seq = 1 AND prev_seq IS NULL AND prev_debt = 0)"
+            " OR (seq > 1 AND prev_seq IS NOT NULL AND prev_seq = seq - 1)",
+            name="ck_debt_chain",
+        ),
+        CheckConstraint(
+            "(kind = 'shortage' AND amount > 0) OR (kind = 'repayment' AND amount < 0)", name="ck_debt_kind"
+        ),
+        ForeignKeyConstraint(
+            ["customer_id", "prev_seq", "prev_debt"],
+            ["debt.customer_id", "debt.seq", "debt.debt_after"],
+            name="fk_debt_previous",
+        ),
+        ForeignKeyConstraint(
+            ["customer_id", "entry_seq"], ["entry.customer_id", "entry.seq"], name="fk_debt_entry", **AT_COMMIT
+        ),
+        Index("ix_debt_entry", "customer_id", "entry_seq"),
+        STRICT,
+    )
+
+    customer_id: str = Field(sa_column=Column(Text, nullable=False))
+    seq: int = Field(sa_column=Column(INT64, nullable=False, autoincrement=False))
+    prev_seq: int | None = Field(default=None, sa_column=Column(INT64, nullable=True))
+    prev_debt: int = Field(sa_column=Column(INT64, nullable=False))
+    amount: int = Field(sa_column=Column(INT64, nullable=False))
+    debt_after: int = Field(sa_column=Column(INT64, nullable=False))
+    kind: str = Field(sa_column=Column(Text, nullable=False))
+    entry_seq: int = Field(sa_column=Column(INT64, nullable=False))
+    """The entry that repaid it, or for a shortage the wallet's last one."""
+    public_id: str = Field(sa_column=Column(Text, nullable=False))
+    """Of what caused it: the reversal, or what came in and repaid."""
+    ts: float = Field(sa_column=Column(SECONDS, nullable=False))
+
+
+class PaymentEventTable(Table, table=True):
+    """A provider's message that was taken into account, marked in the commit of its effect."""
+
+    __tablename__ = "payment_event"
+    __table_args__ = (
+        PrimaryKeyConstraint("event_id", name="pk_payment_event"),
+        ForeignKeyConstraint(["source"], ["payment.source"], name="fk_payment_event_payment"),
+        STRICT,
+    )
+
+    event_id: str = Field(sa_column=Column(Text, nullable=False))
+    source: str = Field(sa_column=Column(Text, nullable=False))
+    applied_at: float = Field(sa_column=Column(SECONDS, nullable=False))
+
+
 writer_fence = billing_metadata.tables["writer_fence"]
 wallet = billing_metadata.tables["wallet"]
 api_key = billing_metadata.tables["api_key"]
@@ -385,3 +542,7 @@ budget_use = billing_metadata.tables["budget_use"]
 budget_event = billing_metadata.tables["budget_event"]
 quote = billing_metadata.tables["quote"]
 entry = billing_metadata.tables["entry"]
+payment = billing_metadata.tables["payment"]
+reversal = billing_metadata.tables["reversal"]
+debt = billing_metadata.tables["debt"]
+payment_event = billing_metadata.tables["payment_event"]

@@ -105,6 +105,71 @@ BEGIN SELECT RAISE(ABORT, 'tr_budget_event_update: a warning stands as it was gi
 CREATE TRIGGER tr_budget_event_delete BEFORE DELETE ON budget_event
 BEGIN SELECT RAISE(ABORT, 'tr_budget_event_delete: a warning stands as it was given'); END
 """,
+    """
+CREATE TRIGGER tr_entry_floor BEFORE INSERT ON entry
+WHEN NEW.balance_after < 0 AND NEW.amount < 0
+  AND NEW.balance_after < (SELECT floor_mils FROM wallet WHERE customer_id = NEW.customer_id)
+BEGIN SELECT RAISE(ABORT, 'tr_entry_floor: nothing is spent below the floor'); END
+""",
+    """
+CREATE TRIGGER tr_entry_reversal BEFORE INSERT ON entry
+WHEN NEW.kind IN ('reversal', 'reinstatement') AND NOT EXISTS (SELECT 1 FROM reversal
+  WHERE customer_id = NEW.customer_id AND entry_seq = NEW.seq AND taken = -NEW.amount)
+BEGIN SELECT RAISE(ABORT, 'tr_entry_reversal: no payment is taken back by this'); END
+""",
+    """
+CREATE TRIGGER tr_entry_repayment BEFORE INSERT ON entry
+WHEN NEW.kind = 'repayment' AND NOT EXISTS (SELECT 1 FROM debt
+  WHERE customer_id = NEW.customer_id AND entry_seq = NEW.seq AND kind = 'repayment' AND amount = NEW.amount)
+BEGIN SELECT RAISE(ABORT, 'tr_entry_repayment: no debt is repaid by this'); END
+""",
+    """
+CREATE TRIGGER tr_payment_insert BEFORE INSERT ON payment
+WHEN NOT EXISTS (SELECT 1 FROM entry WHERE customer_id = NEW.customer_id AND seq = NEW.credit_seq AND kind = 'credit'
+  AND public_id = NEW.public_id AND amount = NEW.granted)
+BEGIN SELECT RAISE(ABORT, 'tr_payment_insert: a payment is its credit'); END
+""",
+    """
+CREATE TRIGGER tr_payment_update BEFORE UPDATE ON payment
+WHEN NEW.source <> OLD.source OR NEW.public_id <> OLD.public_id OR NEW.customer_id <> OLD.customer_id
+  OR NEW.granted <> OLD.granted OR NEW.credit_seq <> OLD.credit_seq OR NEW.created_at <> OLD.created_at
+  OR NEW.reversal_seq IS NULL OR NEW.reversal_seq <= COALESCE(OLD.reversal_seq, 0)
+BEGIN SELECT RAISE(ABORT, 'tr_payment_update: of a payment only what was taken back changes, by a reversal'); END
+""",
+    """
+CREATE TRIGGER tr_payment_delete BEFORE DELETE ON payment
+BEGIN SELECT RAISE(ABORT, 'tr_payment_delete: payments are never deleted'); END
+""",
+    """
+CREATE TRIGGER tr_reversal_update BEFORE UPDATE ON reversal
+BEGIN SELECT RAISE(ABORT, 'tr_reversal_update: reversals are never edited'); END
+""",
+    """
+CREATE TRIGGER tr_reversal_delete BEFORE DELETE ON reversal
+BEGIN SELECT RAISE(ABORT, 'tr_reversal_delete: reversals are never deleted'); END
+""",
+    """
+CREATE TRIGGER tr_debt_insert BEFORE INSERT ON debt
+WHEN NEW.kind = 'shortage' AND NOT EXISTS (SELECT 1 FROM reversal
+  WHERE customer_id = NEW.customer_id AND entry_seq = NEW.entry_seq AND owed = NEW.amount)
+BEGIN SELECT RAISE(ABORT, 'tr_debt_insert: nothing is owed but what a reversal could not take'); END
+""",
+    """
+CREATE TRIGGER tr_debt_update BEFORE UPDATE ON debt
+BEGIN SELECT RAISE(ABORT, 'tr_debt_update: debts are never edited'); END
+""",
+    """
+CREATE TRIGGER tr_debt_delete BEFORE DELETE ON debt
+BEGIN SELECT RAISE(ABORT, 'tr_debt_delete: debts are never deleted'); END
+""",
+    """
+CREATE TRIGGER tr_payment_event_update BEFORE UPDATE ON payment_event
+BEGIN SELECT RAISE(ABORT, 'tr_payment_event_update: what was taken into account stays so'); END
+""",
+    """
+CREATE TRIGGER tr_payment_event_delete BEFORE DELETE ON payment_event
+BEGIN SELECT RAISE(ABORT, 'tr_payment_event_delete: what was taken into account stays so'); END
+""",
 )
 
 POSTGRESQL = (
@@ -128,6 +193,23 @@ BEGIN
       AND reservation.state = 'settled' AND reservation.refunded = new_entry.amount)) THEN
     RAISE EXCEPTION USING
       MESSAGE = 'tr_entry_refund: no earlier debit, or not what its settlement gives back',
+      ERRCODE = 'integrity_constraint_violation';
+  END IF;
+  IF EXISTS (SELECT 1 FROM new_entry WHERE balance_after < 0 AND amount < 0 AND balance_after < (
+    SELECT floor_mils FROM wallet WHERE wallet.customer_id = new_entry.customer_id)) THEN
+    RAISE EXCEPTION USING MESSAGE = 'tr_entry_floor: nothing is spent below the floor',
+      ERRCODE = 'integrity_constraint_violation';
+  END IF;
+  IF EXISTS (SELECT 1 FROM new_entry WHERE kind IN ('reversal', 'reinstatement') AND NOT EXISTS (
+    SELECT 1 FROM reversal WHERE reversal.customer_id = new_entry.customer_id
+      AND reversal.entry_seq = new_entry.seq AND reversal.taken = -new_entry.amount)) THEN
+    RAISE EXCEPTION USING MESSAGE = 'tr_entry_reversal: no payment is taken back by this',
+      ERRCODE = 'integrity_constraint_violation';
+  END IF;
+  IF EXISTS (SELECT 1 FROM new_entry WHERE kind = 'repayment' AND NOT EXISTS (
+    SELECT 1 FROM debt WHERE debt.customer_id = new_entry.customer_id AND debt.entry_seq = new_entry.seq
+      AND debt.kind = 'repayment' AND debt.amount = new_entry.amount)) THEN
+    RAISE EXCEPTION USING MESSAGE = 'tr_entry_repayment: no debt is repaid by this',
       ERRCODE = 'integrity_constraint_violation';
   END IF;
   RETURN NULL;
@@ -243,5 +325,70 @@ FOR EACH ROW EXECUTE FUNCTION billing_refuse('a warning stands as it was given')
     """
 CREATE TRIGGER tr_budget_event_delete BEFORE DELETE ON budget_event
 FOR EACH ROW EXECUTE FUNCTION billing_refuse('a warning stands as it was given')
+""",
+    """
+CREATE FUNCTION billing_check_payment() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+  IF NOT EXISTS (SELECT 1 FROM entry WHERE customer_id = NEW.customer_id AND seq = NEW.credit_seq AND kind = 'credit'
+    AND public_id = NEW.public_id AND amount = NEW.granted) THEN
+    RAISE EXCEPTION USING MESSAGE = 'tr_payment_insert: a payment is its credit',
+      ERRCODE = 'integrity_constraint_violation';
+  END IF;
+  RETURN NEW;
+END $$
+""",
+    """
+CREATE TRIGGER tr_payment_insert BEFORE INSERT ON payment
+FOR EACH ROW EXECUTE FUNCTION billing_check_payment()
+""",
+    """
+CREATE TRIGGER tr_payment_update BEFORE UPDATE ON payment FOR EACH ROW
+WHEN (NEW.source <> OLD.source OR NEW.public_id <> OLD.public_id OR NEW.customer_id <> OLD.customer_id
+  OR NEW.granted <> OLD.granted OR NEW.credit_seq <> OLD.credit_seq OR NEW.created_at <> OLD.created_at
+  OR NEW.reversal_seq IS NULL OR NEW.reversal_seq <= COALESCE(OLD.reversal_seq, 0))
+EXECUTE FUNCTION billing_refuse('of a payment only what was taken back changes, by a reversal')
+""",
+    """
+CREATE TRIGGER tr_payment_delete BEFORE DELETE ON payment
+FOR EACH ROW EXECUTE FUNCTION billing_refuse('payments are never deleted')
+""",
+    """
+CREATE TRIGGER tr_reversal_update BEFORE UPDATE ON reversal
+FOR EACH ROW EXECUTE FUNCTION billing_refuse('reversals are never edited')
+""",
+    """
+CREATE TRIGGER tr_reversal_delete BEFORE DELETE ON reversal
+FOR EACH ROW EXECUTE FUNCTION billing_refuse('reversals are never deleted')
+""",
+    """
+CREATE FUNCTION billing_check_debt() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+  IF NEW.kind = 'shortage' AND NOT EXISTS (SELECT 1 FROM reversal
+    WHERE customer_id = NEW.customer_id AND entry_seq = NEW.entry_seq AND owed = NEW.amount) THEN
+    RAISE EXCEPTION USING MESSAGE = 'tr_debt_insert: nothing is owed but what a reversal could not take',
+      ERRCODE = 'integrity_constraint_violation';
+  END IF;
+  RETURN NEW;
+END $$
+""",
+    """
+CREATE TRIGGER tr_debt_insert BEFORE INSERT ON debt
+FOR EACH ROW EXECUTE FUNCTION billing_check_debt()
+""",
+    """
+CREATE TRIGGER tr_debt_update BEFORE UPDATE ON debt
+FOR EACH ROW EXECUTE FUNCTION billing_refuse('debts are never edited')
+""",
+    """
+CREATE TRIGGER tr_debt_delete BEFORE DELETE ON debt
+FOR EACH ROW EXECUTE FUNCTION billing_refuse('debts are never deleted')
+""",
+    """
+CREATE TRIGGER tr_payment_event_update BEFORE UPDATE ON payment_event
+FOR EACH ROW EXECUTE FUNCTION billing_refuse('what was taken into account stays so')
+""",
+    """
+CREATE TRIGGER tr_payment_event_delete BEFORE DELETE ON payment_event
+FOR EACH ROW EXECUTE FUNCTION billing_refuse('what was taken into account stays so')
 """,
 )

@@ -9,12 +9,14 @@ from typing import assert_never
 from billing.commands import (
     Command,
     CreateKey,
+    Credit,
     ExpireLeases,
     Grant,
     Heartbeat,
     Outcome,
     Quote,
     Reserve,
+    Reverse,
     RevokeKey,
     RotateKey,
     SetKeyTerms,
@@ -23,6 +25,7 @@ from billing.commands import (
 from billing.core.book import Book
 from billing.core.credits import grant
 from billing.core.keys import create_key, revoke_key, rotate_key, set_key_terms
+from billing.core.payments import credit_payment, reverse_payment
 from billing.core.quotes import give_quote
 from billing.core.reservations import expire_leases, heartbeat, reserve, settle
 
@@ -42,6 +45,10 @@ def decide(book: Book, command: Command) -> Outcome:
             return heartbeat(book, command)
         case Grant():
             return grant(book, command)
+        case Credit():
+            return credit_payment(book, command)
+        case Reverse():
+            return reverse_payment(book, command)
         case CreateKey():
             return create_key(book, command)
         case RevokeKey():

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from billing.commands import NO_TERMS, CustomerId, KeyId, KeyTerms, RequestId
-from billing.money import Mils
+from billing.money import Mils, dollars
 
 MAX_REMEMBERED = 100_000
 """Wallets, keys and open reservations that the writer keeps in memory; above it, it starts over with none."""
@@ -18,6 +18,15 @@ class Wallet:
     seq: int
     balance: Mils
     created_at: float
+    credit_limit: Mils = ZERO
+    floor: Mils = ZERO
+    debt: Mils = ZERO
+    debt_seq: int | None = None
+
+    @property
+    def spendable(self) -> Mils:
+        """Nothing while there is a debt: every mil above the floor would have repaid it."""
+        return Mils(max(0, self.balance - self.floor))
 
 
 @dataclass(slots=True)
@@ -131,6 +140,60 @@ class Entry(NamedTuple):
 
 
 @dataclass(slots=True)
+class Payment:
+    source: str
+    public_id: str
+    customer_id: CustomerId
+    granted: Mils
+    credit_seq: int
+    reversed: Mils
+    reversal_seq: int | None
+    created_at: float
+    balance_after_credit: Mils
+    is_new: bool = False
+    """Made by this batch: not in the database yet."""
+
+
+class ReversalRow(NamedTuple):
+    """In the order of the table's columns."""
+
+    source: str
+    seq: int
+    prev_seq: int | None
+    prev_mils: Mils
+    to_mils: Mils
+    taken: Mils
+    owed: Mils
+    customer_id: CustomerId
+    entry_seq: int
+    public_id: str
+    ts: float
+
+
+class DebtRow(NamedTuple):
+    """In the order of the table's columns."""
+
+    customer_id: CustomerId
+    seq: int
+    prev_seq: int | None
+    prev_debt: Mils
+    amount: Mils
+    debt_after: Mils
+    kind: str
+    entry_seq: int
+    public_id: str
+    ts: float
+
+
+class PaymentEventRow(NamedTuple):
+    """In the order of the table's columns."""
+
+    event_id: str
+    source: str
+    applied_at: float
+
+
+@dataclass(slots=True)
 class Book:
     """What the writer knows, and what the batch that it decides has to write.
 
@@ -177,6 +240,17 @@ class Book:
     """Those whose lease this batch renewed; some of them may have been closed since."""
     credits: dict[str, Entry] = field(default_factory=dict)
     """Credits from outside by their public id."""
+    payments: dict[str, Payment] = field(default_factory=dict)
+    """By source."""
+    changed_payments: dict[str, Payment] = field(default_factory=dict)
+    """Made by this batch, or reversed."""
+    new_reversals: list[ReversalRow] = field(default_factory=list)
+    new_debts: list[DebtRow] = field(default_factory=list)
+    indebted_wallets: dict[CustomerId, Wallet] = field(default_factory=dict)
+    """Those whose debt this batch changed."""
+    events: set[str] = field(default_factory=set)
+    """Of the batch's events, those that are marked."""
+    new_events: list[PaymentEventRow] = field(default_factory=list)
     quotes: dict[str, QuoteRow] = field(default_factory=dict)
     new_quotes: list[QuoteRow] = field(default_factory=list)
     entries: list[Entry] = field(default_factory=list)
@@ -196,6 +270,10 @@ class Book:
             self.submission_by_key,
             self.submissions_by_payload,
             self.credits,
+            self.payments,
+            self.changed_payments,
+            self.indebted_wallets,
+            self.events,
             self.quotes,
             self.moved_wallets,
             self.new_terms,
@@ -212,6 +290,9 @@ class Book:
             self.new_reservations,
             self.settled,
             self.passing,
+            self.new_reversals,
+            self.new_debts,
+            self.new_events,
             self.new_quotes,
             self.new_budget_events,
             self.entries,
@@ -269,7 +350,7 @@ class Book:
     ) -> Entry:
         """Append one entry to the wallet's chain."""
         balance = Mils(wallet.balance + amount)
-        assert balance >= 0, f"{kind} of {amount} mils on a balance of {wallet.balance}"
+        assert amount > 0 or balance >= wallet.floor, f"{kind} of {amount} mils on a balance of {wallet.balance}"
         seq, before = wallet.seq, wallet.balance
         entry = Entry(
             wallet.customer_id,
@@ -289,3 +370,20 @@ class Book:
         wallet.seq, wallet.balance = seq + 1, balance
         self.moved_wallets[wallet.customer_id] = wallet
         return entry
+
+    def repay(self, wallet: Wallet, public_id: str) -> None:
+        """What came in under that id goes to the debt first."""
+        amount = min(wallet.debt, wallet.spendable)
+        if amount > 0:
+            detail = f"Repayment of debt · {dollars(Mils(amount))}"
+            entry = self.move(wallet, "repayment", Mils(-amount), public_id, detail)
+            self.change_debt(wallet, "repayment", Mils(-amount), entry.seq, public_id)
+
+    def change_debt(self, wallet: Wallet, kind: str, amount: Mils, entry_seq: int, public_id: str) -> None:
+        before, debt = wallet.debt, Mils(wallet.debt + amount)
+        seq = (wallet.debt_seq or 0) + 1
+        self.new_debts.append(
+            DebtRow(wallet.customer_id, seq, wallet.debt_seq, before, amount, debt, kind, entry_seq, public_id, self.ts)
+        )
+        wallet.debt, wallet.debt_seq = debt, seq
+        self.indebted_wallets[wallet.customer_id] = wallet

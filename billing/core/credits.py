@@ -24,4 +24,5 @@ def grant(book: Book, command: Grant) -> Outcome:
 def add_credit(book: Book, wallet: Wallet, amount: Mils, public_id: str, detail: str) -> Entry:
     entry = book.move(wallet, "credit", amount, public_id, detail)
     book.credits[public_id] = entry
+    book.repay(wallet, public_id)
     return entry

@@ -73,8 +73,8 @@ def reserve(book: Book, command: Reserve) -> Outcome:
     exceeded = exceeded_budget(book, key, amount) if key.has_budget else None
     if exceeded is not None:
         return exceeded
-    if amount > wallet.balance:
-        return InsufficientCredits(wallet.balance, amount)
+    if amount > wallet.spendable:
+        return InsufficientCredits(wallet.balance, amount, wallet.debt)
     if holder is not None:  # refunded in full, so the key is free for this attempt
         holder.released_at = book.ts
         if not holder.is_new:
@@ -156,6 +156,7 @@ def _close(book: Book, reservation: Reservation, frames_delivered: int, reason: 
         missing = reservation.frames - frames_delivered
         detail = f"refund · {missing} of {reservation.frames} frames not delivered" + (f" · {reason}" if reason else "")
         book.move(wallet, "refund", reservation.refunded, reservation.request_id, detail, reserved=reservation.amount)
+        book.repay(wallet, reservation.request_id)
     reservation.state = "settled"
     reservation.reason = reason
     reservation.settled_at = book.ts

@@ -10,6 +10,7 @@ from sqlalchemy import ColumnElement, Connection, and_, bindparam, func, or_, se
 from billing.commands import (
     Command,
     CreateKey,
+    Credit,
     CustomerId,
     ExpireLeases,
     Grant,
@@ -17,18 +18,30 @@ from billing.commands import (
     KeyId,
     Quote,
     Reserve,
+    Reverse,
     RevokeKey,
     RotateKey,
     SetKeyTerms,
     Settle,
 )
-from billing.core.book import Book, Entry, QuoteRow, Submission, Wallet
+from billing.core.book import Book, Entry, Payment, QuoteRow, Submission, Wallet
 from billing.core.keys import DAY_S
 from billing.core.reservations import KEY_MEMORY_S, MAX_FORGOTTEN_PER_SWEEP
 from billing.keys import initial_grant_id
 from billing.store.rows import key_of, reservation_of
 from billing.store.sql import AnyRow, ByText, by
-from billing.tables import api_key, budget_use, entry, key_terms, quote, reservation, submission, wallet
+from billing.tables import (
+    api_key,
+    budget_use,
+    entry,
+    key_terms,
+    payment,
+    payment_event,
+    quote,
+    reservation,
+    submission,
+    wallet,
+)
 
 MAX_IDS_PER_QUERY = 500
 """Longer lists are asked for in parts; both databases bound the parameters of one statement."""
@@ -88,6 +101,14 @@ _SPENT = by(
 )
 _QUOTES = by(select(quote), quote.c.quote_id)
 _CREDITS = by(select(entry).where(entry.c.kind == "credit"), entry.c.public_id)
+_credit = entry.alias("credit")
+_PAYMENTS = by(
+    select(payment, _credit.c.balance_after).join(
+        _credit, and_(_credit.c.customer_id == payment.c.customer_id, _credit.c.seq == payment.c.credit_seq)
+    ),
+    payment.c.source,
+)
+_EVENTS = by(select(payment_event.c.event_id), payment_event.c.event_id)
 _SUBMISSIONS = select(submission)
 _stands = or_(reservation.c.state == "open", reservation.c.captured > 0)
 _STANDING = select(submission).join(reservation, reservation.c.request_id == submission.c.request_id).where(_stands)
@@ -109,6 +130,8 @@ def load(connection: Connection, commands: Sequence[Command], book: Book) -> Non
     names: set[str] = set()
     credit_ids: set[str] = set()
     quote_ids: set[str] = set()
+    sources: set[str] = set()
+    event_ids: set[str] = set()
     recognised: list[Reserve] = []
     expires = changes_budgets = False
     for command in commands:
@@ -130,6 +153,14 @@ def load(connection: Connection, commands: Sequence[Command], book: Book) -> Non
             case Grant():
                 customer_ids.add(command.customer_id)
                 credit_ids.add(command.public_id)
+            case Credit():
+                customer_ids.add(command.customer_id)
+                credit_ids.add(command.public_id)
+                sources.add(command.source)
+                event_ids.update(command.events)
+            case Reverse():
+                sources.add(command.source)
+                event_ids.update(command.events)
             case CreateKey():
                 key_ids.add(command.key_id)
                 sha256s.add(command.sha256)
@@ -177,6 +208,10 @@ def load(connection: Connection, commands: Sequence[Command], book: Book) -> Non
                 book.passing.append(row.request_id)
         customer_ids.add(row.customer_id)
 
+    def add_payment(row: AnyRow) -> None:
+        book.payments[row.source] = Payment(*row)
+        customer_ids.add(row.customer_id)
+
     among(_KEYS_BY_ID, key_ids - book.keys.keys(), add_key)
     among(_KEYS_BY_SHA256, sha256s - book.key_by_sha256.keys(), add_key)
 
@@ -211,6 +246,8 @@ def load(connection: Connection, commands: Sequence[Command], book: Book) -> Non
         for row in connection.execute(_RUN_OUT, {"now": book.now}):
             add_reservation(row)
     among(_QUOTES, quote_ids, lambda row: book.quotes.update({row.quote_id: QuoteRow(*row)}))
+    among(_PAYMENTS, sources, add_payment)
+    among(_EVENTS, event_ids, lambda row: book.events.add(row.event_id))
     among(_CREDITS, credit_ids, lambda row: book.credits.update({row.public_id: Entry(*row)}))
     among(_WALLETS_BY_ID, customer_ids - book.wallets.keys(), add_wallet)
     among(_WALLETS_BY_NAME, names - book.customer_by_name.keys(), add_wallet)

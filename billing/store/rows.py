@@ -3,7 +3,7 @@
 from typing import Any
 
 from billing.commands import NO_TERMS, KeyTerms
-from billing.core.book import Key, Reservation, Submission, Wallet
+from billing.core.book import Key, Payment, Reservation, Submission, Wallet
 from billing.store.sql import AnyRow
 
 
@@ -65,7 +65,17 @@ def reservation_of(row: AnyRow) -> Reservation:
 
 
 def wallet_row(each: Wallet) -> tuple[Any, ...]:
-    return (each.customer_id, each.name, each.seq, each.balance, each.created_at)
+    return (
+        each.customer_id,
+        each.name,
+        each.seq,
+        each.balance,
+        each.created_at,
+        each.credit_limit,
+        each.floor,
+        each.debt,
+        each.debt_seq,
+    )
 
 
 def key_row(each: Key) -> tuple[Any, ...]:
@@ -139,4 +149,17 @@ def submission_row(each: Submission) -> tuple[Any, ...]:
         each.payload_sha256,
         each.created_at,
         each.released_at,
+    )
+
+
+def payment_row(each: Payment) -> tuple[Any, ...]:
+    return (
+        each.source,
+        each.public_id,
+        each.customer_id,
+        each.granted,
+        each.credit_seq,
+        each.reversed,
+        each.reversal_seq,
+        each.created_at,
     )

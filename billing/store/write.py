@@ -3,9 +3,31 @@
 from sqlalchemy import Connection
 
 from billing.core.book import Book
-from billing.store.rows import key_row, reservation_row, settlement_row, submission_row, terms_row, wallet_row
+from billing.store.rows import (
+    key_row,
+    payment_row,
+    reservation_row,
+    settlement_row,
+    submission_row,
+    terms_row,
+    wallet_row,
+)
 from billing.store.sql import delete_all, insert_all, insert_missing, update_all, upsert_all
-from billing.tables import api_key, budget_event, budget_use, entry, key_terms, quote, reservation, submission, wallet
+from billing.tables import (
+    api_key,
+    budget_event,
+    budget_use,
+    debt,
+    entry,
+    key_terms,
+    payment,
+    payment_event,
+    quote,
+    reservation,
+    reversal,
+    submission,
+    wallet,
+)
 
 _INSERT_WALLETS = insert_all(wallet)
 _INSERT_KEYS = insert_all(api_key)
@@ -15,6 +37,12 @@ _INSERT_ENTRIES = insert_all(entry)
 _INSERT_BUDGET_USES = insert_all(budget_use)
 _INSERT_QUOTES = insert_all(quote)
 _INSERT_BUDGET_EVENTS = insert_missing(budget_event)
+_INSERT_REVERSALS = insert_all(reversal)
+_INSERT_DEBTS = insert_all(debt)
+_INSERT_PAYMENTS = insert_all(payment)
+_INSERT_PAYMENT_EVENTS = insert_all(payment_event)
+_REVERSE_PAYMENTS = update_all(payment, "source", ("reversed", "reversal_seq"))
+_MOVE_INDEBTED_WALLETS = update_all(wallet, "customer_id", ("seq", "balance_mils", "debt_mils", "debt_seq"))
 _PUT_TERMS = upsert_all(key_terms, "key_id")
 _MOVE_WALLETS = update_all(wallet, "customer_id", ("seq", "balance_mils"))
 _REVOKE_KEYS = update_all(api_key, "key_id", ("revoked_at", "revoked_seq"))
@@ -55,12 +83,33 @@ def write(connection: Connection, book: Book) -> None:
     _INSERT_SUBMISSIONS(connection, [submission_row(each) for each in book.new_submissions])
     _INSERT_QUOTES(connection, book.new_quotes)  # type: ignore[arg-type]
     _INSERT_BUDGET_EVENTS(connection, book.new_budget_events)  # type: ignore[arg-type]
+    _INSERT_REVERSALS(connection, book.new_reversals)  # type: ignore[arg-type]
+    _INSERT_DEBTS(connection, book.new_debts)  # type: ignore[arg-type]
     _INSERT_ENTRIES(connection, book.entries)  # type: ignore[arg-type]
+    _write_payments(connection, book)
     _MOVE_WALLETS(
         connection,
         [
             (each.seq, each.balance, each.customer_id)
             for each in book.moved_wallets.values()
+            if each.customer_id not in new_wallets and each.customer_id not in book.indebted_wallets
+        ],
+    )
+    _MOVE_INDEBTED_WALLETS(
+        connection,
+        [
+            (each.seq, each.balance, each.debt, each.debt_seq, each.customer_id)
+            for each in book.indebted_wallets.values()
             if each.customer_id not in new_wallets
         ],
     )
+
+
+def _write_payments(connection: Connection, book: Book) -> None:
+    """After the entries: a payment points at its credit."""
+    payments = book.changed_payments.values()
+    _INSERT_PAYMENTS(connection, [payment_row(each) for each in payments if each.is_new])
+    _REVERSE_PAYMENTS(
+        connection, [(each.reversed, each.reversal_seq, each.source) for each in payments if not each.is_new]
+    )
+    _INSERT_PAYMENT_EVENTS(connection, book.new_events)  # type: ignore[arg-type]

@@ -119,7 +119,7 @@ class TestReservations:
 class TestCustomers:
     def test_a_customer_is_found_by_name_and_by_id(self, desk: Desk):
         account = desk.account(1000, name="ann")
-        record = CustomerRecord(account.customer_id, "ann", Mils(1000), 1, desk.clock.now)
+        record = CustomerRecord(account.customer_id, "ann", Mils(1000), 1, desk.clock.now, Mils(0), Mils(0), Mils(0))
         assert desk.reader.customer("ann") == record
         assert desk.reader.customer(account.customer_id) == record
         assert desk.reader.customer("bob") is None

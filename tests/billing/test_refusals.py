@@ -13,83 +13,16 @@ import pytest
 from sqlalchemy import Engine, text
 from sqlalchemy.exc import DataError, IntegrityError
 
-from billing.commands import KeyTerms, Quote, Rejected, RequestId, Reserved, RevokeKey, SetKeyTerms
+from billing.commands import Credit, KeyTerms, Quote, Rejected, RequestId, Reserved, Reverse, RevokeKey, SetKeyTerms
 from billing.database import writer
 from billing.invariants import audit
 from billing.keys import initial_grant_id
 from billing.money import Mils
 from billing.tables import billing_metadata
 from billing.triggers import POSTGRESQL, SQLITE
+from tests.billing.attacks import Attack, entry, reservation, settle, submission, wallet
+from tests.billing.attacks_on_payments import PAYMENT_ATTACKS
 from tests.billing.conftest import Clock, Databases, Desk
-
-
-class Attack(NamedTuple):
-    name: str
-    by: str
-    statements: Sequence[str]
-    only: str = ""
-    """On this kind of database only: the other has no such statement, or rounds where this one refuses."""
-
-
-def entry(
-    kind: str,
-    amount: object,
-    *,
-    customer: str = ":ann",
-    seq: object = ":next",
-    prev_seq: object = ":tail",
-    prev_balance: object = ":balance",
-    balance_after: object = None,
-    public_id: str = "'new'",
-    reserved: object = "NULL",
-    epoch: object = ":epoch",
-) -> str:
-    """An entry at the end of Ann's chain, right in all that is not said."""
-    if balance_after is None:
-        balance_after = f"{prev_balance} + ({amount})"
-    return (
-        "INSERT INTO entry (customer_id, seq, prev_seq, prev_balance, amount, balance_after, kind, public_id, reserved,"
-        f" ts, detail, epoch) VALUES ({customer}, {seq}, {prev_seq}, {prev_balance}, {amount}, {balance_after},"
-        f" '{kind}', {public_id}, {reserved}, 2000000000, '', {epoch})"
-    )
-
-
-def reservation(
-    request_id: str = "'new'",
-    *,
-    customer: str = ":ann",
-    key: str = ":ann_key",
-    frames: object = 10,
-    rate: object = 5,
-    amount: object = 50,
-    captured: object = 0,
-    refunded: object = 0,
-    state: str = "open",
-    settled: object = "NULL",
-    debit_seq: object = ":next",
-) -> str:
-    return (
-        "INSERT INTO reservation (request_id, customer_id, key_id, frames, mils_per_frame, amount, captured, refunded,"
-        f" state, lease_until, reason, created_at, debit_seq, settled_at, settled_seq) VALUES ({request_id},"
-        f" {customer}, {key}, {frames}, {rate}, {amount}, {captured}, {refunded}, '{state}', 2000000000, '', 1,"
-        f" {debit_seq}, {settled}, {settled})"
-    )
-
-
-def wallet(change: str) -> str:
-    return f"UPDATE wallet SET seq = seq + 1, balance_mils = balance_mils + ({change}) WHERE customer_id = :ann"
-
-
-def settle(request: str, captured: int, refunded: int) -> str:
-    return (
-        f"UPDATE reservation SET state = 'settled', captured = {captured}, refunded = {refunded}, settled_at = 1,"
-        f" settled_seq = 1 WHERE request_id = {request}"
-    )
-
-
-def submission(request: str = "'held'", *, key: str = "''", payload: str = "0" * 64, amount: object = 50) -> str:
-    return f"INSERT INTO submission VALUES ({request}, :ann, {amount}, {key}, '{payload}', 1, NULL)"
-
 
 TERMS = (
     "INSERT INTO key_terms (key_id, budget_id, label, models, scope, daily_budget_mils, monthly_budget_mils)"
@@ -99,7 +32,7 @@ FENCED = "tr_entry_epoch"
 REFUND = "tr_entry_refund"
 
 # Ann: credit 1000; `part`, 49 frames at 5 mils, 12 delivered; `held`, 10 frames, open; `kept`, 2 frames, delivered.
-# Bob: credit 500; `bobs`, 10 frames, open.
+# Bob: credit 500; `bobs`, 10 frames, open. Cat: see `attacks_on_payments`.
 ATTACKS = [
     # The chain.
     Attack("a sum that is wrong", "ck_entry_sum", [entry("credit", 10, balance_after=":balance + 11"), wallet("11")]),
@@ -129,7 +62,7 @@ ATTACKS = [
         "an opening with money",
         "ck_entry_kind",
         [
-            "INSERT INTO wallet VALUES ('cus_eve', 'eve', 0, 99, 1)",
+            "INSERT INTO wallet (customer_id, name, seq, balance_mils, created_at) VALUES ('cus_eve', 'eve', 0, 99, 1)",
             entry("opening", 99, customer="'cus_eve'", seq=0, prev_seq="NULL", prev_balance=0),
         ],
     ),
@@ -137,7 +70,7 @@ ATTACKS = [
         "an opening with a past",
         "ck_entry_chain",
         [
-            "INSERT INTO wallet VALUES ('cus_eve', 'eve', 0, 99, 1)",
+            "INSERT INTO wallet (customer_id, name, seq, balance_mils, created_at) VALUES ('cus_eve', 'eve', 0, 99, 1)",
             entry("opening", 0, customer="'cus_eve'", seq=0, prev_seq="NULL", prev_balance=99),
         ],
     ),
@@ -175,7 +108,7 @@ ATTACKS = [
         "a wallet without an opening",
         "fk_wallet_tail",
         [
-            "INSERT INTO wallet VALUES ('cus_eve', 'eve', 0, 0, 1)",
+            "INSERT INTO wallet (customer_id, name, seq, balance_mils, created_at) VALUES ('cus_eve', 'eve', 0, 0, 1)",
         ],
     ),
     Attack(
@@ -189,16 +122,20 @@ ATTACKS = [
         "two customers of one name",
         "uq_wallet_name",
         [
-            "INSERT INTO wallet VALUES ('cus_eve', 'ann', 0, 0, 1)",
+            "INSERT INTO wallet (customer_id, name, seq, balance_mils, created_at) VALUES ('cus_eve', 'ann', 0, 0, 1)",
             entry("opening", 0, customer="'cus_eve'", seq=0, prev_seq="NULL", prev_balance=0),
         ],
     ),
-    Attack("two wallets of one id", "pk_wallet", ["INSERT INTO wallet VALUES (:ann, 'eve', 0, 0, 1)"]),
+    Attack(
+        "two wallets of one id",
+        "pk_wallet",
+        ["INSERT INTO wallet (customer_id, name, seq, balance_mils, created_at) VALUES (:ann, 'eve', 0, 0, 1)"],
+    ),
     Attack("deleting a wallet", "fk_entry_wallet|fk_api_key_wallet", ["DELETE FROM wallet WHERE customer_id = :ann"]),
     # Debits.
     Attack(
         "spending more than there is",
-        "ck_entry_balance",
+        "tr_entry_floor",
         [
             reservation(frames=1000, amount=5000),
             entry("debit", -5000, reserved=5000),
@@ -688,10 +625,18 @@ ATTACKS = [
     Attack("an epoch before the first", "ck_writer_fence_epoch", ["INSERT INTO writer_fence VALUES (1, -1, 1)"]),
     Attack("a fence in the fence's place", "pk_writer_fence", ["INSERT INTO writer_fence VALUES (1, 99, 1)"]),
     Attack("no fence", "tr_writer_fence_delete", ["DELETE FROM writer_fence"]),
+    *PAYMENT_ATTACKS,
 ]
 
 
-IMPLIED = {"uq_api_key_customer", "uq_entry_balance", "uq_reservation_amount"}
+IMPLIED = {
+    "uq_api_key_customer",
+    "uq_entry_balance",
+    "uq_reservation_amount",
+    "uq_payment_customer",
+    "uq_reversal_to",
+    "uq_debt_after",
+}
 """Unique because a primary key inside them is; they exist for foreign keys to point at."""
 
 
@@ -723,12 +668,18 @@ def history(databases: Databases) -> Iterator[History]:
         desk.settle(RequestId("gone"), 0)
         desk.settle(RequestId("kept"), 2)
         desk.settle(RequestId("part"), 12)
+        cat = desk.account(name="cat")
+        desk.do(Credit(cat.customer_id, Mils(1000), "stripe:cat", "evt_cat", "", ("evt_cat",)))
+        desk.settle(desk.reserved(cat, 160), 160)
+        desk.do(Reverse("stripe:cat", Mils(1000), "evt_back", ""))
+        desk.do(Credit(cat.customer_id, Mils(300), "stripe:cat2", "evt_cat2", ""))
         tail, before_tail = desk.reader.transactions(ann.customer_id, 2)
         yield History(
             engine,
             {
                 "ann": ann.customer_id,
                 "bob": bob.customer_id,
+                "cat": cat.customer_id,
                 "ann_key": ann.key.key_id,
                 "bob_key": bob.key.key_id,
                 "revoked_key": revoked.key.key_id,
