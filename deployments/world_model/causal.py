@@ -130,11 +130,9 @@ def _forward(
     for index, (block, text) in enumerate(zip(dit.blocks, context, strict=True)):
         assert isinstance(block, Block)
         shift, scale, gate = modulation(block.adaln_modulation_self_attn, embedding_BTD, shared_BT3D, 3, x_BTSD.dtype)
-        x_BTSD = x_BTSD + gate * _self_attention(block.self_attn, index, modulate(x_BTSD, shift, scale), attend)
-        shift, scale, gate = modulation(block.adaln_modulation_cross_attn, embedding_BTD, shared_BT3D, 3, x_BTSD.dtype)
-        x_BTSD = x_BTSD + gate * block.cross_attn.attend(modulate(x_BTSD, shift, scale), *text)
-        shift, scale, gate = modulation(block.adaln_modulation_mlp, embedding_BTD, shared_BT3D, 3, x_BTSD.dtype)
-        x_BTSD = x_BTSD + gate * block.mlp(modulate(x_BTSD, shift, scale))
+        attended = _self_attention(block.self_attn, index, modulate(x_BTSD, shift, scale), attend)
+        x_BTSD = torch.addcmul(x_BTSD, gate, attended)
+        x_BTSD = block.after_attention(x_BTSD, embedding_BTD, shared_BT3D, text)
     patches_BTSP = dit.final_layer(x_BTSD, embedding_BTD, shared_BT3D)
     out = unpatchify(patches_BTSP.view(batch, frames, height // patch, width // patch, -1), patch).to(x_BCTHW.dtype)
     if config.sampler.prediction == "clean":
@@ -228,8 +226,8 @@ class Session:
     @torch.inference_mode()
     def decoded(self, latents_BCHW: Tensor) -> Frames:
         """The pixel frames (B, n, H, W, 3) of a latent frame that is not a stream's first."""
-        # The tokenizer codes each latent frame by itself, so anything may stand for the start frame, which is dropped.
-        return to_uint8(self.model.tokenizer.decode(torch.stack((latents_BCHW, latents_BCHW), dim=2)))[:, 1:]
+        # The tokenizer codes each latent frame by itself, so anything may stand for the one before.
+        return to_uint8(self.model.tokenizer.decode_rest(torch.stack((latents_BCHW, latents_BCHW), dim=2)))
 
     @torch.inference_mode()
     def imagine(self, actions: Sequence[FloatArray]) -> Tensor:

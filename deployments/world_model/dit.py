@@ -171,12 +171,21 @@ class Block(nn.Module):
     def forward(self, x_BTSD: Tensor, embedding_BTD: Tensor, shared_BT3D: Tensor, tables: tuple[Tensor, Tensor],
                 text: tuple[Tensor, Tensor]) -> Tensor:  # fmt: skip
         shift, scale, gate = modulation(self.adaln_modulation_self_attn, embedding_BTD, shared_BT3D, 3, x_BTSD.dtype)
-        x_BTSD = x_BTSD + gate * self.self_attn(modulate(x_BTSD, shift, scale), tables)
+        x_BTSD = torch.addcmul(x_BTSD, gate, self.self_attn(modulate(x_BTSD, shift, scale), tables))
+        return self.after_attention(x_BTSD, embedding_BTD, shared_BT3D, text)
+
+    def after_attention(
+        self, x_BTSD: Tensor, embedding_BTD: Tensor, shared_BT3D: Tensor, text: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """The branches in which a token sees no other: text and MLP."""
         shift, scale, gate = modulation(self.adaln_modulation_cross_attn, embedding_BTD, shared_BT3D, 3, x_BTSD.dtype)
-        x_BTSD = x_BTSD + gate * self.cross_attn.attend(modulate(x_BTSD, shift, scale), *text)
+        value_1Lhd = text[1]
+        if value_1Lhd.shape[1] == 1:  # a single key has all the weight, whatever the query
+            x_BTSD = x_BTSD + gate * self.cross_attn.output_proj(value_1Lhd.flatten(2))
+        else:
+            x_BTSD = torch.addcmul(x_BTSD, gate, self.cross_attn.attend(modulate(x_BTSD, shift, scale), *text))
         shift, scale, gate = modulation(self.adaln_modulation_mlp, embedding_BTD, shared_BT3D, 3, x_BTSD.dtype)
-        out_BTSD: Tensor = x_BTSD + gate * self.mlp(modulate(x_BTSD, shift, scale))
-        return out_BTSD
+        return torch.addcmul(x_BTSD, gate, self.mlp(modulate(x_BTSD, shift, scale)))
 
 
 class Attention(nn.Module):
@@ -203,9 +212,6 @@ class Attention(nn.Module):
 
     def attend(self, x_BTSD: Tensor, k_1Lhd: Tensor, v_1Lhd: Tensor) -> Tensor:
         """Attention to keys and values computed beforehand, the same for every row."""
-        if v_1Lhd.shape[1] == 1:  # a single key has all the weight, whatever the query
-            value: Tensor = self.output_proj(v_1Lhd.flatten(2))
-            return value[:, None].expand_as(x_BTSD)
         batch = x_BTSD.shape[0]
         q_BNhd = self.q_norm(self._heads(self.q_proj(x_BTSD.flatten(1, 2))))
         out_BNhd = attention(q_BNhd, k_1Lhd.expand(batch, -1, -1, -1), v_1Lhd.expand(batch, -1, -1, -1))
@@ -278,4 +284,4 @@ def linear_float32(layer: nn.Module, x: Tensor) -> Tensor:
 
 def modulate(x_BTSD: Tensor, shift_BT1D: Tensor, scale_BT1D: Tensor) -> Tensor:
     normed = functional.layer_norm(x_BTSD, x_BTSD.shape[-1:], eps=NORM_EPS)
-    return normed * (1 + scale_BT1D) + shift_BT1D
+    return torch.addcmul(shift_BT1D, normed, 1 + scale_BT1D)

@@ -163,9 +163,9 @@ class WorldModel:
         finite = torch.isfinite(latents_BCTHW).flatten(1).all(dim=1).tolist()
         if not all(finite):
             raise WorldModelError(f"row {finite.index(False)} of {len(rows)} ended in latents that are not finite")
-        frames = to_uint8(self.tokenizer.decode(latents_BCTHW))
-        # Frame 0 is the tokenizer's copy of the start frame, which the caller has.
-        return [video[1 : 1 + len(row.chunk_input.actions)] for video, row in zip(frames, rows, strict=True)]
+        videos = self.tokenizer.decode_rest(latents_BCTHW)  # the caller has the start frame
+        # Row by row: what it takes then stays in a CPU's cache.
+        return [to_uint8(video)[: len(row.chunk_input.actions)] for video, row in zip(videos, rows, strict=True)]
 
     def generate(self, inputs: Sequence[ChunkInput]) -> list[Frames]:
         """Start, step until all are done, finish."""
@@ -281,8 +281,8 @@ def from_uint8(frames_BFHWC: Frames, device: torch.device, dtype: torch.dtype) -
     return torch.from_numpy(frames_BFHWC).to(device).permute(0, 4, 1, 2, 3).to(dtype) / 127.5 - 1
 
 
-def to_uint8(video_B3FHW: Tensor) -> Frames:
-    """Floats in [-1, 1], clamped, to uint8 (B, F, H, W, 3)."""
-    levels = ((video_B3FHW.float().clamp(-1, 1) + 1) * 127.5).round()
-    frames: Frames = levels.to(torch.uint8).permute(0, 2, 3, 4, 1).cpu().numpy()
+def to_uint8(video_3FHW: Tensor) -> Frames:
+    """Floats in [-1, 1] (..., 3, F, H, W), clamped, to uint8 (..., F, H, W, 3)."""
+    levels = video_3FHW.float().clamp(-1, 1).add_(1).mul_(127.5).round_()
+    frames: Frames = levels.to(torch.uint8).movedim(-4, -1).cpu().numpy()
     return frames

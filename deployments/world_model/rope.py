@@ -43,4 +43,4 @@ def rotate(x_BNHD: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     cos_N1D, sin_N1D = tables
     x = x_BNHD.float()
     first, second = x.chunk(2, dim=-1)
-    return (x * cos_N1D + torch.cat((-second, first), dim=-1) * sin_N1D).to(x_BNHD.dtype)
+    return torch.addcmul(x * cos_N1D, torch.cat((-second, first), dim=-1), sin_N1D).to(x_BNHD.dtype)

@@ -120,9 +120,11 @@ def _log_snr(sigma: float) -> float:
 
 
 def _combine(weights_BK: np.ndarray, *terms: Tensor) -> Tensor:
+    """The weighted sum, without the terms that no row needs: on a CPU, a pass over memory each."""
     columns = torch.as_tensor(weights_BK, dtype=terms[0].dtype, device=terms[0].device)
     shape = (-1,) + (1,) * (terms[0].ndim - 1)
-    out = columns[:, 0].view(shape) * terms[0]
-    for k, term in enumerate(terms[1:], start=1):
-        out = out + columns[:, k].view(shape) * term
+    needed = [k for k in range(len(terms)) if weights_BK[:, k].any()]
+    out = columns[:, needed[0]].view(shape) * terms[needed[0]]
+    for k in needed[1:]:
+        out = torch.addcmul(out, columns[:, k].view(shape), terms[k])
     return out

@@ -28,6 +28,9 @@ class Tokenizer(Protocol):
     def decode(self, latents_BZThw: Tensor) -> Tensor:
         """Pixels (B, 3, F, H, W), not clamped."""
 
+    def decode_rest(self, latents_BZThw: Tensor) -> Tensor:
+        """As `decode`, without the first frame: (B, 3, F - 1, H, W). What a chunk adds to its start frame."""
+
 
 def build_tokenizer(config: WorldModelConfig) -> PatchTokenizer | WanTokenizer:
     """The tokenizer that the configuration names, randomly initialised."""
@@ -82,15 +85,21 @@ class PatchTokenizer(nn.Module):
         return latents.view(batch, -1, *latents.shape[1:]).transpose(1, 2)
 
     def decode(self, latents_BZThw: Tensor) -> Tensor:
+        grid_BThwD = self._decoded_grid(latents_BZThw)
+        first = self._pixels(self.first_out(grid_BThwD[:, :1]), 1)
+        if latents_BZThw.shape[2] == 1:
+            return first
+        return torch.cat((first, self._pixels(self.group_out(grid_BThwD[:, 1:]), self.group)), dim=2)
+
+    def decode_rest(self, latents_BZThw: Tensor) -> Tensor:
+        return self._pixels(self.group_out(self._decoded_grid(latents_BZThw[:, :, 1:])), self.group)
+
+    def _decoded_grid(self, latents_BZThw: Tensor) -> Tensor:
+        """(B, T, h, w, D), each latent frame by itself."""
         batch, _, frames = latents_BZThw.shape[:3]
         latents = latents_BZThw.transpose(1, 2).flatten(0, 1).contiguous(memory_format=torch.channels_last)
-        grid = self.decoder(self.from_latents(latents)).permute(0, 2, 3, 1)
-        grid_BThwD = grid.reshape(batch, frames, *grid.shape[1:])
-        first = self._pixels(self.first_out(grid_BThwD[:, :1]), 1)
-        if frames == 1:
-            return first.permute(0, 4, 1, 2, 3)
-        rest = self._pixels(self.group_out(grid_BThwD[:, 1:]), self.group)
-        return torch.cat((first, rest), dim=1).permute(0, 4, 1, 2, 3)
+        grid: Tensor = self.decoder(self.from_latents(latents)).permute(0, 2, 3, 1)
+        return grid.reshape(batch, frames, *grid.shape[1:])
 
     def _patches(self, video_B3FHW: Tensor, group: int) -> Tensor:
         """(B, T, h, w, group * p * p * 3), with `group` frames to a latent frame."""
@@ -101,11 +110,12 @@ class PatchTokenizer(nn.Module):
         return split.permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(4)
 
     def _pixels(self, patches_BThwP: Tensor, group: int) -> Tensor:
-        """(B, F, H, W, 3), undoing `_patches`."""
+        """(B, 3, F, H, W), undoing `_patches`."""
         batch, frames, height, width, _ = patches_BThwP.shape
         p = self.patch
         split = patches_BThwP.view(batch, frames, height, width, group, p, p, 3)
-        return split.permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(batch, frames * group, height * p, width * p, 3)
+        pixels_BFHW3 = split.permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(batch, frames * group, height * p, width * p, 3)
+        return pixels_BFHW3.permute(0, 4, 1, 2, 3)
 
     @torch.no_grad()
     def update_statistics(self, raw_BZThw: Tensor, momentum: float = STATISTICS_MOMENTUM) -> None:

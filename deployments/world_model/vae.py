@@ -61,6 +61,10 @@ class WanTokenizer(nn.Module):
         stream = Stream()
         return torch.cat([self.decode_next(piece, stream) for piece in torch.split(latents_BZThw, 1, dim=2)], dim=2)
 
+    def decode_rest(self, latents_BZThw: Tensor) -> Tensor:
+        """As `decode`, which needs the first frame to go on from, without it."""
+        return self.decode(latents_BZThw)[:, :, 1:]
+
     def encode_next(self, video_B3FHW: Tensor, stream: Stream) -> Tensor:
         """The latents of the next frames of a video: at its start 1 + 4n frames, after that 4n."""
         moments = self.conv1(self.encoder(video_B3FHW.to(self.conv1.weight.dtype), stream), stream)

@@ -34,6 +34,11 @@ def test_no_latent_frame_sees_later_frames(tokenizer: PatchTokenizer) -> None:
     torch.testing.assert_close(tokenizer.encode(whole[:, :, :9]), tokenizer.encode(whole)[:, :, :3])
 
 
+def test_what_a_chunk_adds_decodes_as_it_does_after_the_first_frame(tokenizer: PatchTokenizer) -> None:
+    latents = tokenizer.encode(video(13))
+    torch.testing.assert_close(tokenizer.decode_rest(latents), tokenizer.decode(latents)[:, :, 1:])
+
+
 def test_frames_decode_in_the_order_they_were_encoded(shipped_model: WorldModel) -> None:
     """An agent that crosses the table at full speed is read off each decoded frame where it was."""
     start = pusher.PusherState(*(np.array([at], np.float32) for at in ((10, 16), (32, 50), (10, 50))))

@@ -79,6 +79,7 @@ def test_decoding_in_pieces_equals_decoding_whole(tokenizer: WanTokenizer, piece
     whole = tokenizer.decode_next(latents, Stream())
     assert_same(torch.cat([tokenizer.decode_next(p, stream) for p in latents.split(pieces, dim=2)], dim=2), whole)
     assert_same(tokenizer.decode(latents), whole)
+    assert_same(tokenizer.decode_rest(latents), whole[:, :, 1:])
 
 
 @pytest.mark.parametrize("pieces", [[1, 4, 4, 4], [1, 12], [5, 8], [9, 4]], ids=str)
