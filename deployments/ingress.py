@@ -5,15 +5,13 @@ Every way out after the reservation ends in a settlement: all frames delivered, 
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import Mapping
 
 import structlog
 from sqlalchemy.exc import DBAPIError
 
 from billing.commands import (
     BudgetExceeded,
-    CustomerId,
     ExpireLeases,
     Heartbeat,
     IdempotencyConflict,
@@ -34,7 +32,6 @@ from billing.commands import (
 from billing.keys import mint_quote_id
 from billing.money import Mils
 from billing.reader import LedgerReader, ReservationRecord
-from deployments.chunk_loop import ChunkPlan, finished_chunks
 from deployments.errors import (
     BudgetUsedUp,
     CreditsInsufficient,
@@ -48,14 +45,14 @@ from deployments.errors import (
     QuoteNotAccepted,
     ResultExpired,
 )
+from deployments.gather import roll_out
 from deployments.ledger_client import LedgerClient
-from deployments.messages import Actions, RolloutRequest, RolloutResult, TicketTerms
-from deployments.model_client import ChunkTiming, ModelClient
+from deployments.messages import RolloutRequest, RolloutResult, TicketTerms
+from deployments.model_client import ModelClient
 from deployments.pricing import list_price
 from deployments.results import ResultStore
 from deployments.status import Outcome, Sample
 from deployments.status_client import StatusClient
-from deployments.video import join_chunks
 
 REFUND_WAIT_S = 15.0
 """How long the answer to a failure waits for its refund; the refund itself is tried for longer."""
@@ -200,24 +197,30 @@ class Ingress:
 
     async def _run(self, request: RolloutRequest, reserved: Reserved, lasting: bool, started: float) -> RolloutResult:
         try:
-            videos, timings = await self._roll_out(request, reserved.customer_id, started)
+            left_s = None if request.deadline_s is None else request.deadline_s - (time.perf_counter() - started)
+            terms = TicketTerms(reserved.customer_id, request.service_class, left_s)
+            gathered = await roll_out(self._models[request.model], request, terms)
+            num_frames = sum(gathered.candidate_frames)
             result = RolloutResult(
                 request_id=request.request_id,
                 model=request.model,
-                videos=videos,
+                videos=gathered.outputs,
                 created_at=time.time(),
-                num_frames=request.num_frames,
-                cost_mils=reserved.amount_mils,
-                queue_ms=sum(timing.queue_ms for timing in timings),
-                infer_ms=sum(timing.infer_ms for timing in timings),
+                num_frames=num_frames,
+                cost_mils=Mils(reserved.amount_mils // request.num_frames * num_frames),
+                queue_ms=gathered.queue_ms,
+                infer_ms=gathered.infer_ms,
                 total_ms=(time.perf_counter() - started) * 1e3,
+                candidate_frames=gathered.candidate_frames,
+                distances=gathered.distances,
+                closeness=gathered.closeness,
             )
             await asyncio.to_thread(self._results.put, result, lasting)
         except BaseException as failure:
             await self._refund(request, failure)
             raise
         # No await from here on: the frames exist, so nothing may come between them and their caller.
-        self._settle_later(request)
+        self._settle_later(request, num_frames, "pruned" if num_frames < request.num_frames else "")
         self._report(request, "succeeded", result)
         return result
 
@@ -291,31 +294,6 @@ class Ingress:
                 raise BudgetUsedUp(limit_mils, spent_mils, price, period, resets_at)
         raise AssertionError(f"the ledger answered a reservation with {outcome}")
 
-    async def _roll_out(
-        self, request: RolloutRequest, customer_id: CustomerId, started: float
-    ) -> tuple[tuple[bytes, ...], list[ChunkTiming]]:
-        """Chunk after chunk, each for all candidates that still have actions; then one mp4 per candidate."""
-        model = self._models[request.model]
-        left_s = None if request.deadline_s is None else request.deadline_s - (time.perf_counter() - started)
-        plan = ChunkPlan(
-            name=request.request_id,
-            start_frame=request.start_frame,
-            candidates=request.candidates,
-            seed=request.seed,
-            num_steps=request.num_steps,
-            guidance=request.guidance,
-            terms=TicketTerms(customer_id, request.service_class, left_s),
-        )
-        clips: list[list[bytes]] = [[] for _ in request.candidates]
-        timings = []
-        async with aclosing(finished_chunks(model, plan)) as chunks:
-            async for chunk in chunks:
-                timings.append(chunk.timing)
-                for candidate, outcome in chunk.outcomes.items():
-                    clips[candidate].append(outcome.video)
-        videos = await asyncio.to_thread(_join_all, clips, request.candidates, model.spec.fps)
-        return videos, timings
-
     async def _refund(self, request: RolloutRequest, failure: BaseException) -> None:
         """A failure is answered only once its refund is durable; a client that left is not waited for."""
         left = isinstance(failure, asyncio.CancelledError)
@@ -382,7 +360,3 @@ class Ingress:
             except LedgerUnavailable:
                 log.warning("heartbeat_missed", reservations=len(self._open))
             await asyncio.sleep(HEARTBEAT_EVERY_S)
-
-
-def _join_all(clips: list[list[bytes]], candidates: Sequence[Actions], fps: int) -> tuple[bytes, ...]:
-    return tuple(join_chunks(clip, fps, 1 + len(actions)) for clip, actions in zip(clips, candidates, strict=True))

@@ -12,7 +12,7 @@ from fastapi import Depends, FastAPI
 from serve_app import errors
 from serve_app.context import Services, authenticate, check_base
 from serve_app.middleware import RequestEnvelope
-from serve_app.routes import billing, catalog, predict, rollouts, status
+from serve_app.routes import billing, catalog, frames, predict, rollouts, status
 from serve_app.schemas import ErrorBody
 
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
@@ -46,6 +46,7 @@ def create_api(parts: Services) -> FastAPI:
             (billing.router, [Depends(authenticate), *known]),
             (rollouts.paid, []),
             (predict.paid, []),
+            (frames.router, known),
             (rollouts.router, known),
         ):
             api.include_router(router, prefix=base, include_in_schema=in_schema, dependencies=first, responses=ERRORS)
@@ -57,7 +58,7 @@ def create_api(parts: Services) -> FastAPI:
 async def _sweep_results(parts: Services) -> None:
     while True:
         try:
-            swept = await asyncio.to_thread(parts.results.sweep)
+            swept = await asyncio.to_thread(parts.results.sweep) + await asyncio.to_thread(parts.frames.sweep)
         except Exception as error:  # each object store has its own; the next sweep may do better
             log.warning("results_not_swept", error=type(error).__name__)
         else:

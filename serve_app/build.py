@@ -15,6 +15,8 @@ from ray.serve.handle import DeploymentHandle
 from billing.database import open_database
 from billing.reader import LedgerReader
 from deployments import actors, ledger_client
+from deployments.file_groups import open_file_groups
+from deployments.frame_store import FrameStore
 from deployments.ingress import Ingress
 from deployments.ledger_audits import AuditsClient
 from deployments.logs import configure_logs
@@ -83,6 +85,7 @@ class Gateway:
                 reader=reader,
                 buckets=TokenBuckets(time.monotonic, share=1 / args.ingress_replicas),
                 results=results,
+                frames=FrameStore(open_file_groups(args.results)),
                 signer=LinkSigner(load_secret(args.data_dir / "link-secret")),
                 status=status,
                 audits=AuditsClient(ledger_actor),

@@ -14,6 +14,7 @@ from sqlalchemy.exc import DBAPIError
 from billing.keys import is_token_shaped, token_sha256
 from billing.reader import KeyRecord, LedgerReader
 from deployments.errors import LedgerUnavailable
+from deployments.frame_store import FrameStore
 from deployments.ingress import Ingress
 from deployments.ledger_audits import AuditsClient
 from deployments.messages import ModelSpec
@@ -47,6 +48,7 @@ class Services:
     reader: LedgerReader
     buckets: TokenBuckets
     results: ResultStore
+    frames: FrameStore
     signer: LinkSigner
     status: StatusClient
     audits: AuditsClient

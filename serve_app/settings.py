@@ -83,6 +83,8 @@ class Limits(BaseModel):
     max_actions: int = 1200
     """Actions in one rollout."""
     max_candidates: int = 64
+    max_raw_bytes: int = 128 * 2**20
+    """Raw frames in one answer."""
     max_queued_rows: int = 256
     """Rows that wait for one model before requests are answered 503."""
     queue_timeout_s: float = 60.0
@@ -181,7 +183,7 @@ class Settings(BaseSettings):
             data_dir=self.data_dir.resolve(),
             database_url=self.ledger_url,
             default_model=self.default_model,
-            lpips_weights=self.lpips_weights,
+            lpips_weights=self._absolute(self.lpips_weights),
             lpips_sha256=self.lpips_sha256,
             public_url=self.public_url,
             results_url=self.results_url if "://" in self.results_url else self._absolute(self.results_url),

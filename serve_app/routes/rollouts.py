@@ -14,7 +14,7 @@ from deployments.messages import ModelSpec, RolloutRequest
 from serve_app.context import ActiveSlug, Caller, Parts, Services, authenticate
 from serve_app.errors import ApiError, Forbidden, Gone, InvalidRequest, ModelRefused, NotFound
 from serve_app.forms import read_form, validate
-from serve_app.routes.answers import MP4, result_headers
+from serve_app.routes.answers import MP4, result_headers, scores_of
 from serve_app.routes.inputs import FILE, Inputs, assemble, multipart
 from serve_app.routes.quotes import PROVIDER, DryRun, estimate
 from serve_app.schemas import Estimate, RolloutEnvelope, RolloutMetadata, RolloutParams
@@ -31,7 +31,11 @@ paid = APIRouter(tags=["rollouts"], dependencies=[Depends(authenticate)])
 @paid.post(
     "/v1/rollouts",
     openapi_extra=multipart(
-        ["start_frame", "actions", "params"], start_frame=FILE, actions=FILE, params={"type": "string"}
+        ["start_frame", "actions", "params"],
+        start_frame=FILE,
+        actions=FILE,
+        ground_truth=FILE,
+        params={"type": "string"},
     ),
 )
 async def create_rollout(
@@ -61,6 +65,7 @@ async def create_rollout(
         frames=result.num_frames,
         resolution=parts.models[result.model].spec.resolution,
         engine_wall_ms=round(result.infer_ms, 3),
+        **scores_of(result),
         cost_usd=cost_usd,
         video_url=_video_url(request, parts, rollout_id, expires_at),
         video_url_expires_at=expires_at,
@@ -98,17 +103,21 @@ async def _read_rollout(
 ) -> tuple[RolloutRequest, bool]:
     """The validated request of `POST /v1/rollouts`, and whether its start frame had to be resized."""
     form = await read_form(request, 8, parts.args.limits.body_timeout_s)
-    form.only(files=("start_frame", "actions"), fields=("params",))
+    form.only(files=("start_frame", "actions", "ground_truth"), fields=("params",))
     params = validate(RolloutParams, form.field("params"), "params")
     model = _named_model(request, parts, active, params.model)
     if params.mode == "async":
         raise InvalidRequest("params.mode", "async rollouts are not offered by this version; sync is accepted")
     if params.webhook_url is not None:
         raise InvalidRequest("params.webhook_url", "webhooks are not offered by this version; nothing was run")
-    if params.score:
-        raise InvalidRequest("params.score", "scores are not offered by this version; false is accepted")
-    inputs = Inputs("start_frame", form.file("start_frame"), [form.file("actions")], params.actions_format)
-    return await assemble(request, parts, caller, model, inputs, params, "params.num_steps")
+    inputs = Inputs(
+        "start_frame",
+        form.file("start_frame"),
+        [form.file("actions")],
+        params.actions_format,
+        ground_truth=form.optional_file("ground_truth"),
+    )
+    return await assemble(request, parts, caller, model, inputs, params, "params.")
 
 
 def _named_model(request: Request, parts: Services, active: str, slug: str) -> ModelSpec:

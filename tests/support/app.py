@@ -27,6 +27,8 @@ from billing.reader import LedgerReader
 from billing.writer import LedgerWriter
 from deployments.engine import Engine
 from deployments.errors import DeadlinePassed
+from deployments.file_groups import open_file_groups
+from deployments.frame_store import FrameStore
 from deployments.ingress import Ingress
 from deployments.ledger_audits import AuditsClient
 from deployments.ledger_client import LedgerClient
@@ -207,6 +209,7 @@ async def running_app(
             reader=ledger.reader,
             buckets=TokenBuckets(time.monotonic),
             results=results,
+            frames=FrameStore(open_file_groups(str(data_dir / "results"))),
             signer=LinkSigner(b"0" * 32),
             status=status,
             audits=AuditsClient(LocalActor(ledger_call)),
