@@ -289,9 +289,8 @@ class Ingress:
                 raise KeyNotAllowed(reason)
             case QuoteRefused(reason):
                 raise QuoteNotAccepted(reason)
-            case BudgetExceeded(limit_mils, spent_mils, period, resets_at):
-                price = Mils(request.num_frames * self._models[request.model].spec.mils_per_frame)
-                raise BudgetUsedUp(limit_mils, spent_mils, price, period, resets_at)
+            case BudgetExceeded(limit_mils, spent_mils, period, resets_at, requested_mils):
+                raise BudgetUsedUp(limit_mils, spent_mils, requested_mils, period, resets_at)
         raise AssertionError(f"the ledger answered a reservation with {outcome}")
 
     async def _refund(self, request: RolloutRequest, failure: BaseException) -> None:
