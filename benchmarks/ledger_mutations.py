@@ -62,11 +62,11 @@ EDITS = {
         "billing.core.reservations", "[holder] if holder is not None else []", "[]", "test_idempotency.py"
     ),
     "de-duplication window": Edit(
-        "billing.core.reservations", "each.created_at >= since", "False", "test_idempotency.py"
+        "billing.core.reservations", "each.settled_at >= since", "False", "test_idempotency.py"
     ),
     "window's end": Edit(
         "billing.core.reservations",
-        "command.dedupe_window_s and each.created_at >= since",
+        "each.settled_at is None or each.settled_at >= since",
         "True",
         "test_idempotency.py",
     ),

@@ -126,7 +126,8 @@ class Database:
             for request_id, submission in self.submissions.items():
                 if submission.created_at > book.now - KEY_MEMORY_S:
                     break  # they are in the order in which they were made
-                if self.reservations[request_id].state == "settled":
+                row = self.reservations[request_id]
+                if row.settled_at is not None and row.settled_at <= book.now - KEY_MEMORY_S:
                     book.add_submission(copy.copy(submission))
         request_ids.update(book.submissions)
         for request_id in sorted(request_ids - book.reservations.keys()):

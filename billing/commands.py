@@ -47,7 +47,10 @@ class Reserve:
     payload_sha256: str = ""
     """Hex digest of all that makes two requests the same work; needed with a key or a window, else optional."""
     dedupe_window_s: float = 0.0
-    """Without a key, how far back the same payload of the same customer counts as this request sent again."""
+    """Without a key, for how long after its settlement the same payload of the same customer is the same request.
+
+    While that is open it always is, if a window is given at all.
+    """
     model: str = ""
     """Compared with the models that the key may use."""
     quote_id: str = ""
@@ -109,6 +112,7 @@ class BudgetExceeded:
     spent_mils: Mils
     period: Literal["day", "month"]
     resets_at: float
+    requested_mils: Mils
 
 
 @dataclass(frozen=True, slots=True)

@@ -234,7 +234,7 @@ class LedgerReader:
         """The newest entries first, at least 1 and at most `MAX_TRANSACTIONS`; the opening entry is not one of them."""
         at_most = max(1, min(limit, MAX_TRANSACTIONS))
         rows = self._all(_TRANSACTIONS, customer_id=customer_id, at_most=at_most)
-        return [EntryRecord(row.seq, row.public_id, row.ts, SHOWN_AS[row.kind], *row[4:]) for row in rows]
+        return [shown(row) for row in rows]
 
     def keys(self) -> list[KeySummary]:
         """Every key, revoked ones too, in the order in which they were made."""
@@ -263,6 +263,11 @@ class LedgerReader:
     def _all(self, statement: Any, **parameters: object) -> list[AnyRow]:
         with self._engine.connect() as connection:
             return list(connection.execute(statement, parameters))
+
+
+def shown(row: AnyRow) -> EntryRecord:
+    """From a row in the order of `EntryRecord`'s fields."""
+    return EntryRecord(row.seq, row.public_id, row.ts, SHOWN_AS[row.kind], *row[4:])
 
 
 def _summary(row: AnyRow) -> KeySummary:

@@ -12,7 +12,7 @@ from sqlalchemy import Connection, Engine, func, select
 from billing.commands import CustomerId
 from billing.errors import UnknownWallet
 from billing.money import Mils
-from billing.reader import EntryRecord
+from billing.reader import SHOWN_AS, EntryKind, EntryRecord, shown
 from billing.tables import entry, wallet
 
 
@@ -105,7 +105,7 @@ class StatementReader:
             .limit(limit)
         )
         with self._engine.connect() as connection:
-            return [EntryRecord(*row) for row in connection.execute(statement)]
+            return [shown(row) for row in connection.execute(statement)]
 
 
 def _last_before(connection: Connection, customer_id: CustomerId, last: int, ts: float) -> int:
@@ -129,13 +129,14 @@ def _entry(connection: Connection, customer_id: CustomerId, seq: int) -> Any:
 
 
 def _statement(connection: Connection, customer_id: CustomerId, month: Month, from_seq: int, to_seq: int) -> Statement:
-    totals = dict.fromkeys(("credit", "debit", "refund"), 0)
+    totals: dict[EntryKind, int] = {"credit": 0, "debit": 0, "refund": 0}
     sums = (
         select(entry.c.kind, func.sum(entry.c.amount))
         .where(entry.c.customer_id == customer_id, entry.c.seq > from_seq, entry.c.seq <= to_seq)
         .group_by(entry.c.kind)
     )
-    totals |= {kind: int(total) for kind, total in connection.execute(sums)}
+    for kind, total in connection.execute(sums):
+        totals[SHOWN_AS[kind]] += int(total)
     return Statement(
         month=month,
         from_seq=from_seq,

@@ -170,12 +170,6 @@ BEGIN SELECT RAISE(ABORT, 'tr_payment_event_update: what was taken into account 
 CREATE TRIGGER tr_payment_event_delete BEFORE DELETE ON payment_event
 BEGIN SELECT RAISE(ABORT, 'tr_payment_event_delete: what was taken into account stays so'); END
 """,
-    """
-CREATE TRIGGER tr_rollout_job_update BEFORE UPDATE ON rollout_job
-WHEN OLD.finished_at IS NOT NULL OR NEW.request_id <> OLD.request_id OR NEW.customer_id <> OLD.customer_id
-  OR NEW.amount <> OLD.amount OR NEW.frames <> OLD.frames
-BEGIN SELECT RAISE(ABORT, 'tr_rollout_job_update: a job ends once and never becomes another'); END
-""",
 )
 
 POSTGRESQL = (
@@ -396,11 +390,5 @@ FOR EACH ROW EXECUTE FUNCTION billing_refuse('what was taken into account stays 
     """
 CREATE TRIGGER tr_payment_event_delete BEFORE DELETE ON payment_event
 FOR EACH ROW EXECUTE FUNCTION billing_refuse('what was taken into account stays so')
-""",
-    """
-CREATE TRIGGER tr_rollout_job_update BEFORE UPDATE ON rollout_job FOR EACH ROW
-WHEN (OLD.finished_at IS NOT NULL OR NEW.request_id <> OLD.request_id OR NEW.customer_id <> OLD.customer_id
-  OR NEW.amount <> OLD.amount OR NEW.frames <> OLD.frames)
-EXECUTE FUNCTION billing_refuse('a job ends once and never becomes another')
 """,
 )

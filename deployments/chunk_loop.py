@@ -5,13 +5,24 @@ runs ahead of its reader: who reads slowly, or stops, leaves the rest ungenerate
 """
 
 import time
-from collections.abc import AsyncGenerator, Callable, Collection, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 
 import structlog
 
 from deployments.errors import EngineFailed
-from deployments.messages import NO_TERMS, Actions, ChunkDone, ChunkFailed, ChunkRow, Frame, TicketTerms
+from deployments.messages import (
+    NO_TERMS,
+    Actions,
+    ChunkDone,
+    ChunkFailed,
+    ChunkForm,
+    ChunkRow,
+    Frame,
+    Frames,
+    Goal,
+    TicketTerms,
+)
 from deployments.model_client import ChunkTiming, ModelClient
 
 log = structlog.get_logger(__name__)
@@ -30,6 +41,8 @@ class ChunkPlan:
     guidance: float
     first_chunk: int = 0
     """Chunks that were generated before this plan from the same seed; it goes on with their numbers."""
+    form: ChunkForm = "h264"
+    goal: Goal | None = None
     terms: TicketTerms = NO_TERMS
     """For whom it runs; a deadline counts from its start, and the chunks left are counted here."""
 
@@ -44,10 +57,20 @@ class FinishedChunk:
 
 Survivors = Callable[[FinishedChunk], Collection[int]]
 """Which candidates go on after a chunk; the others are never generated further."""
+References = Callable[[int], Awaitable[Mapping[int, Frames]]]
+"""What a chunk's frames should be, by candidate: awaited before that chunk runs."""
+
+
+def everyone(finished: FinishedChunk) -> Collection[int]:
+    return finished.outcomes.keys()
+
+
+async def no_references(_: int) -> Mapping[int, Frames]:
+    return {}
 
 
 async def finished_chunks(
-    model: ModelClient, plan: ChunkPlan, survivors: Survivors = lambda finished: finished.outcomes.keys()
+    model: ModelClient, plan: ChunkPlan, survivors: Survivors = everyone, references: References = no_references
 ) -> AsyncGenerator[FinishedChunk, None]:
     """Chunk after chunk, until no candidate is left. Close it (`contextlib.aclosing`) when you stop before its end.
 
@@ -59,22 +82,28 @@ async def finished_chunks(
     size = model.spec.chunk_size
     frames = dict.fromkeys(range(len(plan.candidates)), plan.start_frame)
     chunk, started = 0, time.monotonic()
-    while rows := [
-        ChunkRow(
-            start_frame=frame,
-            actions=plan.candidates[candidate][chunk * size : (chunk + 1) * size],
-            seed=plan.seed,
-            candidate=candidate,
-            chunk=plan.first_chunk + chunk,
-            num_steps=plan.num_steps,
-            guidance=plan.guidance,
-        )
-        for candidate, frame in frames.items()
-        if len(plan.candidates[candidate]) > chunk * size
-    ]:
+    while running := {
+        candidate: frame for candidate, frame in frames.items() if len(plan.candidates[candidate]) > chunk * size
+    }:
+        reference = await references(plan.first_chunk + chunk)
+        rows = [
+            ChunkRow(
+                start_frame=frame,
+                actions=plan.candidates[candidate][chunk * size : (chunk + 1) * size],
+                seed=plan.seed,
+                candidate=candidate,
+                chunk=plan.first_chunk + chunk,
+                num_steps=plan.num_steps,
+                guidance=plan.guidance,
+                form=plan.form,
+                goal=plan.goal,
+                reference=reference.get(candidate),
+            )
+            for candidate, frame in running.items()
+        ]
         begun = plan.first_chunk + chunk > 0
         report, timing = await model.run_chunk(
-            f"{plan.name}/{plan.first_chunk + chunk}", rows, begun, _terms_now(model, plan, frames, chunk, started)
+            f"{plan.name}/{plan.first_chunk + chunk}", rows, begun, _terms_now(model, plan, running, chunk, started)
         )
         outcomes = {}
         for row, outcome in zip(rows, report.outcomes, strict=True):

@@ -5,15 +5,13 @@ Every way out after the reservation ends in a settlement: all frames delivered, 
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import Mapping
 
 import structlog
 from sqlalchemy.exc import DBAPIError
 
 from billing.commands import (
     BudgetExceeded,
-    CustomerId,
     ExpireLeases,
     Heartbeat,
     IdempotencyConflict,
@@ -34,7 +32,6 @@ from billing.commands import (
 from billing.keys import mint_quote_id
 from billing.money import Mils
 from billing.reader import LedgerReader, ReservationRecord
-from deployments.chunk_loop import ChunkPlan, finished_chunks
 from deployments.errors import (
     BudgetUsedUp,
     CreditsInsufficient,
@@ -47,16 +44,15 @@ from deployments.errors import (
     ModelOverloaded,
     QuoteNotAccepted,
     ResultExpired,
-    RolloutCanceled,
 )
+from deployments.gather import roll_out
 from deployments.ledger_client import LedgerClient
-from deployments.messages import Actions, RolloutRequest, RolloutResult, TicketTerms
-from deployments.model_client import ChunkTiming, ModelClient
+from deployments.messages import RolloutRequest, RolloutResult, TicketTerms
+from deployments.model_client import ModelClient
 from deployments.pricing import list_price
 from deployments.results import ResultStore
 from deployments.status import Outcome, Sample
 from deployments.status_client import StatusClient
-from deployments.video import join_chunks
 
 REFUND_WAIT_S = 15.0
 """How long the answer to a failure waits for its refund; the refund itself is tried for longer."""
@@ -149,7 +145,7 @@ class Ingress:
         Raises:
             CreditsInsufficient, KeyNotAccepted, KeyNotAllowed, BudgetUsedUp, QuoteNotAccepted, LedgerUnavailable:
                 nothing ran and nothing was charged.
-            IdempotencyKeyReused, ResultExpired, RolloutCanceled: nothing ran, the first request stands.
+            IdempotencyKeyReused, ResultExpired: nothing ran, the first request stands.
             ModelOverloaded, DeadlinePassed, EngineFailed, OSError: what was reserved has been refunded.
             asyncio.CancelledError: the client left; what was reserved is being refunded.
         """
@@ -161,13 +157,11 @@ class Ingress:
         started = time.perf_counter()
         try:
             while True:
-                reserved = await self.reserve(request)
+                reserved = await self._reserve(request)
                 if isinstance(reserved, Reserved):
                     return await self._run(request, reserved, lasting or bool(request.idempotency_key), started)
-                first = await self.first_result(reserved)
+                first = await self._first_result(reserved)
                 if first is not None:
-                    if first.num_frames != request.num_frames:
-                        raise RolloutCanceled()
                     return first
         except asyncio.CancelledError:
             if task not in self._stopped:
@@ -177,10 +171,6 @@ class Ingress:
         finally:
             self._running.discard(task)
             self._stopped.discard(task)
-
-    def hand_over(self, request_id: RequestId) -> None:
-        """Renew that reservation's lease no more: from here on somebody else does, or nobody."""
-        self._open.discard(request_id)
 
     async def quote(self, request: RolloutRequest) -> Quoted:
         """Promise what `request` costs now for `QUOTE_VALID_S`. Nothing runs and nothing is reserved.
@@ -207,29 +197,34 @@ class Ingress:
 
     async def _run(self, request: RolloutRequest, reserved: Reserved, lasting: bool, started: float) -> RolloutResult:
         try:
-            videos, timings = await self._roll_out(request, reserved.customer_id, started)
+            left_s = None if request.deadline_s is None else request.deadline_s - (time.perf_counter() - started)
+            terms = TicketTerms(reserved.customer_id, request.service_class, left_s)
+            gathered = await roll_out(self._models[request.model], request, terms)
+            num_frames = sum(gathered.candidate_frames)
             result = RolloutResult(
                 request_id=request.request_id,
                 model=request.model,
-                videos=videos,
+                videos=gathered.outputs,
                 created_at=time.time(),
-                num_frames=request.num_frames,
-                cost_mils=reserved.amount_mils,
-                queue_ms=sum(timing.queue_ms for timing in timings),
-                infer_ms=sum(timing.infer_ms for timing in timings),
+                num_frames=num_frames,
+                cost_mils=Mils(reserved.amount_mils // request.num_frames * num_frames),
+                queue_ms=gathered.queue_ms,
+                infer_ms=gathered.infer_ms,
                 total_ms=(time.perf_counter() - started) * 1e3,
-                seed=request.seed,
+                candidate_frames=gathered.candidate_frames,
+                distances=gathered.distances,
+                closeness=gathered.closeness,
             )
             await asyncio.to_thread(self._results.put, result, lasting)
         except BaseException as failure:
             await self._refund(request, failure)
             raise
         # No await from here on: the frames exist, so nothing may come between them and their caller.
-        self._settle_later(request)
+        self._settle_later(request, num_frames, "pruned" if num_frames < request.num_frames else "")
         self._report(request, "succeeded", result)
         return result
 
-    async def first_result(self, repeated: Repeated) -> RolloutResult | None:
+    async def _first_result(self, repeated: Repeated) -> RolloutResult | None:
         """What the request that this one repeats was answered with; None if it was refunded after all.
 
         Raises:
@@ -254,13 +249,7 @@ class Ingress:
         except DBAPIError as error:
             raise LedgerUnavailable() from error
 
-    async def reserve(self, request: RolloutRequest, lease_s: float = LEASE_S) -> Reserved | Repeated:
-        """Hold the price of `request`, or say which request it repeats. The lease is renewed from here on.
-
-        Raises:
-            CreditsInsufficient, KeyNotAccepted, KeyNotAllowed, BudgetUsedUp, QuoteNotAccepted, IdempotencyKeyReused,
-                LedgerUnavailable: nothing is held, or what may be held is being given back.
-        """
+    async def _reserve(self, request: RolloutRequest) -> Reserved | Repeated:
         kind = "predict" if len(request.candidates) == 1 else f"predict_batch ×{len(request.candidates)}"
         self._open.add(request.request_id)
         outcome = None
@@ -272,7 +261,7 @@ class Ingress:
                     frames=request.num_frames,
                     mils_per_frame=self._models[request.model].spec.mils_per_frame,
                     detail=f"{kind} · {request.model} · {request.num_frames} frames",
-                    lease_s=lease_s,
+                    lease_s=LEASE_S,
                     idempotency_key=request.idempotency_key,
                     payload_sha256=request.payload_sha256,
                     dedupe_window_s=DEDUPE_WINDOW_S,
@@ -300,35 +289,9 @@ class Ingress:
                 raise KeyNotAllowed(reason)
             case QuoteRefused(reason):
                 raise QuoteNotAccepted(reason)
-            case BudgetExceeded(limit_mils, spent_mils, period, resets_at):
-                price = Mils(request.num_frames * self._models[request.model].spec.mils_per_frame)
-                raise BudgetUsedUp(limit_mils, spent_mils, price, period, resets_at)
+            case BudgetExceeded(limit_mils, spent_mils, period, resets_at, requested_mils):
+                raise BudgetUsedUp(limit_mils, spent_mils, requested_mils, period, resets_at)
         raise AssertionError(f"the ledger answered a reservation with {outcome}")
-
-    async def _roll_out(
-        self, request: RolloutRequest, customer_id: CustomerId, started: float
-    ) -> tuple[tuple[bytes, ...], list[ChunkTiming]]:
-        """Chunk after chunk, each for all candidates that still have actions; then one mp4 per candidate."""
-        model = self._models[request.model]
-        left_s = None if request.deadline_s is None else request.deadline_s - (time.perf_counter() - started)
-        plan = ChunkPlan(
-            name=request.request_id,
-            start_frame=request.start_frame,
-            candidates=request.candidates,
-            seed=request.seed,
-            num_steps=request.num_steps,
-            guidance=request.guidance,
-            terms=TicketTerms(customer_id, request.service_class, left_s),
-        )
-        clips: list[list[bytes]] = [[] for _ in request.candidates]
-        timings = []
-        async with aclosing(finished_chunks(model, plan)) as chunks:
-            async for chunk in chunks:
-                timings.append(chunk.timing)
-                for candidate, outcome in chunk.outcomes.items():
-                    clips[candidate].append(outcome.video)
-        videos = await asyncio.to_thread(_join_all, clips, request.candidates, model.spec.fps)
-        return videos, timings
 
     async def _refund(self, request: RolloutRequest, failure: BaseException) -> None:
         """A failure is answered only once its refund is durable; a client that left is not waited for."""
@@ -396,7 +359,3 @@ class Ingress:
             except LedgerUnavailable:
                 log.warning("heartbeat_missed", reservations=len(self._open))
             await asyncio.sleep(HEARTBEAT_EVERY_S)
-
-
-def _join_all(clips: list[list[bytes]], candidates: Sequence[Actions], fps: int) -> tuple[bytes, ...]:
-    return tuple(join_chunks(clip, fps, 1 + len(actions)) for clip, actions in zip(clips, candidates, strict=True))

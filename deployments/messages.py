@@ -3,8 +3,9 @@
 Legend: H, W pixels; T actions; A action_dim; n actions of one chunk, at most chunk_size.
 """
 
+import math
 from dataclasses import dataclass
-from typing import Literal, NewType
+from typing import Literal, NewType, assert_never
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +43,70 @@ class ModelSpec:
     mils_per_frame: Mils
 
 
+Metric = Literal["mse", "psnr", "ssim", "lpips", "latent"]
+"""How alike two pictures are: mean squared error of values in [0, 1], decibels, similarity, the published network's
+distance, or the mean squared distance in the space that the model's own tokenizer maps them to."""
+ChunkForm = Literal["h264", "png", "jpeg", "raw", "none"]
+"""What a replica makes of a chunk's frames, beside the last of them, before they travel."""
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """What a candidate's last frame is measured against, where it is made."""
+
+    frame: Frame
+    metric: Metric
+
+
+Returns = Literal["mp4", "npz", "last_frame", "scores"]
+"""What each candidate is answered with: video, raw frames, the last frame, or only its distance to the goal."""
+
+
+@dataclass(frozen=True, slots=True)
+class Extras:
+    """What a request asks for beyond the videos of its candidates."""
+
+    returns: Returns = "mp4"
+    goal: Goal | None = None
+    keep: float = 1.0
+    """Share of the candidates that goes on after each chunk: those nearest the goal."""
+    best_clip: bool = False
+    """With the scores, the video of the candidate that is nearest the goal."""
+    score: bool = False
+    """Measure the frames against the same rollout at the model's full number of steps, or against `ground_truth`."""
+    ground_truth: Frames | None = None
+    """uint8 (T, H, W, 3): what the frames after the start frame should have been."""
+
+    @property
+    def form(self) -> ChunkForm:
+        """What replicas must make of the frames."""
+        match self.returns:
+            case "mp4":
+                return "h264"
+            case "npz":
+                return "raw"
+            case "last_frame":
+                return "none"
+            case "scores":
+                return "h264" if self.best_clip else "none"
+            case _:
+                assert_never(self.returns)
+
+    @property
+    def is_plain(self) -> bool:
+        return self.returns == "mp4" and self.goal is None and not self.score
+
+
+NO_EXTRAS = Extras()
+MAX_PSNR_DB = 100.0
+"""What is said of equal pictures, whose ratio is infinite."""
+
+
+def decibels(mse: float) -> float:
+    """Peak signal-to-noise ratio of a mean squared error of values in [0, 1]."""
+    return min(MAX_PSNR_DB, -10 * math.log10(mse)) if mse else MAX_PSNR_DB
+
+
 @dataclass(frozen=True, slots=True)
 class RolloutRequest:
     """K candidates that share a start frame; a single rollout is the case K = 1."""
@@ -63,11 +128,26 @@ class RolloutRequest:
     service_class: ServiceClass = "standard"
     deadline_s: float | None = None
     """How long after its arrival the whole answer is still of use; it is refused as soon as that cannot be met."""
+    extras: Extras = NO_EXTRAS
 
     @property
     def num_frames(self) -> int:
-        """Frames that will be delivered, and charged: T actions give 1 + T frames."""
+        """Frames that it may take, and that are reserved: T actions give 1 + T frames. Only those made are charged."""
         return sum(1 + len(actions) for actions in self.candidates)
+
+
+@dataclass(frozen=True, slots=True)
+class Closeness:
+    """Means over frames of how close each is to its reference."""
+
+    mse: float
+    ssim: float
+    lpips: float | None
+    """None where the network's weights are not installed."""
+
+    @property
+    def psnr_db(self) -> float:
+        return decibels(self.mse)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +155,8 @@ class RolloutResult:
     request_id: RequestId
     model: str
     videos: tuple[bytes, ...]
-    """One mp4 per candidate, in submission order."""
+    """One mp4 per candidate, in submission order; or what else the request asked for: a .npy of raw frames, a PNG of
+    the last one, or nothing."""
     created_at: float
     """POSIX seconds."""
     num_frames: int
@@ -83,22 +164,17 @@ class RolloutResult:
     queue_ms: float
     infer_ms: float
     total_ms: float
-    seed: int = 0
+    candidate_frames: tuple[int, ...] = ()
+    """Frames made per candidate, the start frame among them: fewer than its actions ask for where it was pruned."""
+    distances: tuple[float, ...] = ()
+    """From each candidate's last frame to the goal; empty without one."""
+    closeness: Closeness | None = None
+    """Of all frames, where a score was asked for."""
 
-
-Metric = Literal["mse", "psnr", "ssim", "lpips", "latent"]
-"""How alike two pictures are: mean squared error of values in [0, 1], decibels, similarity, the published network's
-distance, or the mean squared distance in the space that the model's own tokenizer maps them to."""
-ChunkForm = Literal["h264", "png", "jpeg", "raw", "none"]
-"""What a replica makes of a chunk's frames, beside the last of them, before they travel."""
-
-
-@dataclass(frozen=True, slots=True)
-class Goal:
-    """What a candidate's last frame is measured against, where it is made."""
-
-    frame: Frame
-    metric: Metric
+    @property
+    def best(self) -> int:
+        """The candidate nearest the goal; the first of equals."""
+        return min(range(len(self.distances)), key=self.distances.__getitem__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,16 +222,6 @@ class ChunkJob:
     ticket_id: TicketId
     replica_id: ReplicaId
     rows: tuple[ChunkRow, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Closeness:
-    """Means over a chunk's frames of how close each is to its reference."""
-
-    mse: float
-    ssim: float
-    lpips: float | None
-    """None where the network's weights are not installed."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from typing import Any, Protocol, assert_never
 import numpy as np
 from PIL import Image
 
-from deployments.messages import ChunkDone, ChunkRow, Closeness, Frame, Frames, Goal
+from deployments.messages import ChunkDone, ChunkRow, Closeness, Frame, Frames, Metric
 from deployments.video import encode_chunk
 
 MAX_PICTURE_BYTES = 700_000
@@ -54,32 +54,35 @@ class Presenter:
                 pass
             case _:
                 assert_never(row.form)
+        # What came from another process is read-only, which torch does not take.
         return ChunkDone(
             video=video,
             last_frame=np.array(frames[-1]),
             pictures=pictures,
             frames=raw,
-            distance=None if row.goal is None else self._distance(frames[-1], row.goal),
-            closeness=None if row.reference is None else self._closeness(frames, row.reference),
+            distance=None
+            if row.goal is None
+            else self._distance(frames[-1], np.array(row.goal.frame), row.goal.metric),
+            closeness=None if row.reference is None else self._closeness(frames, np.array(row.reference)),
         )
 
-    def _distance(self, frame: Frame, goal: Goal) -> float:
-        match goal.metric:
+    def _distance(self, frame: Frame, goal: Frame, metric: Metric) -> float:
+        match metric:
             case "mse" | "psnr":
-                return _mse(frame, goal.frame)
+                return _mse(frame, goal)
             case "ssim":
                 from deployments.world_model.metrics import ssim
 
-                return 1 - ssim(frame, goal.frame)
+                return 1 - ssim(frame, goal)
             case "lpips":
                 if self._lpips is None:
                     raise ValueError("LPIPS is not installed on this replica")
-                return self._lpips(frame[None], goal.frame[None])
+                return self._lpips(frame[None], goal[None])
             case "latent":
-                ours, theirs = self._model.latents(np.stack([frame, goal.frame]))
+                ours, theirs = self._model.latents(np.stack([frame, goal]))
                 return float(np.mean((ours - theirs) ** 2))
             case _:
-                assert_never(goal.metric)
+                assert_never(metric)
 
     def _closeness(self, frames: Frames, reference: Frames) -> Closeness:
         from deployments.world_model.metrics import ssim
@@ -90,8 +93,12 @@ class Presenter:
 
 def png(frame: Frame) -> bytes:
     """`frame` as PNG, or as JPEG where that would be too large for one message."""
-    encoded = _encode(frame, "PNG", compress_level=PNG_LEVEL)
-    return encoded if len(encoded) <= MAX_PICTURE_BYTES else jpeg(frame)
+    exact = exact_png(frame)
+    return exact if len(exact) <= MAX_PICTURE_BYTES else jpeg(frame)
+
+
+def exact_png(frame: Frame) -> bytes:
+    return _encode(frame, "PNG", compress_level=PNG_LEVEL)
 
 
 def jpeg(frame: Frame) -> bytes:

@@ -9,12 +9,13 @@ import re
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import structlog
 
 from billing.commands import RequestId
 from deployments.file_groups import FileGroups, open_file_groups
-from deployments.messages import RolloutResult
+from deployments.messages import Closeness, RolloutResult
 
 RECENT_TTL_S = 90.0
 """Longer than the window in which the same payload counts as sent again."""
@@ -59,17 +60,8 @@ class ResultStore:
                 videos = tuple(self._groups.read(name, f"{index:03d}.mp4") for index in range(num_videos))
             except FileNotFoundError:
                 continue
-            return RolloutResult(**record | {"videos": videos})
+            return _result(record | {"videos": videos})
         return None
-
-    def linked(self, request_id: RequestId) -> RolloutResult | None:
-        """The result of one rollout that a link leads to, without its video; None if there is none."""
-        name = _name(LASTING, request_id)
-        try:
-            record = json.loads(self._groups.read(name, RECORD))
-        except FileNotFoundError:
-            return None
-        return RolloutResult(**record | {"videos": ()}) if record.pop("num_videos") == 1 else None
 
     def video(self, request_id: RequestId) -> Path | bytes | None:
         """A lasting result's first video: its file if that is on this machine, else its bytes; None if not there."""
@@ -97,6 +89,15 @@ class ResultStore:
                 except OSError as error:
                     log.warning("result_not_swept", name=name, error=type(error).__name__)
         return swept
+
+
+def _result(record: dict[str, Any]) -> RolloutResult:
+    """The stored fields with the types that JSON has not."""
+    for name in ("candidate_frames", "distances"):
+        record[name] = tuple(record.get(name, ()))
+    if record.get("closeness") is not None:
+        record["closeness"] = Closeness(**record["closeness"])
+    return RolloutResult(**record)
 
 
 def _name(kind: str, request_id: RequestId) -> str:

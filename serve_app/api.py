@@ -12,7 +12,7 @@ from fastapi import Depends, FastAPI
 from serve_app import errors
 from serve_app.context import Services, authenticate, check_base
 from serve_app.middleware import RequestEnvelope
-from serve_app.routes import billing, catalog, jobs, predict, rollouts, status, webhooks
+from serve_app.routes import billing, catalog, frames, predict, rollouts, status
 from serve_app.schemas import ErrorBody
 
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
@@ -26,11 +26,9 @@ def create_api(parts: Services) -> FastAPI:
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         parts.ingress.start()
-        parts.jobs.start()
         sweeper = asyncio.get_running_loop().create_task(_sweep_results(parts))
         yield
         sweeper.cancel()
-        await parts.jobs.stop()
         await parts.ingress.stop()
 
     api = FastAPI(
@@ -48,9 +46,8 @@ def create_api(parts: Services) -> FastAPI:
             (billing.router, [Depends(authenticate), *known]),
             (rollouts.paid, []),
             (predict.paid, []),
+            (frames.router, known),
             (rollouts.router, known),
-            (jobs.router, known),
-            (webhooks.router, known),
         ):
             api.include_router(router, prefix=base, include_in_schema=in_schema, dependencies=first, responses=ERRORS)
     errors.install(api)
@@ -61,7 +58,7 @@ def create_api(parts: Services) -> FastAPI:
 async def _sweep_results(parts: Services) -> None:
     while True:
         try:
-            swept = await asyncio.to_thread(parts.results.sweep)
+            swept = await asyncio.to_thread(parts.results.sweep) + await asyncio.to_thread(parts.frames.sweep)
         except Exception as error:  # each object store has its own; the next sweep may do better
             log.warning("results_not_swept", error=type(error).__name__)
         else:

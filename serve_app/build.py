@@ -1,6 +1,5 @@
 """The only place that turns plain classes into Serve deployments and binds them."""
 
-import asyncio
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,8 @@ from ray.serve.handle import DeploymentHandle
 from billing.database import open_database
 from billing.reader import LedgerReader
 from deployments import actors, ledger_client
+from deployments.file_groups import open_file_groups
+from deployments.frame_store import FrameStore
 from deployments.ingress import Ingress
 from deployments.ledger_audits import AuditsClient
 from deployments.logs import configure_logs
@@ -28,8 +29,6 @@ from deployments.status_client import StatusClient
 from serve_app.api import create_api
 from serve_app.catalog import CATALOG, PACKAGED_CHECKPOINTS, model_spec
 from serve_app.context import Services
-from serve_app.envelopes import Envelopes
-from serve_app.job_services import job_services
 from serve_app.rate_limit import TokenBuckets
 from serve_app.settings import ClusterArgs, ModelArgs
 from serve_app.signing import LinkSigner, load_secret
@@ -51,9 +50,8 @@ class Gateway:
         self._replicas = replicas
 
     async def drain(self, timeout_s: float) -> None:
-        """Take no new work; return when what is running has been answered, or refunded after `timeout_s`; jobs that
-        were not done by then wait for the next start."""
-        await asyncio.gather(self._ingress.drain(timeout_s), self._jobs.jobs.drain(timeout_s))
+        """Take no new work; return when what is running has been answered, or refunded after `timeout_s`."""
+        await self._ingress.drain(timeout_s)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         args, limits = self._args, self._args.limits
@@ -70,13 +68,9 @@ class Gateway:
             )
             for slug, replicas in self._replicas.items()
         }
-        database = open_database(args.database_url)
-        reader = LedgerReader(database)
+        reader = LedgerReader(open_database(args.database_url))
         results = ResultStore(args.results, args.video_ttl_s)
-        signer = LinkSigner(load_secret(args.data_dir / "link-secret"))
-        envelopes = Envelopes(signer, args.video_ttl_s)
         self._ingress = Ingress(ledger, reader, models, results, status)
-        self._jobs = job_services(args, database, self._ingress, ledger, models, results, status, envelopes)
         return create_api(
             Services(
                 args=args,
@@ -91,9 +85,8 @@ class Gateway:
                 reader=reader,
                 buckets=TokenBuckets(time.monotonic, share=1 / args.ingress_replicas),
                 results=results,
-                jobs=self._jobs,
-                envelopes=envelopes,
-                signer=signer,
+                frames=FrameStore(open_file_groups(args.results)),
+                signer=LinkSigner(load_secret(args.data_dir / "link-secret")),
                 status=status,
                 audits=AuditsClient(ledger_actor),
                 decoders=ThreadPoolExecutor(limits.image_decoders, thread_name_prefix="decode"),

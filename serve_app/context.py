@@ -14,6 +14,7 @@ from sqlalchemy.exc import DBAPIError
 from billing.keys import is_token_shaped, token_sha256
 from billing.reader import KeyRecord, LedgerReader
 from deployments.errors import LedgerUnavailable
+from deployments.frame_store import FrameStore
 from deployments.ingress import Ingress
 from deployments.ledger_audits import AuditsClient
 from deployments.messages import ModelSpec
@@ -22,9 +23,7 @@ from deployments.results import ResultStore
 from deployments.robot_commands import RobotCommands
 from deployments.status_client import StatusClient
 from serve_app.catalog import CATALOG
-from serve_app.envelopes import Envelopes
 from serve_app.errors import ModelNotFound, NotAuthenticated, RateLimited
-from serve_app.job_services import JobServices
 from serve_app.rate_limit import TokenBuckets
 from serve_app.settings import ClusterArgs
 from serve_app.signing import LinkSigner
@@ -49,8 +48,7 @@ class Services:
     reader: LedgerReader
     buckets: TokenBuckets
     results: ResultStore
-    jobs: JobServices
-    envelopes: Envelopes
+    frames: FrameStore
     signer: LinkSigner
     status: StatusClient
     audits: AuditsClient
@@ -76,11 +74,6 @@ def services(request: Request) -> Services:
     found = request.app.state.services
     assert isinstance(found, Services)
     return found
-
-
-def base_url(request: Request, parts: Services) -> str:
-    """Of the links in answers."""
-    return parts.args.public_url.rstrip("/") or str(request.base_url).rstrip("/")
 
 
 async def authenticate(request: Request) -> KeyRecord:

@@ -36,9 +36,7 @@ from deployments.errors import (
     ModelOverloaded,
     QuoteNotAccepted,
     ResultExpired,
-    RolloutCanceled,
     RolloutError,
-    TooManyJobs,
 )
 
 
@@ -131,8 +129,6 @@ ROLLOUT_ERRORS: Mapping[type[RolloutError], tuple[int, str]] = {
     QuoteNotAccepted: (422, "INVALID_REQUEST"),
     IdempotencyKeyReused: (422, "IDEMPOTENCY_CONFLICT"),
     ResultExpired: (410, "INVALID_REQUEST"),
-    RolloutCanceled: (409, "INVALID_REQUEST"),
-    TooManyJobs: (429, "RATE_LIMITED"),
     ModelOverloaded: (503, "OVERLOADED"),
     LedgerUnavailable: (503, "OVERLOADED"),
     DeadlinePassed: (504, "DEADLINE_EXCEEDED"),
@@ -173,7 +169,7 @@ def install(app: FastAPI) -> None:
     async def rollout_error(_: Request, error: RolloutError) -> JSONResponse:
         status, code = ROLLOUT_ERRORS[type(error)]
         headers = {}
-        if isinstance(error, ModelOverloaded | TooManyJobs | LedgerUnavailable):
+        if isinstance(error, ModelOverloaded | LedgerUnavailable):
             headers["Retry-After"] = str(error.retry_after_s)
         detail = None
         if isinstance(error, CreditsInsufficient):

@@ -45,6 +45,10 @@ class Form:
         """The one file part of that name."""
         return self._one("file part", name, self._files)
 
+    def optional_file(self, name: str) -> bytes | None:
+        """The one file part of that name, or None if there is none."""
+        return self.file(name) if name in self._files else None
+
     def files(self, name: str, at_most: int) -> Sequence[bytes]:
         """One or more file parts of that name, in the order sent."""
         parts = self._files.get(name, ())

@@ -35,8 +35,8 @@ class RequestEnvelope:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         request_id = mint_request_id()
-        scope.setdefault("state", {})["request_id"] = request_id
         started = time.perf_counter()
+        scope.setdefault("state", {}).update(request_id=request_id, arrived=started)
         status = 0
 
         async def send_with_id(message: Message) -> None:

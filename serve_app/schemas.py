@@ -1,12 +1,15 @@
 """The JSON bodies of the wire, in and out."""
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
+
+from deployments.messages import Metric, Returns
 
 MAX_NUM_STEPS = 100
 MAX_GUIDANCE = 20.0
 MAX_SEED = 2**63 - 1
+MAX_DEADLINE_MS = 600_000
 
 ActionsFormat = Literal["encoded", "commands"]
 """Whether the actions part holds what the model is given, or the robot's own commands."""
@@ -114,7 +117,7 @@ class RolloutParams(BaseModel):
 
 
 class PredictParams(BaseModel):
-    """The form fields of `POST /v1/predict` and `/v1/predict/batch`, beside their files."""
+    """The form fields of `POST /v1/predict`, beside its files."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -122,6 +125,21 @@ class PredictParams(BaseModel):
     num_steps: int | None = Field(None, ge=1, le=MAX_NUM_STEPS)
     guidance: float | None = Field(None, ge=0.0, le=MAX_GUIDANCE, allow_inf_nan=False)
     actions_format: ActionsFormat = "encoded"
+    frame_id: str | None = Field(None, description="Of a frame uploaded to /v1/frames, in place of the file `frame`")
+    deadline_ms: int | None = Field(None, ge=1, le=MAX_DEADLINE_MS, description="From the request's arrival")
+    score: bool = Field(False, description="Measure the frames against full steps, or against `ground_truth`")
+
+
+class BatchParams(PredictParams):
+    """The form fields of `POST /v1/predict/batch`, beside its files."""
+
+    horizon: int | None = Field(None, ge=1, description="Run only so many actions of each candidate")
+    max_cost_mils: int | None = Field(None, ge=1, description="Refuse the request if it could cost more")
+    returns: Returns = Field("mp4", alias="return")
+    goal_frame_id: str | None = Field(None, description="Of an uploaded frame, in place of the file `goal_frame`")
+    metric: Metric | None = Field(None, description="How the last frame is measured against the goal; mse if not said")
+    prune: float | None = Field(None, gt=0, lt=1, description="Share of the candidates that goes on after each chunk")
+    best_clip: bool = Field(False, description="With return=scores: the video of the best candidate too")
 
 
 class RolloutMetadata(BaseModel):
@@ -129,15 +147,8 @@ class RolloutMetadata(BaseModel):
     provider_name: str
     executed_model: str
     upstream_id: str
-    cost: float | None = Field(None, description="USD, exact to the mil; once it has ended")
-    cost_estimate: float | None = Field(None, description="USD, what is reserved for it; until it has ended")
-    frames_requested: int | None = Field(None, description="Of a rollout of mode=async")
-    start_frame_resized: bool | None = None
-
-
-class RolloutFailure(BaseModel):
-    code: str
-    message: str
+    cost: float = Field(description="USD, exact to the mil")
+    start_frame_resized: bool
 
 
 class RolloutEnvelope(BaseModel):
@@ -145,55 +156,57 @@ class RolloutEnvelope(BaseModel):
     object: Literal["rollout"] = "rollout"
     model: str
     created: int
-    status: Literal["queued", "running", "succeeded", "failed", "canceled"]
-    frames: int = Field(description="In its video; 0 until there is one")
+    status: Literal["succeeded"]
+    frames: int
     resolution: tuple[int, int] = Field(description="[H, W]")
     engine_wall_ms: float
+    psnr_db: float | None = None
+    ssim: float | None = None
+    lpips: float | None = None
     cost_usd: float
-    video_url: str | None = Field(None, description="Once there is a video")
-    video_url_expires_at: int | None = None
+    video_url: str
+    video_url_expires_at: int
     seed: int
-    error: RolloutFailure | None = Field(None, description="Why it failed")
     metadata: RolloutMetadata
 
-
-class RolloutList(BaseModel):
-    object: Literal["list"] = "list"
-    data: list[RolloutEnvelope]
-    first_id: str | None = None
-    last_id: str | None = None
-    has_more: bool = Field(description="Whether there are more on the side that was asked for")
+    @model_serializer(mode="wrap")
+    def _without_scores_that_there_are_not(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = handler(self)
+        return {name: value for name, value in fields.items() if name not in SCORES or value is not None}
 
 
-class DeliveryAttempt(BaseModel):
-    attempt: int
-    ts: float
-    took_ms: float
-    status: int | None = Field(None, description="What the receiver answered, if it did")
-    problem: str | None = Field(None, description="Absent when it was delivered")
+SCORES = ("psnr_db", "ssim", "lpips")
 
 
-class WebhookDelivery(BaseModel):
-    id: str = Field(description="The `webhook-id` of every attempt")
-    url: str
-    state: Literal["pending", "delivered", "failed"]
-    created: float
-    next_attempt_at: float | None = None
-    attempts: list[DeliveryAttempt]
+class CandidateScore(BaseModel):
+    index: int
+    score: float = Field(description="In the metric's own unit")
+    frames: int = Field(description="Made, and charged, the start frame among them")
+    pruned: bool
 
 
-class Deliveries(BaseModel):
-    object: Literal["list"] = "list"
-    data: list[WebhookDelivery]
+class Scores(BaseModel):
+    """How near each candidate's last frame is to the goal."""
+
+    id: str
+    object: Literal["scores"] = "scores"
+    model: str
+    metric: Metric
+    higher_is_better: bool
+    best: int
+    candidates: list[CandidateScore]
+    frames: int
+    cost_mils: int
+    cost_usd: float
+    engine_wall_ms: float
 
 
-class WebhookSecret(BaseModel):
-    secret: str = Field(description="`whsec_` and base64, as Standard Webhooks writes it")
-    created: float
-
-
-class WebhookSecrets(BaseModel):
-    secrets: list[WebhookSecret] = Field(description="Any of them verifies a webhook; the newest comes first")
+class UploadedFrame(BaseModel):
+    id: str
+    object: Literal["frame"] = "frame"
+    resolution: tuple[int, int] = Field(description="[H, W]")
+    resized: bool
+    expires_at: int
 
 
 class EstimateComponent(BaseModel):

@@ -83,18 +83,12 @@ class Limits(BaseModel):
     max_actions: int = 1200
     """Actions in one rollout."""
     max_candidates: int = 64
+    max_raw_bytes: int = 128 * 2**20
+    """Raw frames in one answer."""
     max_queued_rows: int = 256
     """Rows that wait for one model before requests are answered 503."""
     queue_timeout_s: float = 60.0
     chunk_timeout_s: float = 120.0
-    running_jobs: int = Field(16, ge=1)
-    """Async rollouts that one ingress replica runs at a time."""
-    max_live_jobs: int = Field(10_000, ge=1)
-    """Async rollouts that wait or run, of all customers; beyond them new ones are answered 503."""
-    max_live_jobs_per_customer: int = Field(1_000, ge=1)
-    """Beyond them this customer's new ones are answered 429."""
-    job_timeout_s: float = Field(24 * 3600.0, gt=0)
-    """An async rollout that could not be run for this long is refunded."""
     max_ongoing_requests: int = 400
     """Requests that one ingress replica holds at a time: more than may queue for a model, so that the model's own bound
     is the one that is met, with its Retry-After."""
@@ -123,8 +117,6 @@ class ClusterArgs(BaseModel):
     """Where results and the inputs of queued jobs are kept: a path, or an fsspec URL such as `s3://bucket/prefix`;
     empty means below the data directory."""
     video_ttl_s: float = Field(24 * 3600.0, ge=RECENT_TTL_S)
-    webhook_loopback: bool = False
-    """For development: webhooks may go to http on this machine as well as to https anywhere."""
     limits: Limits = Limits()
 
     @property
@@ -173,7 +165,6 @@ class Settings(BaseSettings):
     lpips_sha256: str = ""
     public_url: str = ""
     results_url: str = ""
-    webhook_loopback: bool = False
     ray_address: str = ""
     """For `dream-admin` beside a cluster of `serve deploy`; one of `make serve` is found by itself."""
 
@@ -192,11 +183,10 @@ class Settings(BaseSettings):
             data_dir=self.data_dir.resolve(),
             database_url=self.ledger_url,
             default_model=self.default_model,
-            lpips_weights=self.lpips_weights,
+            lpips_weights=self._absolute(self.lpips_weights),
             lpips_sha256=self.lpips_sha256,
             public_url=self.public_url,
             results_url=self.results_url if "://" in self.results_url else self._absolute(self.results_url),
-            webhook_loopback=self.webhook_loopback,
             models=tuple(
                 ModelArgs(
                     slug=slug,

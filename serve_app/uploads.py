@@ -5,8 +5,10 @@ what is accepted.
 """
 
 import io
+import math
 import re
 import zlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from PIL import Image, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
-from deployments.messages import Actions, Frame
+from deployments.messages import Actions, Frame, Frames
 from serve_app.errors import InvalidRequest
 from serve_app.image_container import bare_image
 
@@ -25,7 +27,9 @@ _NPY_HEADER = re.compile(
 )
 _MAX_HEADER_BYTES = 4096
 _DTYPES: dict[bytes, np.dtype[Any]] = {b"<f4": np.dtype("<f4"), b"<f2": np.dtype("<f2")}
+_FRAME_DTYPES: dict[bytes, np.dtype[Any]] = {b"|u1": np.dtype(np.uint8)}
 _ACCEPTED_ACTIONS = "a .npy file, gzipped or not, of float32 or float16"
+_ACCEPTED_FRAMES = "a .npy file, gzipped or not, of uint8"
 _IMAGE_MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA", "CMYK"})
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -79,8 +83,8 @@ def decode_actions(data: bytes, field: str, action_dim: int, max_actions: int) -
     if not data:
         raise InvalidRequest(field, f"is empty; {_ACCEPTED_ACTIONS} is accepted")
     if data[:2] == b"\x1f\x8b":
-        data = _gunzip(data, field, max_bytes)
-    dtype, fortran_order, shape, offset = _read_npy_header(data, field)
+        data = _gunzip(data, field, max_bytes, _ACCEPTED_ACTIONS)
+    dtype, fortran_order, shape, offset = _read_npy_header(data, field, _DTYPES, _ACCEPTED_ACTIONS)
     if len(shape) != 2 or shape[1] != action_dim:
         raise InvalidRequest(field, f"has shape {shape}; (T, {action_dim}) is accepted")
     if not 1 <= shape[0] <= max_actions:
@@ -95,16 +99,30 @@ def decode_actions(data: bytes, field: str, action_dim: int, max_actions: int) -
     return np.ascontiguousarray(actions)
 
 
+def decode_frames(data: bytes, field: str, shape: tuple[int, ...]) -> Frames:
+    """The `.npy` file as uint8 of exactly that (T, H, W, 3)."""
+    if data[:2] == b"\x1f\x8b":
+        data = _gunzip(data, field, 1024 + math.prod(shape), _ACCEPTED_FRAMES)
+    dtype, fortran_order, found, offset = _read_npy_header(data, field, _FRAME_DTYPES, _ACCEPTED_FRAMES)
+    if found != shape or fortran_order:
+        raise InvalidRequest(field, f"has shape {found}; {shape}, in C order, is accepted")
+    if len(data) - offset != math.prod(shape):
+        raise InvalidRequest(field, f"has {len(data) - offset} bytes where its header promises {math.prod(shape)}")
+    return np.frombuffer(data, dtype, offset=offset).reshape(shape)
+
+
 def _on_black(image: Image.Image) -> Image.Image:
     if image.mode not in ("RGBA", "LA") and "transparency" not in image.info:
         return image
     return Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image.convert("RGBA"))
 
 
-def _read_npy_header(data: bytes, field: str) -> tuple[np.dtype[Any], bool, tuple[int, ...], int]:
+def _read_npy_header(
+    data: bytes, field: str, dtypes: Mapping[bytes, np.dtype[Any]], accepted: str
+) -> tuple[np.dtype[Any], bool, tuple[int, ...], int]:
     """dtype, Fortran order, shape, and where the values begin. A regular expression, since numpy's own reader
     evaluates the header as Python."""
-    not_npy = InvalidRequest(field, f"is not a .npy file; {_ACCEPTED_ACTIONS} is accepted")
+    not_npy = InvalidRequest(field, f"is not a .npy file; {accepted} is accepted")
     if len(data) < 10 or data[:6] != _NPY_MAGIC:
         raise not_npy
     length_bytes = {1: 2, 2: 4, 3: 4}.get(data[6])
@@ -116,28 +134,28 @@ def _read_npy_header(data: bytes, field: str) -> tuple[np.dtype[Any], bool, tupl
     if offset <= min(start + _MAX_HEADER_BYTES, len(data)):
         header = _NPY_HEADER.fullmatch(data, start, offset)
     if header is None:
-        raise InvalidRequest(field, f"has a .npy header that is not plain numbers; {_ACCEPTED_ACTIONS} is accepted")
-    dtype = _DTYPES.get(header["descr"])
+        raise InvalidRequest(field, f"has a .npy header that is not plain numbers; {accepted} is accepted")
+    dtype = dtypes.get(header["descr"])
     if dtype is None:
         descr = header["descr"].decode("ascii", "replace")
-        raise InvalidRequest(field, f"has dtype {descr}; {_ACCEPTED_ACTIONS} is accepted")
+        raise InvalidRequest(field, f"has dtype {descr}; {accepted} is accepted")
     try:
         shape = tuple(int(size) for size in header["shape"].split(b",") if size.strip())
     except ValueError:
-        raise InvalidRequest(field, "has a shape that cannot be read; (T, action_dim) is accepted") from None
+        raise InvalidRequest(field, f"has a shape that cannot be read; {accepted} is accepted") from None
     return dtype, header["fortran"] == b"True", shape, offset
 
 
-def _gunzip(data: bytes, field: str, max_bytes: int) -> bytes:
+def _gunzip(data: bytes, field: str, max_bytes: int, accepted: str) -> bytes:
     inflater = zlib.decompressobj(wbits=31)
     try:
         inflated = inflater.decompress(data, max_bytes + 1)
     except zlib.error:
-        raise InvalidRequest(field, f"is not a whole gzip file; {_ACCEPTED_ACTIONS} is accepted") from None
+        raise InvalidRequest(field, f"is not a whole gzip file; {accepted} is accepted") from None
     if len(inflated) > max_bytes:
         raise InvalidRequest(field, f"inflates to more than the {max_bytes} bytes that are accepted")
     if not inflater.eof:
-        raise InvalidRequest(field, f"is a gzip file that ends early; {_ACCEPTED_ACTIONS} is accepted")
+        raise InvalidRequest(field, f"is a gzip file that ends early; {accepted} is accepted")
     if inflater.unused_data:
-        raise InvalidRequest(field, f"goes on after its gzip file; {_ACCEPTED_ACTIONS} is accepted")
+        raise InvalidRequest(field, f"goes on after its gzip file; {accepted} is accepted")
     return inflated

@@ -170,7 +170,7 @@ def exceeded_budget(book: Book, key: Key, amount: Mils) -> BudgetExceeded | None
     """The first of the key's budgets that this amount would overdraw."""
     for budget in budgets_of(book, key):
         if budget.spent + amount > budget.limit:
-            return BudgetExceeded(budget.limit, budget.spent, budget.period, budget.after * DAY_S)
+            return BudgetExceeded(budget.limit, budget.spent, budget.period, budget.after * DAY_S, amount)
     return None
 
 

@@ -117,14 +117,20 @@ def reserve(book: Book, command: Reserve) -> Outcome:
 
 
 def _first_of(book: Book, customer_id: CustomerId, command: Reserve, holder: Submission | None) -> Reservation | None:
-    """The request that this one repeats: under its key, or without one the newest of the same payload."""
+    """The request that this one repeats: under its key, or without one the newest of the same payload.
+
+    A payload is recognised while the first request is open and for a while after it was settled: a client that lost
+    its connection comes back when its own patience ends, however long the work took.
+    """
+    since = book.ts - command.dedupe_window_s
     if command.idempotency_key:
         candidates = [holder] if holder is not None else []
     else:
-        since = book.ts - command.dedupe_window_s
         same_payload = book.submissions_by_payload.get((customer_id, command.payload_sha256), [])
-        candidates = [each for each in same_payload if command.dedupe_window_s and each.created_at >= since]
+        candidates = same_payload if command.dedupe_window_s else []
     stand = [book.reservations[each.request_id] for each in candidates]
+    if not command.idempotency_key:
+        stand = [each for each in stand if each.settled_at is None or each.settled_at >= since]
     # What was refunded in full does not stand in the way of another attempt.
     stand = [each for each in stand if each.state == "open" or each.captured > 0]
     return max(stand, key=lambda each: (each.created_at, each.debit_seq), default=None)
@@ -192,13 +198,17 @@ def expire_leases(book: Book) -> Outcome:
     )
     for _, request_id in expired:
         _close(book, book.reservations[request_id], 0, LEASE_EXPIRED)
+    before = book.now - KEY_MEMORY_S
     old = [
         submission
         for submission in book.submissions.values()
-        if submission.created_at <= book.now - KEY_MEMORY_S
-        and book.reservations[submission.request_id].state == "settled"
+        if submission.created_at <= before and _was_settled(book.reservations[submission.request_id], before)
     ]
     old.sort(key=lambda each: (each.created_at, each.request_id))
     for submission in old[:MAX_FORGOTTEN_PER_SWEEP]:
         book.forget(submission)
     return LeasesExpired(tuple(request_id for _, request_id in expired))
+
+
+def _was_settled(reservation: Reservation, before: float) -> bool:
+    return reservation.settled_at is not None and reservation.settled_at <= before

@@ -115,7 +115,7 @@ _STANDING = select(submission).join(reservation, reservation.c.request_id == sub
 _FORGETTABLE = (
     select(submission)
     .join(reservation, reservation.c.request_id == submission.c.request_id)
-    .where(reservation.c.state == "settled", submission.c.created_at <= bindparam("before"))
+    .where(reservation.c.settled_at <= bindparam("before"), submission.c.created_at <= bindparam("before"))
     .order_by(submission.c.created_at, submission.c.request_id)
     .limit(MAX_FORGOTTEN_PER_SWEEP)
 )
@@ -275,7 +275,7 @@ def _load_submissions(
             window_s = max(window_s, command.dedupe_window_s)
     held = _SUBMISSIONS.where(submission.c.released_at.is_(None), submission.c.idempotency_key != "")
     fetch(held, tuple_(submission.c.customer_id, submission.c.idempotency_key), by_key, add)
-    recent = _STANDING.where(submission.c.created_at >= ts - window_s)
+    recent = _STANDING.where(or_(reservation.c.state == "open", reservation.c.settled_at >= ts - window_s))
     fetch(recent, tuple_(submission.c.customer_id, submission.c.payload_sha256), by_payload, add)
 
 

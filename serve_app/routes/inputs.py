@@ -2,19 +2,21 @@
 
 import asyncio
 import hashlib
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import Request
 
 from billing.reader import KeyRecord
-from deployments.messages import Actions, Frame, ModelSpec, RolloutRequest
+from deployments.errors import DeadlinePassed
+from deployments.messages import Actions, Extras, Frame, Frames, Goal, ModelSpec, RolloutRequest
 from serve_app.context import Services
 from serve_app.errors import InvalidRequest
 from serve_app.routes.quotes import presented_quote
-from serve_app.schemas import ActionsFormat, PredictParams, RolloutParams
-from serve_app.uploads import decode_actions, decode_start_frame
+from serve_app.schemas import ActionsFormat, BatchParams, PredictParams, RolloutParams
+from serve_app.uploads import decode_actions, decode_frames, decode_start_frame
 
 MAX_IDEMPOTENCY_KEY = 256
 FILE = {"type": "string", "format": "binary"}
@@ -28,12 +30,30 @@ def multipart(required: Sequence[str], **properties: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """The files of a request as they came, and the name that its frame has on this route."""
+    """The files of a request as they came, and the name that its frame has on this route.
+
+    A frame that was uploaded before is an array already.
+    """
 
     frame_field: str
-    frame: bytes
+    frame: bytes | Frame
     candidates: Sequence[bytes]
     actions_format: ActionsFormat
+    goal: bytes | Frame | None = None
+    ground_truth: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    start_frame: Frame
+    resized: bool
+    candidates: tuple[Actions, ...]
+    goal: Frame | None
+    ground_truth: Frames | None
+
+
+NOTHING_MORE = BatchParams()
+"""What is asked for on the routes that offer less than a batch."""
 
 
 async def assemble(
@@ -43,49 +63,129 @@ async def assemble(
     model: ModelSpec,
     inputs: Inputs,
     params: RolloutParams | PredictParams,
-    steps_field: str,
+    path: str = "",
 ) -> tuple[RolloutRequest, bool]:
-    """Decode and check everything. The files are let go of here: only arrays live as long as the rollout."""
+    """Decode and check everything. The files are let go of here: only arrays live as long as the rollout.
+
+    `path` leads to the fields of `params`, in messages about them.
+    """
+    batch = params if isinstance(params, BatchParams) else NOTHING_MORE
+    _check_extras(parts, batch, inputs)
+    if inputs.ground_truth is not None and not params.score:
+        raise InvalidRequest("ground_truth", f"is what a score compares with; send {path}score=true beside it")
     num_steps = model.default_num_steps if params.num_steps is None else params.num_steps
+    steps = num_steps
+    if params.score:
+        if inputs.ground_truth is None:
+            steps += model.default_num_steps
+        elif len(inputs.candidates) > 1:
+            raise InvalidRequest("ground_truth", "is of one candidate; a score against it takes one `actions` part")
     most = parts.max_row_steps[model.slug]
-    if num_steps * len(inputs.candidates) > most:
+    if steps * len(inputs.candidates) > most:
         raise InvalidRequest(
-            steps_field,
-            f"{num_steps} steps of {len(inputs.candidates)} candidates are too many; steps x candidates up to {most}"
+            f"{path}num_steps",
+            f"{steps} steps of {len(inputs.candidates)} candidates are too many; steps x candidates up to {most}"
             " are accepted",
         )
-    start_frame, actions, resized = await asyncio.get_running_loop().run_in_executor(
-        parts.decoders, _decode, parts, model, inputs
+    decoded = await asyncio.get_running_loop().run_in_executor(
+        parts.decoders, _decode, parts, model, inputs, batch.horizon
     )
     guidance = model.default_guidance if params.guidance is None else params.guidance
     rollout = RolloutRequest(
         request_id=request.state.request_id,
         key_id=caller.key_id,
         model=model.slug,
-        start_frame=start_frame,
-        candidates=tuple(actions),
+        start_frame=decoded.start_frame,
+        candidates=decoded.candidates,
         seed=params.seed,
         num_steps=num_steps,
         guidance=guidance,
-        payload_sha256=_digest(model.slug, params.seed, num_steps, guidance, start_frame, actions),
+        payload_sha256="",
         idempotency_key=_idempotency_key(request),
         quote_id=presented_quote(request),
+        deadline_s=_deadline_s(request, model, params),
+        extras=Extras(
+            returns=batch.returns,
+            goal=None if decoded.goal is None else Goal(decoded.goal, batch.metric or "mse"),
+            keep=batch.prune or 1.0,
+            best_clip=batch.best_clip,
+            score=params.score,
+            ground_truth=decoded.ground_truth,
+        ),
     )
-    return rollout, resized
+    _check_bounds(parts, model, batch, rollout)
+    return replace(rollout, payload_sha256=_digest(rollout)), decoded.resized
 
 
-def _decode(parts: Services, model: ModelSpec, inputs: Inputs) -> tuple[Frame, list[Actions], bool]:
+def _check_extras(parts: Services, batch: BatchParams, inputs: Inputs) -> None:
+    """Refuse what makes no sense without something else that is not there."""
+    if inputs.goal is None:
+        for field, is_set in (
+            ("metric", batch.metric is not None),
+            ("prune", batch.prune is not None),
+            ("return", batch.returns == "scores"),
+        ):
+            if is_set:
+                raise InvalidRequest(field, "needs a goal; send `goal_frame`, or `goal_frame_id`, beside it")
+    if batch.metric == "lpips" and not parts.args.lpips_weights:
+        raise InvalidRequest("metric", "lpips is not installed here; mse, psnr, ssim and latent are accepted")
+    if batch.best_clip and batch.returns != "scores":
+        raise InvalidRequest("best_clip", f"is part of return=scores; return={batch.returns} has every candidate")
+    if batch.score and batch.prune is not None:
+        raise InvalidRequest("score", "is of whole rollouts; it is not taken with prune")
+
+
+def _check_bounds(parts: Services, model: ModelSpec, batch: BatchParams, rollout: RolloutRequest) -> None:
+    """Refuse what would cost, or weigh, more than it may."""
+    price = rollout.num_frames * model.mils_per_frame
+    if batch.max_cost_mils is not None and rollout.quote_id:
+        raise InvalidRequest("max_cost_mils", "is not taken with a quote, whose price binds already")
+    if batch.max_cost_mils is not None and price > batch.max_cost_mils:
+        raise InvalidRequest("max_cost_mils", f"is {batch.max_cost_mils}, and this request may cost {price} mils")
+    height, width = model.resolution
+    raw_bytes, most = rollout.num_frames * height * width * 3, parts.args.limits.max_raw_bytes
+    if batch.returns == "npz" and raw_bytes > most:
+        raise InvalidRequest("return", f"npz would be {raw_bytes} bytes of frames; up to {most} are accepted")
+
+
+def _deadline_s(request: Request, model: ModelSpec, params: RolloutParams | PredictParams) -> float | None:
+    """What is left of the time since the request arrived. Raises DeadlinePassed if that is nothing."""
+    if not isinstance(params, PredictParams) or params.deadline_ms is None:
+        return None
+    left_s = params.deadline_ms / 1e3 - (time.perf_counter() - request.state.arrived)
+    if left_s <= 0:
+        raise DeadlinePassed(model.slug)
+    return float(left_s)
+
+
+def _decode(parts: Services, model: ModelSpec, inputs: Inputs, horizon: int | None) -> Decoded:
+    start_frame, resized = _picture(parts, model, inputs.frame, inputs.frame_field)
+    goal = None if inputs.goal is None else _picture(parts, model, inputs.goal, "goal_frame")[0]
+    actions = tuple(each[:horizon] for each in _actions(parts, model, inputs))
+    ground_truth = None
+    if inputs.ground_truth is not None:
+        shape = (len(actions[0]), *model.resolution, 3)
+        ground_truth = decode_frames(inputs.ground_truth, "ground_truth", shape)
+    return Decoded(start_frame, resized, actions, goal, ground_truth)
+
+
+def _picture(parts: Services, model: ModelSpec, picture: bytes | Frame, field: str) -> tuple[Frame, bool]:
+    if isinstance(picture, bytes):
+        return decode_start_frame(picture, field, model.resolution, parts.args.limits.max_image_pixels)
+    if picture.shape[:2] != model.resolution:
+        height, width = picture.shape[:2]
+        raise InvalidRequest(f"{field}_id", f"is of {height}x{width}; upload it under the base URL of {model.slug}")
+    return picture, False
+
+
+def _actions(parts: Services, model: ModelSpec, inputs: Inputs) -> list[Actions]:
     limits, candidates = parts.args.limits, inputs.candidates
-    start_frame, resized = decode_start_frame(
-        inputs.frame, inputs.frame_field, model.resolution, limits.max_image_pixels
-    )
     fields = ["actions"] if len(candidates) == 1 else [f"actions[{index}]" for index in range(len(candidates))]
     if inputs.actions_format == "encoded":
-        actions = [
+        return [
             decode_actions(candidate, field, model.action_dim, limits.max_actions)
             for field, candidate in zip(fields, candidates, strict=True)
         ]
-        return start_frame, actions, resized
     robot = parts.commands.get(model.slug)
     if robot is None:
         raise InvalidRequest("actions_format", f"{model.slug} takes encoded actions only")
@@ -96,18 +196,24 @@ def _decode(parts: Services, model: ModelSpec, inputs: Inputs) -> tuple[Frame, l
             actions.append(robot.actions(commands))
         except ValueError as error:
             raise InvalidRequest(field, str(error)) from None
-    return start_frame, actions, resized
+    return actions
 
 
-def _digest(
-    model: str, seed: int, num_steps: int, guidance: float, start_frame: Frame, candidates: Sequence[Actions]
-) -> str:
+def _digest(rollout: RolloutRequest) -> str:
     """What makes two requests the same work, by whichever route they came."""
-    digest = hashlib.sha256(f"{model}\n{seed}\n{num_steps}\n{guidance}\n".encode())
-    digest.update(start_frame.tobytes())
-    for actions in candidates:
+    digest = hashlib.sha256(f"{rollout.model}\n{rollout.seed}\n{rollout.num_steps}\n{rollout.guidance}\n".encode())
+    digest.update(rollout.start_frame.tobytes())
+    for actions in rollout.candidates:
         digest.update(str(actions.shape).encode())
         digest.update(actions.tobytes())
+    extras = rollout.extras
+    if not extras.is_plain:
+        digest.update(f"{extras.returns}\n{extras.keep}\n{extras.best_clip}\n{extras.score}\n".encode())
+        if extras.goal is not None:
+            digest.update(extras.goal.metric.encode())
+            digest.update(extras.goal.frame.tobytes())
+        if extras.ground_truth is not None:
+            digest.update(extras.ground_truth.tobytes())
     return digest.hexdigest()
 
 

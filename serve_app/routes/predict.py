@@ -1,32 +1,41 @@
 """`/v1/predict` and `/v1/predict/batch`: rollouts on the active model, answered with their bytes."""
 
+from typing import Any
+
 from fastapi import APIRouter, Depends, Request, Response
 
 from billing.reader import KeyRecord
 from deployments.messages import ModelSpec, RolloutRequest
 from serve_app.context import ActiveModel, Caller, Parts, Services, authenticate
-from serve_app.forms import read_form
-from serve_app.routes.answers import MP4, TAR, result_headers, tar_of
+from serve_app.forms import Form, read_form
+from serve_app.routes.answers import BATCH, MP4, batch_answer, result_headers
+from serve_app.routes.frames import uploaded
 from serve_app.routes.inputs import FILE, Inputs, assemble, multipart
 from serve_app.routes.quotes import DryRun, as_json, estimate
-from serve_app.schemas import PredictParams
-
-KNOBS = PredictParams.model_json_schema()["properties"]
+from serve_app.schemas import BatchParams, PredictParams
 
 paid = APIRouter(tags=["rollouts"], dependencies=[Depends(authenticate)])
+
+
+def knobs(schema: type[PredictParams]) -> dict[str, Any]:
+    properties: dict[str, Any] = schema.model_json_schema()["properties"]
+    return properties
 
 
 @paid.post(
     "/v1/predict",
     response_class=Response,
     responses=MP4,
-    openapi_extra=multipart(["frame", "actions"], frame=FILE, actions=FILE, **KNOBS),
+    openapi_extra=multipart(["actions"], frame=FILE, actions=FILE, ground_truth=FILE, **knobs(PredictParams)),
 )
 async def predict(
     request: Request, parts: Parts, caller: Caller, model: ActiveModel, dry_run: DryRun = False
 ) -> Response:
     """One rollout on the active model; the answer is its mp4."""
-    rollout = await _read_predict(request, parts, caller, model, max_candidates=1)
+    form = await read_form(request, 8, parts.args.limits.body_timeout_s)
+    form.only(files=("frame", "actions", "ground_truth"), fields=_names(PredictParams))
+    params = form.fields(PredictParams)
+    rollout = await _read(request, parts, caller, model, form, params, max_candidates=1)
     if dry_run:
         return as_json(await estimate(parts, caller, rollout))
     result = await parts.ingress.run(rollout)
@@ -36,30 +45,52 @@ async def predict(
 @paid.post(
     "/v1/predict/batch",
     response_class=Response,
-    responses=TAR,
-    openapi_extra=multipart(["frame", "actions"], frame=FILE, actions={"type": "array", "items": FILE}, **KNOBS),
+    responses=BATCH,
+    openapi_extra=multipart(
+        ["actions"],
+        frame=FILE,
+        actions={"type": "array", "items": FILE},
+        goal_frame=FILE,
+        ground_truth=FILE,
+        **knobs(BatchParams),
+    ),
 )
 async def predict_batch(
     request: Request, parts: Parts, caller: Caller, model: ActiveModel, dry_run: DryRun = False
 ) -> Response:
     """K rollouts that share a start frame, reserved and charged as one; the answer is a tar of K mp4s in order."""
-    rollout = await _read_predict(request, parts, caller, model, parts.args.limits.max_candidates)
+    most = parts.args.limits.max_candidates
+    form = await read_form(request, most + 8, parts.args.limits.body_timeout_s)
+    form.only(files=("frame", "actions", "goal_frame", "ground_truth"), fields=_names(BatchParams))
+    params = form.fields(BatchParams)
+    rollout = await _read(request, parts, caller, model, form, params, most)
     if dry_run:
         return as_json(await estimate(parts, caller, rollout))
-    result = await parts.ingress.run(rollout)
-    headers = result_headers(result, caller) | {"X-DreamEngine-Batch-Size": str(len(result.videos))}
-    return Response(tar_of(result.videos), media_type="application/x-tar", headers=headers)
+    return batch_answer(rollout, await parts.ingress.run(rollout), caller)
 
 
-async def _read_predict(
-    request: Request, parts: Services, caller: KeyRecord, model: ModelSpec, max_candidates: int
+async def _read(
+    request: Request,
+    parts: Services,
+    caller: KeyRecord,
+    model: ModelSpec,
+    form: Form,
+    params: PredictParams,
+    max_candidates: int,
 ) -> RolloutRequest:
-    """The validated request of `POST /v1/predict` and `/v1/predict/batch`."""
-    form = await read_form(request, max_candidates + 8, parts.args.limits.body_timeout_s)
-    form.only(files=("frame", "actions"), fields=PredictParams.model_fields)
-    params = form.fields(PredictParams)
-    frame = form.file("frame")
-    candidates = [form.file("actions")] if max_candidates == 1 else form.files("actions", max_candidates)
-    inputs = Inputs("frame", frame, candidates, params.actions_format)
-    rollout, _ = await assemble(request, parts, caller, model, inputs, params, "num_steps")
+    frame = await uploaded(parts, caller, form, "frame", params.frame_id)
+    goal_frame_id = params.goal_frame_id if isinstance(params, BatchParams) else None
+    inputs = Inputs(
+        frame_field="frame",
+        frame=form.file("frame") if frame is None else frame,
+        candidates=[form.file("actions")] if max_candidates == 1 else form.files("actions", max_candidates),
+        actions_format=params.actions_format,
+        goal=await uploaded(parts, caller, form, "goal_frame", goal_frame_id),
+        ground_truth=form.optional_file("ground_truth"),
+    )
+    rollout, _ = await assemble(request, parts, caller, model, inputs, params)
     return rollout
+
+
+def _names(schema: type[PredictParams]) -> list[str]:
+    return [field.alias or name for name, field in schema.model_fields.items()]

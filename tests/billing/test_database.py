@@ -11,8 +11,8 @@ from sqlalchemy import Engine, text
 from billing import database
 from billing.database import migrate, open_database, writer
 from billing.errors import DatabaseUnusable
-from billing.job_tables import billing_metadata
 from billing.migrations import versions
+from billing.tables import billing_metadata
 from billing.triggers import POSTGRESQL, SQLITE
 from tests.billing.conftest import Clock, Databases, Desk
 

@@ -233,10 +233,34 @@ class TestPayloads:
         desk.clock.advance(WINDOW_S)
         assert desk.do(again(first)) == Repeated(first.request_id, "open", Mils(0), created_at)
 
+    def test_the_first_request_is_joined_for_as_long_as_it_is_open(self, desk: Desk):
+        account = desk.account(1000)
+        first = replace(unkeyed(desk, account), lease_s=3 * KEY_MEMORY_S)
+        desk.do(first)
+        created_at = desk.clock.now
+        desk.clock.advance(2 * KEY_MEMORY_S)
+        desk.do(ExpireLeases())
+        assert desk.do(again(first)) == Repeated(first.request_id, "open", Mils(0), created_at)
+        desk.ledger = desk.new_ledger()
+        assert desk.do(again(first)) == Repeated(first.request_id, "open", Mils(0), created_at)
+
+    def test_the_window_begins_with_the_settlement(self, desk: Desk):
+        account = desk.account(1000)
+        first = replace(unkeyed(desk, account), lease_s=KEY_MEMORY_S)
+        desk.do(first)
+        created_at = desk.clock.now
+        desk.clock.advance(10 * WINDOW_S)
+        desk.settle(first.request_id, 49)
+        desk.clock.advance(WINDOW_S)
+        assert desk.do(again(first)) == Repeated(first.request_id, "settled", Mils(245), created_at)
+        desk.clock.advance(0.001)
+        assert isinstance(desk.do(again(first)), Reserved)
+
     def test_a_moment_after_the_window_it_is_new_work(self, desk: Desk):
         account = desk.account(1000)
         first = unkeyed(desk, account)
         desk.do(first)
+        desk.settle(first.request_id, 49)
         desk.clock.advance(WINDOW_S + 0.001)
         assert isinstance(desk.do(again(first)), Reserved)
 

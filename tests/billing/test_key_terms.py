@@ -125,7 +125,7 @@ class TestBudgets:
         desk.reserved(account, 49)
         desk.do(SetKeyTerms(account.key.key_id, KeyTerms(daily_budget_mils=Mils(489))))
         midnight = NOON + DAY_S / 2
-        assert desk.do(desk.reserve(account)) == BudgetExceeded(Mils(489), Mils(245), "day", midnight)
+        assert desk.do(desk.reserve(account)) == BudgetExceeded(Mils(489), Mils(245), "day", midnight, Mils(245))
         desk.do(SetKeyTerms(account.key.key_id, KeyTerms(daily_budget_mils=Mils(490))))
         assert isinstance(desk.do(desk.reserve(account)), Reserved)
         assert desk.balance(account) == 100_000 - 490
@@ -146,7 +146,7 @@ class TestBudgets:
         desk.clock.advance(16 * DAY_S)  # 31 January
         desk.reserved(account)
         february = NOON + 16.5 * DAY_S
-        assert desk.do(desk.reserve(account)) == BudgetExceeded(Mils(490), Mils(490), "month", february)
+        assert desk.do(desk.reserve(account)) == BudgetExceeded(Mils(490), Mils(490), "month", february, Mils(245))
         desk.clock.advance(DAY_S / 2)
         assert isinstance(desk.do(desk.reserve(account)), Reserved)
 

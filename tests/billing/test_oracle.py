@@ -171,7 +171,8 @@ class Oracle:
             if mine and mine[-1]["sent"][1] != payload:
                 return IdempotencyConflict(mine[-1]["reserved"].request_id)
         else:
-            mine = [each for each in mine if each["sent"][1] == payload and since is not None and each["at"] >= since]
+            mine = [each for each in mine if each["sent"][1] == payload and since is not None]
+            mine = [each for each in mine if each["settled"] is None or each["settled_at"] >= since]
         for each in reversed(mine):
             if each["settled"] is None:
                 return Repeated(each["reserved"].request_id, "open", Mils(0), each["at"])
@@ -186,6 +187,7 @@ class Oracle:
             if delivered < frames:
                 self.write(customer, "refund", (frames - delivered) * rate, request_id)
             captured, refunded = Mils(delivered * rate), Mils((frames - delivered) * rate)
+            request["settled_at"] = self.now
             request["settled"] = Settled(request_id, captured, refunded, self.balance(customer))
         return request["settled"]
 

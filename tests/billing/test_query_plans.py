@@ -23,7 +23,7 @@ CUSTOMER, REQUEST = CustomerId("cus_7"), "req_357"
 def busy(databases: Databases) -> Iterator[Engine]:
     """Many customers' requests, so that a plan which reads all of them is the worse one."""
     last = REQUESTS - 1
-    wallets = [(f"cus_{index}", f"{index}", last, last, 1.0) for index in range(CUSTOMERS)]
+    wallets = [(f"cus_{index}", f"{index}", last, last, 1.0, 0, 0, 0, None) for index in range(CUSTOMERS)]
     keys = [
         (f"key_{index}", f"{index:064d}", "last", f"cus_{index}", 1.0, 1, 1.0, 0, None, None)
         for index in range(CUSTOMERS)

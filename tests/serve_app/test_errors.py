@@ -23,9 +23,7 @@ from deployments.errors import (
     ModelOverloaded,
     QuoteNotAccepted,
     ResultExpired,
-    RolloutCanceled,
     RolloutError,
-    TooManyJobs,
 )
 from serve_app import errors
 from serve_app.errors import (
@@ -107,18 +105,6 @@ EXAMPLES: list[tuple[Exception, int, str, str]] = [
         " 1800000000 (POSIX seconds)",
     ),
     (
-        RolloutCanceled(),
-        409,
-        "INVALID_REQUEST",
-        "this was sent before and then canceled; use a new Idempotency-Key, or send it again in a minute",
-    ),
-    (
-        TooManyJobs(1_000, 9),
-        429,
-        "RATE_LIMITED",
-        "1000 of your jobs are waiting or running, and no more may; try again in 9 s",
-    ),
-    (
         ModelOverloaded("tiny-pusher", 3),
         503,
         "OVERLOADED",
@@ -144,7 +130,7 @@ EXAMPLES: list[tuple[Exception, int, str, str]] = [
     ),
     (HTTPException(418, "teapot"), 418, "INVALID_REQUEST", "teapot"),
 ]
-RETRY_AFTER = {RateLimited: "7", TooManyJobs: "9", ModelOverloaded: "3", LedgerUnavailable: "2"}
+RETRY_AFTER = {RateLimited: "7", ModelOverloaded: "3", LedgerUnavailable: "2"}
 
 
 def descendants(root: type[Exception]) -> Iterator[type[Exception]]:

@@ -27,6 +27,8 @@ from billing.reader import LedgerReader
 from billing.writer import LedgerWriter
 from deployments.engine import Engine
 from deployments.errors import DeadlinePassed
+from deployments.file_groups import open_file_groups
+from deployments.frame_store import FrameStore
 from deployments.ingress import Ingress
 from deployments.ledger_audits import AuditsClient
 from deployments.ledger_client import LedgerClient
@@ -39,8 +41,6 @@ from deployments.status_client import StatusClient
 from serve_app.api import create_api
 from serve_app.catalog import CATALOG, model_spec
 from serve_app.context import Services
-from serve_app.envelopes import Envelopes
-from serve_app.job_services import job_services
 from serve_app.rate_limit import TokenBuckets
 from serve_app.settings import ClusterArgs, Limits, ModelArgs
 from serve_app.signing import LinkSigner
@@ -189,30 +189,28 @@ async def running_app(
         local = LocalModel(model_spec(CATALOG[SLUG]), model or StandInModel(Path(), "cpu"))
         status = StatusClient(LocalActor(StatusActor()))
         results = ResultStore(data_dir / "results", ttl_s=3600)
-        args = ClusterArgs(
-            data_dir=data_dir,
-            database_url="",
-            models=(ModelArgs(slug=SLUG, checkpoint=""),),
-            webhook_loopback=True,
-            limits=limits or Limits(),
-        )
-        ledger_client = LedgerClient(lambda commands: ledger_call.call(commands))
-        models: dict[str, Any] = {SLUG: local}
-        ingress = Ingress(ledger_client, ledger.reader, models, results, status)
-        signer = LinkSigner(b"0" * 32)
-        envelopes = Envelopes(signer, results.ttl_s)
         services = Services(
-            args=args,
-            ingress=ingress,
-            models=models,
+            args=ClusterArgs(
+                data_dir=data_dir,
+                database_url="",
+                models=(ModelArgs(slug=SLUG, checkpoint=""),),
+                limits=limits or Limits(),
+            ),
+            ingress=Ingress(
+                LedgerClient(lambda commands: ledger_call.call(commands)),
+                ledger.reader,
+                {SLUG: local},  # type: ignore[dict-item]
+                results,
+                status,
+            ),
+            models={SLUG: local},  # type: ignore[dict-item]
             commands={},
             max_row_steps={SLUG: 1024},
             reader=ledger.reader,
             buckets=TokenBuckets(time.monotonic),
             results=results,
-            jobs=job_services(args, ledger.database, ingress, ledger_client, models, results, status, envelopes),
-            envelopes=envelopes,
-            signer=signer,
+            frames=FrameStore(open_file_groups(str(data_dir / "results"))),
+            signer=LinkSigner(b"0" * 32),
             status=status,
             audits=AuditsClient(LocalActor(ledger_call)),
             decoders=ThreadPoolExecutor(2),

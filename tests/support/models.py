@@ -56,3 +56,21 @@ class StandInModel:
             )
             for row in rows
         ]
+
+
+class SteeredModel(StandInModel):
+    """Each frame is as many levels brighter than the one before as its action's first value says."""
+
+    def finish(self, rows: Sequence[StandInRow]) -> list[Frame]:
+        return [
+            np.clip(
+                row.chunk_input.start_frame.astype(int)
+                + np.cumsum(np.round(row.chunk_input.actions[:, 0])).astype(int)[:, None, None, None],
+                0,
+                255,
+            ).astype(np.uint8)
+            for row in rows
+        ]
+
+    def latents(self, frames: Frame) -> Any:
+        return frames.astype(np.float32) / 255
