@@ -13,6 +13,7 @@ from billing.store import terms_of
 from billing.tables import api_key, entry, key_terms, payment, payment_event, reservation, wallet
 
 MAX_TRANSACTIONS = 200
+MAX_SEQ = 2**63 - 1
 
 AnyRow = Row[*tuple[Any, ...]]
 EntryKind = Literal["debit", "credit", "refund"]
@@ -137,7 +138,7 @@ _TRANSACTIONS = (
         entry.c.balance_after,
         entry.c.detail,
     )
-    .where(entry.c.customer_id == bindparam("customer_id"), entry.c.seq > 0)
+    .where(entry.c.customer_id == bindparam("customer_id"), entry.c.seq > 0, entry.c.seq < bindparam("before_seq"))
     .order_by(entry.c.seq.desc())
     .limit(bindparam("at_most"))
 )
@@ -230,10 +231,10 @@ class LedgerReader:
             raise UnknownWallet(customer_id)
         return Mils(row.balance_mils)
 
-    def transactions(self, customer_id: CustomerId, limit: int) -> list[EntryRecord]:
+    def transactions(self, customer_id: CustomerId, limit: int, before_seq: int = MAX_SEQ) -> list[EntryRecord]:
         """The newest entries first, at least 1 and at most `MAX_TRANSACTIONS`; the opening entry is not one of them."""
         at_most = max(1, min(limit, MAX_TRANSACTIONS))
-        rows = self._all(_TRANSACTIONS, customer_id=customer_id, at_most=at_most)
+        rows = self._all(_TRANSACTIONS, customer_id=customer_id, at_most=at_most, before_seq=before_seq)
         return [shown(row) for row in rows]
 
     def keys(self) -> list[KeySummary]:

@@ -3,6 +3,7 @@
 A month is a range of the wallet's entries, so that every entry is in exactly one. Reads, never writes.
 """
 
+import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
@@ -12,8 +13,10 @@ from sqlalchemy import Connection, Engine, func, select
 from billing.commands import CustomerId
 from billing.errors import UnknownWallet
 from billing.money import Mils
-from billing.reader import SHOWN_AS, EntryKind, EntryRecord, shown
+from billing.reader import SHOWN_AS, EntryRecord, shown
 from billing.tables import entry, wallet
+
+_MONTH = re.compile(r"([1-8][0-9]{3})-(0[1-9]|1[0-2])")
 
 
 class Month(NamedTuple):
@@ -26,6 +29,14 @@ class Month(NamedTuple):
     def of(cls, ts: float) -> "Month":
         moment = datetime.fromtimestamp(ts, UTC)
         return cls(moment.year, moment.month)
+
+    @classmethod
+    def parse(cls, text: str) -> "Month":
+        """Raises ValueError unless `text` is such as `2027-01`."""
+        match = _MONTH.fullmatch(text)
+        if match is None:
+            raise ValueError(f"{text!r} is not a month such as 2027-01")
+        return cls(int(match[1]), int(match[2]))
 
     @property
     def starts_at(self) -> float:
@@ -47,7 +58,7 @@ class Month(NamedTuple):
 class Statement:
     """The entries of one month: those after `from_seq` up to `to_seq`. One month's `to_seq` is the next's `from_seq`.
 
-    `opening_mils + credits_mils + debits_mils + refunds_mils == closing_mils`.
+    `opening_mils + credits_mils + debits_mils + refunds_mils + reversals_mils == closing_mils`.
     """
 
     month: Month
@@ -56,8 +67,10 @@ class Statement:
     opening_mils: Mils
     credits_mils: Mils
     debits_mils: Mils
-    """Negative."""
+    """For work; negative."""
     refunds_mils: Mils
+    reversals_mils: Mils
+    """Payments that were taken back, and debts that were repaid; negative."""
     closing_mils: Mils
 
     @property
@@ -129,21 +142,21 @@ def _entry(connection: Connection, customer_id: CustomerId, seq: int) -> Any:
 
 
 def _statement(connection: Connection, customer_id: CustomerId, month: Month, from_seq: int, to_seq: int) -> Statement:
-    totals: dict[EntryKind, int] = {"credit": 0, "debit": 0, "refund": 0}
+    totals = dict.fromkeys(SHOWN_AS, 0)
     sums = (
         select(entry.c.kind, func.sum(entry.c.amount))
         .where(entry.c.customer_id == customer_id, entry.c.seq > from_seq, entry.c.seq <= to_seq)
         .group_by(entry.c.kind)
     )
-    for kind, total in connection.execute(sums):
-        totals[SHOWN_AS[kind]] += int(total)
+    totals |= {kind: int(total) for kind, total in connection.execute(sums)}
     return Statement(
         month=month,
         from_seq=from_seq,
         to_seq=to_seq,
         opening_mils=_entry(connection, customer_id, from_seq).balance_after,
-        credits_mils=Mils(totals["credit"]),
+        credits_mils=Mils(totals["credit"] + totals["reinstatement"]),
         debits_mils=Mils(totals["debit"]),
         refunds_mils=Mils(totals["refund"]),
+        reversals_mils=Mils(totals["reversal"] + totals["repayment"]),
         closing_mils=_entry(connection, customer_id, to_seq).balance_after,
     )

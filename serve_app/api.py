@@ -12,7 +12,7 @@ from fastapi import Depends, FastAPI
 from serve_app import errors
 from serve_app.context import Services, authenticate, check_base
 from serve_app.middleware import RequestEnvelope
-from serve_app.routes import billing, catalog, frames, predict, rollouts, status
+from serve_app.routes import billing, catalog, frames, predict, requests, rollouts, status, usage
 from serve_app.schemas import ErrorBody
 
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
@@ -44,6 +44,8 @@ def create_api(parts: Services) -> FastAPI:
             (catalog.router, known),
             (status.router, known),
             (billing.router, [Depends(authenticate), *known]),
+            (usage.router, [Depends(authenticate), *known]),
+            (requests.router, [Depends(authenticate), *known]),
             (rollouts.paid, []),
             (predict.paid, []),
             (frames.router, known),

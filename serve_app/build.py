@@ -14,6 +14,9 @@ from ray.serve.handle import DeploymentHandle
 
 from billing.database import open_database
 from billing.reader import LedgerReader
+from billing.request_log import RequestLog
+from billing.statements import StatementReader
+from billing.usage import UsageReader
 from deployments import actors, ledger_client
 from deployments.file_groups import open_file_groups
 from deployments.frame_store import FrameStore
@@ -68,7 +71,8 @@ class Gateway:
             )
             for slug, replicas in self._replicas.items()
         }
-        reader = LedgerReader(open_database(args.database_url))
+        database = open_database(args.database_url)
+        reader = LedgerReader(database)
         results = ResultStore(args.results, args.video_ttl_s)
         self._ingress = Ingress(ledger, reader, models, results, status)
         return create_api(
@@ -83,6 +87,9 @@ class Gateway:
                 },
                 max_row_steps={model.slug: model.max_row_steps for model in args.models},
                 reader=reader,
+                request_log=RequestLog(database),
+                usage=UsageReader(database),
+                statements=StatementReader(database),
                 buckets=TokenBuckets(time.monotonic, share=1 / args.ingress_replicas),
                 results=results,
                 frames=FrameStore(open_file_groups(args.results)),

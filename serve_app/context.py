@@ -13,6 +13,9 @@ from sqlalchemy.exc import DBAPIError
 
 from billing.keys import is_token_shaped, token_sha256
 from billing.reader import KeyRecord, LedgerReader
+from billing.request_log import RequestLog
+from billing.statements import StatementReader
+from billing.usage import UsageReader
 from deployments.errors import LedgerUnavailable
 from deployments.frame_store import FrameStore
 from deployments.ingress import Ingress
@@ -46,6 +49,9 @@ class Services:
     max_row_steps: Mapping[str, int]
     """Per model, how many candidates x denoising steps one request may ask for."""
     reader: LedgerReader
+    request_log: RequestLog
+    usage: UsageReader
+    statements: StatementReader
     buckets: TokenBuckets
     results: ResultStore
     frames: FrameStore
@@ -58,7 +64,7 @@ class Services:
     async def ask(
         self, question: Callable[Arguments, Answer], *args: Arguments.args, **kwargs: Arguments.kwargs
     ) -> Answer:
-        """Put a question of `reader` to the database, off the event loop.
+        """Put a question of one of the readers to the database, off the event loop.
 
         Raises:
             LedgerUnavailable: the database does not answer.

@@ -181,7 +181,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def validation_error(_: Request, error: RequestValidationError) -> JSONResponse:
-        problems = "; ".join(f"{each['loc'][-1]}: {each['msg']}" for each in error.errors())
+        problems = "; ".join(f"{'.'.join(map(str, each['loc'][1:]))}: {each['msg']}" for each in error.errors())
         return error_response(422, "INVALID_REQUEST", problems)
 
     @app.exception_handler(HTTPException)

@@ -244,10 +244,16 @@ class Balance(BaseModel):
     balance_mils: int
     balance_cents: int
     balance_usd: float
+    model: str = Field(description="The active model, whose price the next two are at")
+    rollouts_left: int = Field(description="Of 49 frames, one candidate")
+    mpc_hours_left: float = Field(description="Of 10 decisions a second with 8 candidates of 49 frames each")
+    spending_mils_per_hour: int = Field(description="At the rate of the last minute, refunds taken off")
+    hours_left: float | None = Field(description="At that rate; null while nothing is spent")
 
 
 class Transaction(BaseModel):
     id: str
+    seq: int = Field(description="Of the entry in its wallet: counts from 1 without a gap")
     ts: float
     kind: Literal["debit", "credit", "refund"]
     amount_mils: int

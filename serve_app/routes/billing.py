@@ -1,26 +1,45 @@
 """A customer's balance and ledger rows, read from the database that the ledger commits to."""
 
+import time
 from typing import Annotated
 
 from fastapi import APIRouter, Query
 
-from billing.money import cents, usd
-from serve_app.context import Caller, Parts
+from billing.money import Mils, cents, usd
+from billing.prices import Work, price
+from billing.reader import MAX_SEQ
+from deployments.messages import ModelSpec
+from deployments.pricing import list_price
+from serve_app.catalog import CATALOG, model_spec
+from serve_app.context import ActiveSlug, Caller, Parts
 from serve_app.schemas import Balance, Transaction, Transactions
 
 MAX_LIMIT = 200
+ROLLOUT_FRAMES = 49
+HOUR_S = 3_600
+MPC_FRAMES_PER_HOUR = 10 * 8 * ROLLOUT_FRAMES * HOUR_S
+"""10 decisions a second, each among 8 candidates: 14,112,000 frames."""
+SPENDING_WINDOW_S = 60
 
 router = APIRouter(prefix="/v1/billing", tags=["billing"])
 
 
 @router.get("/balance")
-async def get_balance(parts: Parts, caller: Caller) -> Balance:
+async def get_balance(parts: Parts, caller: Caller, active: ActiveSlug) -> Balance:
     balance = await parts.ask(parts.reader.balance, caller.customer_id)
+    spent = await parts.ask(parts.usage.spent_since, caller.customer_id, time.time() - SPENDING_WINDOW_S)
+    per_hour = Mils(round(spent * HOUR_S / SPENDING_WINDOW_S))
+    model, spendable = model_spec(CATALOG[active]), max(0, balance)
     return Balance(
         customer_id=caller.customer_id,
         balance_mils=balance,
         balance_cents=cents(balance),
         balance_usd=usd(balance),
+        model=active,
+        rollouts_left=spendable // _price(model, ROLLOUT_FRAMES),
+        mpc_hours_left=round(spendable / _price(model, MPC_FRAMES_PER_HOUR), 4),
+        spending_mils_per_hour=per_hour,
+        hours_left=round(spendable / per_hour, 4) if per_hour > 0 else None,
     )
 
 
@@ -29,13 +48,15 @@ async def list_transactions(
     parts: Parts,
     caller: Caller,
     limit: Annotated[int, Query(ge=1, description="Rows, newest first; above 200 means 200")] = 50,
+    before_seq: Annotated[int, Query(ge=1, le=MAX_SEQ, description="Those before this one")] = MAX_SEQ,
 ) -> Transactions:
-    entries = await parts.ask(parts.reader.transactions, caller.customer_id, min(limit, MAX_LIMIT))
+    entries = await parts.ask(parts.reader.transactions, caller.customer_id, min(limit, MAX_LIMIT), before_seq)
     return Transactions(
         customer_id=caller.customer_id,
         transactions=[
             Transaction(
                 id=entry.public_id,
+                seq=entry.seq,
                 ts=entry.ts,
                 kind=entry.kind,
                 amount_mils=entry.amount_mils,
@@ -49,3 +70,8 @@ async def list_transactions(
             for entry in entries
         ],
     )
+
+
+def _price(model: ModelSpec, frames: int) -> Mils:
+    height, width = model.resolution
+    return price(list_price(model), Work(frames, model.fps, height, width)).total_mils

@@ -23,7 +23,10 @@ CUSTOMER, REQUEST = CustomerId("cus_7"), "req_357"
 def busy(databases: Databases) -> Iterator[Engine]:
     """Many customers' requests, so that a plan which reads all of them is the worse one."""
     last = REQUESTS - 1
-    wallets = [(f"cus_{index}", f"{index}", last, last, 1.0, 0, 0, 0, None) for index in range(CUSTOMERS)]
+    wallets = [
+        {"customer_id": f"cus_{index}", "name": f"{index}", "seq": last, "balance_mils": last, "created_at": 1.0}
+        for index in range(CUSTOMERS)
+    ]
     keys = [
         (f"key_{index}", f"{index:064d}", "last", f"cus_{index}", 1.0, 1, 1.0, 0, None, None)
         for index in range(CUSTOMERS)
@@ -41,7 +44,7 @@ def busy(databases: Databases) -> Iterator[Engine]:
         requests.append((*work, float(each), each // CUSTOMERS, float(each), 0, "m"))
     with databases.migrated() as engine:
         with writer(engine).begin() as connection:
-            insert_all(wallet)(connection, wallets)
+            connection.execute(wallet.insert(), wallets)
             insert_all(entry)(connection, chains)
             insert_all(api_key)(connection, keys)
             insert_all(reservation)(connection, requests)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from billing.commands import Grant
+from billing.commands import Credit, Grant, Reverse
 from billing.errors import UnknownWallet
 from billing.keys import initial_grant_id, mint_grant_id
 from billing.money import Mils
@@ -42,7 +42,7 @@ class TestStatements:
         )
         assert march.opening_mils == march.closing_mils == desk.balance(account)
         for each in months:
-            moved = each.credits_mils + each.debits_mils + each.refunds_mils
+            moved = each.credits_mils + each.debits_mils + each.refunds_mils + each.reversals_mils
             assert each.opening_mils + moved == each.closing_mils
 
     def test_a_clock_that_steps_back_over_the_end_of_a_month_puts_no_entry_into_two(self, desk: Desk):
@@ -53,6 +53,18 @@ class TestStatements:
         desk.ran(account)
         (february,) = StatementReader(desk.engine).statements(account.customer_id, FEBRUARY, 2)
         assert (february.month, february.from_seq, february.to_seq) == (FEBRUARY, 0, 3)
+
+    def test_what_was_paid_and_taken_back_is_told_from_what_was_spent(self, desk: Desk):
+        desk.clock.now = NOON
+        account = desk.account(100)
+        desk.do(Credit(account.customer_id, Mils(1000), "stripe:cs_1", "evt_1", "Top-up"))
+        desk.ran(account, 10)
+        desk.do(Reverse("stripe:cs_1", Mils(400), "evt_2", "Refunded"))
+        (month,) = StatementReader(desk.engine).statements(account.customer_id, JANUARY, 1)
+        assert (month.credits_mils, month.debits_mils, month.reversals_mils) == (1100, -50, -400)
+        assert month.closing_mils == desk.balance(account) == 650
+        kinds = [each.kind for each in StatementReader(desk.engine).entries(account.customer_id, 0, 9, 9)]
+        assert kinds == ["credit", "credit", "debit", "debit"]
 
     def test_the_limit_and_the_newest_month_are_kept_to(self, desk: Desk):
         desk.clock.now = NOON

@@ -24,6 +24,9 @@ from billing.keys import mint_customer_id, mint_key_id, mint_token, token_sha256
 from billing.ledger import Ledger
 from billing.money import Mils
 from billing.reader import LedgerReader
+from billing.request_log import RequestLog
+from billing.statements import StatementReader
+from billing.usage import UsageReader
 from billing.writer import LedgerWriter
 from deployments.engine import Engine
 from deployments.errors import DeadlinePassed
@@ -207,6 +210,9 @@ async def running_app(
             commands={},
             max_row_steps={SLUG: 1024},
             reader=ledger.reader,
+            request_log=RequestLog(ledger.database),
+            usage=UsageReader(ledger.database),
+            statements=StatementReader(ledger.database),
             buckets=TokenBuckets(time.monotonic),
             results=results,
             frames=FrameStore(open_file_groups(str(data_dir / "results"))),
