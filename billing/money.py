@@ -17,6 +17,18 @@ MAX_MILS = Mils(2**53 - 1)
 """The largest amount or balance, about $900 billion: exact in every database, in JSON and in a float."""
 
 
+MAX_EXACT = 2**62
+"""The largest product that a database computes exactly, with room to round up."""
+
+
+def part_of_rate(frames: int, mils: int, per_frames: int) -> Mils:
+    """What `frames` cost at `mils` for every `per_frames` frames: exact, then rounded up once.
+
+    So no part costs more than the whole, more frames never cost less, and all of them cost what was reserved.
+    """
+    return Mils(-(-frames * mils // per_frames))
+
+
 def cents(amount: Mils) -> int:
     """Whole cents, half-up away from zero, so that a refund shows as the exact mirror of its debit."""
     magnitude = (abs(amount) + MILS_PER_CENT // 2) // MILS_PER_CENT

@@ -1,13 +1,15 @@
 """Prices that others publish, expressed in the book; and what rounding may and may not do."""
 
 from fractions import Fraction
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from billing.money import Mils, dollars
-from billing.prices import NANO_PER_MIL, CreditPack, PriceBook, PriceVersion, Rate, Work, price, whole_mils_per_frame
+from billing.price_terms import PriceTerms, read_price_file, terms_of, version_of
+from billing.prices import NANO_PER_MIL, CreditPack, PriceBook, PriceVersion, Rate, Tier, Work, price
 
 PER_FRAME = PriceVersion("dreamdojo-2b", 1, 0.0, (Rate("frame", 500_000),))
 LUMA = CreditPack(credits=1_200, costs=Mils(40_000))
@@ -68,7 +70,7 @@ class TestRounding:
         assert [line.mils for line in priced.lines] == [25, 2]
         assert priced.total_mils == 27
 
-    @given(st.integers(1, 10**7), st.integers(0, 10**9), st.integers(1, 10**6))
+    @given(st.integers(1, 10**7), st.integers(1, 10**9), st.integers(1, 10**6))
     def test_a_line_is_never_below_its_exact_price_and_never_a_mil_above(self, count: int, nano: int, per: int):
         exact = Fraction(count * nano, per * NANO_PER_MIL)
         mils = price(only(Rate("frame", nano, per)), frames(count)).total_mils
@@ -77,15 +79,25 @@ class TestRounding:
     @given(st.integers(1, 10**6), st.integers(1, 1_000))
     def test_whole_mils_per_frame_price_as_a_reservation_does(self, count: int, mils: int):
         version = only(Rate("frame", mils * NANO_PER_MIL))
-        assert whole_mils_per_frame(version) == mils
-        assert price(version, frames(count)).total_mils == count * mils
+        priced = price(version, frames(count))
+        assert (priced.mils_per_frame, priced.per_frames, priced.total_mils) == (mils, 1, count * mils)
 
-    @pytest.mark.parametrize(
-        "rates",
-        [(Rate("frame", 50_000),), (Rate("second", 100_000),), (Rate("frame", 100_000), Rate("request", 1)), ()],
+    @given(
+        st.integers(1, 10**5),
+        st.lists(st.builds(Rate, st.sampled_from(["frame", "second", "request"]), st.integers(1, 10**9)), min_size=1),
+        st.data(),
     )
-    def test_what_a_reservation_cannot_freeze_is_said_so(self, rates: tuple[Rate, ...]):
-        assert whole_mils_per_frame(PriceVersion("model", 1, 0.0, rates)) is None
+    def test_the_frozen_rate_settles_parts_monotonely_and_the_whole_exactly(
+        self, count: int, rates: list[Rate], data: st.DataObject
+    ):
+        priced = price(PriceVersion("model", 1, 0.0, tuple(rates)), frames(count))
+        fewer = data.draw(st.integers(0, count))
+        more = data.draw(st.integers(fewer, count))
+        assert 0 == priced.of(0) <= priced.of(fewer) <= priced.of(more) <= priced.of(count) == priced.total_mils
+
+    def test_a_part_of_a_rate_below_a_mil_is_rounded_as_if_it_were_the_whole(self):
+        priced = price(only(Rate("frame", 50_000)), frames(49))  # half a mil a frame
+        assert [priced.of(count) for count in (1, 2, 3, 48, 49)] == [1, 1, 2, 24, 25]
 
     @pytest.mark.parametrize(("nano", "per"), [(-1, 1), (1, 0), (1, -5)])
     def test_what_is_not_a_rate_is_refused(self, nano: int, per: int):
@@ -114,4 +126,121 @@ class TestVersions:
     )
     def test_versions_that_do_not_follow_each_other_are_refused(self, version: int, effective_from: float):
         with pytest.raises(ValueError, match=f"version {version} of model does not"):
-            PriceBook([self.FIRST, PriceVersion("model", version, effective_from, ())])
+            PriceBook([self.FIRST, PriceVersion("model", version, effective_from, (Rate("frame", 1),))])
+
+    def test_a_customers_own_price_goes_before_the_list_and_the_list_before_the_default(self):
+        own = PriceVersion("model", 1, 150.0, (Rate("frame", 300_000),), customer_id="cus_ann")
+        book = PriceBook([self.FIRST, self.SECOND, own], default=(Rate("frame", 100_000),))
+
+        def total(model: str, ts: float, customer_id: str = "") -> int:
+            priced = book.price(model, frames(10), ts, customer_id)
+            assert priced is not None
+            return priced.total_mils
+
+        assert [total("model", ts, "cus_ann") for ts in (99.0, 100.0, 150.0, 200.0)] == [10, 50, 30, 30]
+        assert [total("model", ts, "cus_bob") for ts in (99.0, 100.0, 150.0, 200.0)] == [10, 50, 50, 40]
+        assert total("other", 0.0) == 10
+        assert PriceBook([]).price("model", frames(1), 0.0) is None
+
+
+class TestFactors:
+    def test_a_resolution_and_a_latency_class_multiply(self):
+        version = PriceVersion(
+            "model",
+            1,
+            0.0,
+            (Rate("frame", 500_000),),
+            resolutions=((720, 1280, Fraction(3)),),
+            latency_classes=(("batch", Fraction(1, 2)),),
+        )
+        assert price(version, Work(10, 10, 720, 1280, "batch")).total_mils == 75
+        assert price(version, Work(10, 10, 720, 1280)).total_mils == 150
+        assert price(version, Work(10, 10, 480, 640, "batch")).total_mils == 25
+
+    def test_the_request_that_crosses_a_tier_is_split_by_line(self):
+        tiers = (Tier(100, Fraction(4, 5)), Tier(200, Fraction(1, 2)))
+        version = PriceVersion("model", 1, 0.0, (Rate("frame", 500_000), Rate("request", 100_000)), tiers=tiers)
+        priced = price(version, Work(150, 10, 480, 640, used_frames=90))
+        assert [(line.rate.metric, line.quantity, line.mils) for line in priced.lines] == [
+            ("frame", 10, 50),
+            ("request", 1, 1),
+            ("frame", 100, 400),
+            ("frame", 40, 100),
+        ]
+        assert price(version, Work(10, 10, 480, 640, used_frames=10**6)).total_mils == 26
+
+    @pytest.mark.parametrize(
+        ("given", "reason"),
+        [
+            ({"rates": ()}, "rate above nothing"),
+            ({"rates": (Rate("frame", 0),)}, "rate above nothing"),
+            ({"tiers": (Tier(5, Fraction(1)), Tier(5, Fraction(1)))}, "ascend"),
+            ({"tiers": (Tier(0, Fraction(1)),)}, "ascend"),
+            ({"tiers": (Tier(5, Fraction(0)),)}, "positive"),
+            ({"latency_classes": (("batch", Fraction(-1)),)}, "positive"),
+            ({"resolutions": ((1, 1, 0.5),)}, "positive"),
+        ],
+    )
+    def test_what_is_not_a_price_is_refused(self, given: dict[str, Any], reason: str):
+        with pytest.raises(ValueError, match=reason):
+            PriceVersion("model", 1, 0.0, **({"rates": (Rate("frame", 1),)} | given))
+
+
+FILE = """
+[[price]]
+model = "tiny-pusher"
+effective_from = 2027-01-01T00:00:00Z
+rates = [
+    { metric = "frame", usd = "0.0005" },
+    { metric = "second", credits = 100, per = 5, pack = { credits = 1200, usd = "4" } },
+]
+resolutions = [{ height = 480, width = 640, factor = "1.5" }]
+latency_classes = { batch = "0.5" }
+tiers = [{ after_frames = 1000000, factor = "0.8" }]
+
+[[price]]
+model = "tiny-pusher"
+customer = "ann"
+rates = [{ metric = "frame", usd = "0.000000001", per = 10 }]
+"""
+
+
+class TestFiles:
+    def test_a_file_says_what_a_version_says(self):
+        first, second = read_price_file(FILE)
+        assert (first.model, first.customer, first.effective_from) == ("tiny-pusher", "", 1798761600.0)
+        assert version_of("tiny-pusher", "", 3, 5.0, first.terms) == PriceVersion(
+            "tiny-pusher",
+            3,
+            5.0,
+            (Rate("frame", 500_000), LUMA.rate("second", 100, per=5)),
+            "",
+            ((480, 640, Fraction(3, 2)),),
+            (("batch", Fraction(1, 2)),),
+            (Tier(10**6, Fraction(4, 5)),),
+        )
+        assert second == PriceTerms("tiny-pusher", "ann", 0.0, terms_of(only(Rate("frame", 1, 10))))
+
+    @pytest.mark.parametrize(
+        ("text", "reason"),
+        [
+            ("[[price", "not TOML"),
+            ("x = 1", "nothing else"),
+            ("[[price]]\nrates = []", "no model.*'model' is missing"),
+            ("[[price]]\nmodel = 'm'", "'rates' is missing"),
+            ("[[price]]\nmodel = 'm'\nrates = []", "rate above nothing"),
+            ("[[price]]\nmodel = 'm'\nrates = [{metric = 'token', usd = '1'}]", "'token' is not a metric"),
+            ("[[price]]\nmodel = 'm'\nrates = [{metric = 'frame', usd = 0.0005}]", "must be a string"),
+            ("[[price]]\nmodel = 'm'\nrates = [{metric = 'frame', usd = 'x'}]", "price 1"),
+            ("[[price]]\nmodel = 'm'\nrates = [{metric = 'frame', usd = '0.0000000001'}]", "use `per`"),
+            ("[[price]]\nmodel = 'm'\nprice = 1\nrates = [{metric = 'frame', usd = '1'}]", "are not fields"),
+        ],
+    )
+    def test_what_is_wrong_is_said_with_its_place(self, text: str, reason: str):
+        with pytest.raises(ValueError, match=reason):
+            read_price_file(text)
+
+    @pytest.mark.parametrize("terms", ["", "[]", "{}", '{"rates":[["frame",1]],"resolutions":[]}', '{"rates":5}'])
+    def test_terms_that_nobody_wrote_are_refused(self, terms: str):
+        with pytest.raises(ValueError):  # noqa: PT011 - every reason is a good one
+            version_of("model", "", 1, 0.0, terms)
