@@ -36,6 +36,7 @@ mutate-ledger:
 
 bench-ledger:
 	$(BIN)/python -m benchmarks.ledger
+	$(BIN)/python -m benchmarks.ledger_actor
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

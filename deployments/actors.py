@@ -1,7 +1,8 @@
 """The named actors that every process of the cluster finds by name, and how they are made.
 
 They are detached, restart for ever, and retry no call by themselves: callers own retries, because Ray may report a
-failure for a call that ran.
+failure for a call that ran. Only the ledger's calls are repeated by Ray: each of its commands may come twice, and Ray
+knows at once that the actor is back, where a caller is told seconds later that it was away.
 """
 
 import hashlib
@@ -29,12 +30,16 @@ _OPTIONS = {
 }
 
 
+LEDGER_CALLS = 64
+"""Calls that the ledger takes at a time, a thread each; an ingress replica makes one after the other."""
+
 Labels = Mapping[str, str]
 """Of the nodes that an actor may live on; empty for any. They hold for who makes it, and everybody passes the same."""
 
 
 def start_ledger(database_url: str, labels: Labels) -> Any:
-    return _remote(LedgerActor, _ledger_name(database_url), labels).remote(database_url)
+    actor = _remote(LedgerActor, _ledger_name(database_url), labels, max_concurrency=LEDGER_CALLS, max_task_retries=-1)
+    return actor.remote(database_url)
 
 
 def ledger_handle(database_url: str) -> Any:
@@ -55,8 +60,8 @@ def scheduler_handle(model: str, limits: SchedulerLimits) -> Any:
     return ray.get_actor(_scheduler_name(model, limits), namespace=NAMESPACE)
 
 
-def _remote(actor: type, name: str, labels: Labels) -> Any:
-    return ray.remote(actor).options(name=name, label_selector=dict(labels), **_OPTIONS)
+def _remote(actor: type, name: str, labels: Labels, **options: int) -> Any:
+    return ray.remote(actor).options(name=name, label_selector=dict(labels), **(_OPTIONS | options))
 
 
 def _scheduler_name(model: str, limits: SchedulerLimits) -> str:

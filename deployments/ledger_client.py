@@ -15,6 +15,7 @@ import structlog
 
 from billing.commands import Command, Outcome
 from deployments.errors import LedgerUnavailable
+from deployments.ledger_wire import pack, unpack_outcomes
 
 RETRY_FOR_S = 10.0
 """How long a command is tried after it was submitted; every command is idempotent, so asking again is safe."""
@@ -119,7 +120,14 @@ def connect(actor: Any) -> LedgerClient:
     """A client of the cluster's ledger actor."""
 
     async def call(commands: list[Command]) -> list[Outcome]:
-        outcomes: list[Outcome] = await actor.apply.remote(commands)
-        return outcomes
+        return unpack_outcomes(await actor.apply.remote(pack(commands)))
 
     return LedgerClient(call)
+
+
+def apply_once(actor: Any, command: Command, timeout_s: float) -> Outcome:
+    """For tools: one command, and no second attempt. Raises a Ray error if the ledger does not answer in time."""
+    import ray
+
+    (outcome,) = unpack_outcomes(ray.get(actor.apply.remote(pack([command])), timeout=timeout_s))
+    return outcome

@@ -134,13 +134,13 @@ def _through_cluster(ray_address: str, settings: Settings) -> Iterator[Apply]:
     import ray
 
     from deployments.actors import NAMESPACE, ledger_handle
+    from deployments.ledger_client import apply_once
 
     def apply(command: Command) -> Outcome:
         """The same command again after a failure: its id makes that safe, and no outcome is lost with its answer."""
         for attempt in range(MAX_ATTEMPTS):
             try:
-                outcome: Outcome = ray.get(ledger.apply.remote([command]), timeout=ATTEMPT_TIMEOUT_S)[0]
-                return outcome
+                return apply_once(ledger, command, ATTEMPT_TIMEOUT_S)
             except ray.exceptions.RayError:
                 if attempt + 1 == MAX_ATTEMPTS:
                     raise

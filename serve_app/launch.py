@@ -260,12 +260,10 @@ def development_key(settings: Settings) -> str:
 
 
 def _apply(settings: Settings, command: Command) -> Outcome:
-    import ray
-
     from deployments.actors import ledger_handle
+    from deployments.ledger_client import apply_once
 
-    outcome: Outcome = ray.get(ledger_handle(settings.ledger_url).apply.remote([command]), timeout=30)[0]
-    return outcome
+    return apply_once(ledger_handle(settings.ledger_url), command, timeout_s=30)
 
 
 def _progress(what: str) -> None:
