@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from decimal import Decimal
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast
 
 import typer
@@ -20,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from billing import invariants
+from billing.backup import back_up
 from billing.commands import (
     CreateKey,
     Grant,
@@ -248,6 +250,18 @@ def audit_ledger(as_json: Json = False) -> None:
         Console().print(f"{len(violations)} violations of {len(invariants.AUDITS)} invariants, {took_s} s")
     if violations:
         raise typer.Exit(1)
+
+
+@ledger_app.command("backup")
+def back_up_ledger(destination: Annotated[Path, typer.Argument(help="A file that does not exist yet.")]) -> None:
+    """Copy the ledger as it is now, while it is in use; docs/04-operations.md says how to put a copy in its place."""
+    with _one_clear_line():
+        engine = open_migrated(_settings())
+        try:
+            back_up(engine, destination)
+        except OSError as error:
+            raise CannotDo(f"cannot write {destination}: {error.strerror or error}") from None
+    print(f"{destination}: {destination.stat().st_size} bytes")
 
 
 class CannotDo(Exception):
