@@ -8,66 +8,40 @@ import time
 from collections.abc import Mapping
 
 import structlog
-from sqlalchemy.exc import DBAPIError
 
 from billing.commands import (
-    BudgetExceeded,
-    ExpireLeases,
-    Heartbeat,
-    IdempotencyConflict,
-    InsufficientCredits,
     KeyRefused,
     Quote,
     Quoted,
-    QuoteRefused,
     Repeated,
-    RequestId,
     Reserve,
     Reserved,
-    ScopeRefused,
-    Settle,
-    Settled,
-    UnknownReservation,
 )
 from billing.keys import mint_quote_id
 from billing.money import Mils
-from billing.reader import LedgerReader, ReservationRecord
 from deployments.errors import (
-    BudgetUsedUp,
-    CreditsInsufficient,
     DeadlinePassed,
     EngineFailed,
-    IdempotencyKeyReused,
     KeyNotAccepted,
-    KeyNotAllowed,
     LedgerUnavailable,
     ModelOverloaded,
-    QuoteNotAccepted,
     ResultExpired,
+    RolloutError,
 )
 from deployments.gather import roll_out
 from deployments.ledger_client import LedgerClient
 from deployments.messages import RolloutRequest, RolloutResult, TicketTerms
 from deployments.model_client import ModelClient
 from deployments.pricing import list_price
+from deployments.reservations import LEASE_S, Reservations
 from deployments.results import ResultStore
 from deployments.status import Outcome, Sample
 from deployments.status_client import StatusClient
 
 REFUND_WAIT_S = 15.0
 """How long the answer to a failure waits for its refund; the refund itself is tried for longer."""
-MAX_SETTLE_ATTEMPTS = 30
-SETTLE_RETRY_S = 2.0
-"""With the client's own patience of 10 s a settlement is tried for about six minutes."""
-STOP_S = 20.0
-"""How long a replica that ends waits for its last settlements."""
 RESTART_S = 15
 """What clients are told to wait while this ingress stops."""
-LEASE_S = 30.0
-"""An ingress that has not renewed its reservations for this long is gone; the ledger refunds them."""
-HEARTBEAT_EVERY_S = 5.0
-"""A beat may take 10 s to be given up, so two may be missed."""
-
 QUOTE_VALID_S = 600.0
 """How long the price of a dry run is promised."""
 DEDUPE_WINDOW_S = 60.0
@@ -84,37 +58,29 @@ class Ingress:
     def __init__(
         self,
         ledger: LedgerClient,
-        reader: LedgerReader,
+        reservations: Reservations,
         models: Mapping[str, ModelClient],
         results: ResultStore,
         status: StatusClient,
     ) -> None:
         self._ledger = ledger
-        self._reader = reader
+        self._reservations = reservations
         self._results = results
         self._models = models
         self._status = status
-        self._open: set[RequestId] = set()
         self._running: set[asyncio.Task[object]] = set()
         self._stopped: set[asyncio.Task[object]] = set()
-        self._settling: set[asyncio.Task[None]] = set()
         self._draining = False
-        self._heartbeat: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        self._ledger.start()
+        self._reservations.start()
         self._status.start()
         for model in self._models.values():
             model.start()
-        self._heartbeat = asyncio.get_running_loop().create_task(self._renew_leases())
 
     async def stop(self) -> None:
         """Settle what is left; Serve waits for this when it removes the replica."""
-        if self._settling:
-            await asyncio.wait(self._settling, timeout=STOP_S)
-        if self._heartbeat is not None:
-            self._heartbeat.cancel()
-        await self._ledger.stop()
+        await self._reservations.stop()
         await self._status.stop()
         for model in self._models.values():
             await model.stop()
@@ -131,9 +97,7 @@ class Ingress:
                 task.cancel()
             if left:
                 await asyncio.wait(left)
-        if self._settling:
-            await asyncio.wait(self._settling)
-        await self._ledger.flush()
+        await self._reservations.settled()
 
     async def run(self, request: RolloutRequest, lasting: bool = False) -> RolloutResult:
         """Reserve the price, roll out all candidates, store the result, settle; or answer what was answered before.
@@ -157,10 +121,10 @@ class Ingress:
         started = time.perf_counter()
         try:
             while True:
-                reserved = await self._reserve(request)
+                reserved = await self.reserve(request)
                 if isinstance(reserved, Reserved):
                     return await self._run(request, reserved, lasting or bool(request.idempotency_key), started)
-                first = await self._first_result(reserved)
+                first = await self.first_result(reserved)
                 if first is not None:
                     return first
         except asyncio.CancelledError:
@@ -220,11 +184,13 @@ class Ingress:
             await self._refund(request, failure)
             raise
         # No await from here on: the frames exist, so nothing may come between them and their caller.
-        self._settle_later(request, num_frames, "pruned" if num_frames < request.num_frames else "")
+        self._reservations.settle_later(
+            request.request_id, num_frames, "pruned" if num_frames < request.num_frames else ""
+        )
         self._report(request, "succeeded", result)
         return result
 
-    async def _first_result(self, repeated: Repeated) -> RolloutResult | None:
+    async def first_result(self, repeated: Repeated) -> RolloutResult | None:
         """What the request that this one repeats was answered with; None if it was refunded after all.
 
         Raises:
@@ -232,7 +198,7 @@ class Ingress:
         """
         captured = repeated.captured_mils
         while not captured:  # open, or lately refunded: the ledger says which
-            first = await self._reservation(repeated.request_id)
+            first = await self._reservations.record(repeated.request_id)
             if first is None or (first.state == "settled" and not first.captured_mils):
                 return None
             captured = first.captured_mils
@@ -243,25 +209,18 @@ class Ingress:
             raise ResultExpired()
         return result
 
-    async def _reservation(self, request_id: RequestId) -> ReservationRecord | None:
-        try:
-            return await asyncio.to_thread(self._reader.reservation, request_id)
-        except DBAPIError as error:
-            raise LedgerUnavailable() from error
-
-    async def _reserve(self, request: RolloutRequest) -> Reserved | Repeated:
+    async def reserve(self, request: RolloutRequest, lease_s: float = LEASE_S) -> Reserved | Repeated:
+        """Hold the price of `request`, or say which request it repeats. Raises what `Reservations.reserve` does."""
         kind = "predict" if len(request.candidates) == 1 else f"predict_batch ×{len(request.candidates)}"
-        self._open.add(request.request_id)
-        outcome = None
         try:
-            outcome = await self._ledger.apply(
+            return await self._reservations.reserve(
                 Reserve(
                     request_id=request.request_id,
                     key_id=request.key_id,
                     frames=request.num_frames,
                     mils_per_frame=self._models[request.model].spec.mils_per_frame,
                     detail=f"{kind} · {request.model} · {request.num_frames} frames",
-                    lease_s=LEASE_S,
+                    lease_s=lease_s,
                     idempotency_key=request.idempotency_key,
                     payload_sha256=request.payload_sha256,
                     dedupe_window_s=DEDUPE_WINDOW_S,
@@ -269,29 +228,11 @@ class Ingress:
                     quote_id=request.quote_id,
                 )
             )
-        finally:
-            if outcome is None:  # cancelled, or its fate is unknown: if it was or will be applied, take it back
-                self._settle_later(request, frames_delivered=0, reason="not started")
-        if isinstance(outcome, Reserved):
-            return outcome
-        self._open.discard(request.request_id)
-        if isinstance(outcome, Repeated):
-            return outcome
-        self._report(request, "refused")
-        match outcome:
-            case InsufficientCredits(balance_mils, requested_mils):
-                raise CreditsInsufficient(balance_mils, requested_mils)
-            case KeyRefused():
-                raise KeyNotAccepted()
-            case IdempotencyConflict():
-                raise IdempotencyKeyReused()
-            case ScopeRefused(reason):
-                raise KeyNotAllowed(reason)
-            case QuoteRefused(reason):
-                raise QuoteNotAccepted(reason)
-            case BudgetExceeded(limit_mils, spent_mils, period, resets_at, requested_mils):
-                raise BudgetUsedUp(limit_mils, spent_mils, requested_mils, period, resets_at)
-        raise AssertionError(f"the ledger answered a reservation with {outcome}")
+        except LedgerUnavailable:
+            raise
+        except RolloutError:
+            self._report(request, "refused")
+            raise
 
     async def _refund(self, request: RolloutRequest, failure: BaseException) -> None:
         """A failure is answered only once its refund is durable; a client that left is not waited for."""
@@ -310,38 +251,9 @@ class Ingress:
                 outcome, reason = "failed", "internal error"
                 log.error("rollout_failed", request_id=request.request_id, error=repr(failure), exc_info=failure)
         self._report(request, outcome)
-        settling = self._settle_later(request, frames_delivered=0, reason=reason)
+        settling = self._reservations.settle_later(request.request_id, 0, reason)
         if not left:
             await asyncio.wait([settling], timeout=REFUND_WAIT_S)
-
-    def _settle_later(
-        self, request: RolloutRequest, frames_delivered: int | None = None, reason: str = ""
-    ) -> asyncio.Task[None]:
-        """Close the reservation from a task of its own: all frames delivered unless said otherwise.
-
-        Settling a delivered rollout moves no money, so nobody waits for it. Until the ledger has answered, the lease is
-        renewed, so a ledger that is away neither refunds what was delivered nor keeps what was not.
-        """
-        frames = request.num_frames if frames_delivered is None else frames_delivered
-        task = asyncio.get_running_loop().create_task(self._settle(Settle(request.request_id, frames, reason)))
-        self._settling.add(task)
-        task.add_done_callback(self._settling.discard)
-        return task
-
-    async def _settle(self, command: Settle) -> None:
-        for attempt in range(MAX_SETTLE_ATTEMPTS):
-            try:
-                outcome = await self._ledger.apply(command)
-            except LedgerUnavailable:
-                log.warning("settlement_delayed", request_id=command.request_id, attempt=attempt)
-                await asyncio.sleep(SETTLE_RETRY_S)
-                continue
-            if not isinstance(outcome, Settled | UnknownReservation):
-                log.error("settlement_refused", request_id=command.request_id, outcome=repr(outcome))
-            break
-        else:
-            log.error("settlement_left_to_lease", request_id=command.request_id)
-        self._open.discard(command.request_id)
 
     def _report(self, request: RolloutRequest, outcome: Outcome, result: RolloutResult | None = None) -> None:
         if result is None:
@@ -350,12 +262,3 @@ class Ingress:
             self._status.add(
                 Sample(request.model, outcome, request.num_frames, result.queue_ms, result.infer_ms, result.total_ms)
             )
-
-    async def _renew_leases(self) -> None:
-        """Every beat is a command, so that a ledger that restarted gets a writer and sweeps, with work or without."""
-        while True:
-            try:
-                await self._ledger.apply(Heartbeat(tuple(self._open), LEASE_S) if self._open else ExpireLeases())
-            except LedgerUnavailable:
-                log.warning("heartbeat_missed", reservations=len(self._open))
-            await asyncio.sleep(HEARTBEAT_EVERY_S)

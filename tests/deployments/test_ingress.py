@@ -13,6 +13,7 @@ import pytest
 
 import deployments.ingress
 import deployments.ledger_client
+import deployments.reservations
 from billing.commands import Command, CustomerId, KeyTerms, KeyTermsSet, Outcome, RevokeKey, SetKeyTerms, Settle
 from billing.keys import mint_request_id, token_sha256
 from billing.reader import KeyRecord
@@ -287,7 +288,7 @@ async def test_a_client_that_leaves_while_the_ledger_settles_is_answered_for_its
 
 
 async def test_a_settlement_is_tried_until_the_ledger_is_back(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deployments.ingress, "SETTLE_RETRY_S", 0.0)
+    monkeypatch.setattr(deployments.reservations, "SETTLE_RETRY_S", 0.0)
     monkeypatch.setattr(deployments.ledger_client, "RETRY_FOR_S", 0.05)
     monkeypatch.setattr(deployments.ledger_client, "RETRY_EVERY_S", 0.01)
     failures = 30

@@ -37,6 +37,7 @@ from deployments.ledger_audits import AuditsClient
 from deployments.ledger_client import LedgerClient
 from deployments.messages import NO_TERMS, ChunkReport, ChunkRow, ModelSpec, TicketTerms
 from deployments.model_client import ChunkTiming
+from deployments.reservations import Reservations
 from deployments.results import ResultStore
 from deployments.scheduler import SchedulerStatus
 from deployments.status import StatusActor
@@ -183,7 +184,7 @@ class LedgerCall:
 
 @contextlib.asynccontextmanager
 async def running_app(
-    data_dir: Path, model: Any = None, limits: Limits | None = None, database_url: str = "", open_to: str = ""
+    data_dir: Path, model: Any = None, limits: Limits | None = None, database_url: str = ""
 ) -> AsyncIterator[App]:
     """An application with its lifespan running over a ledger, which must audit clean at the end; a new SQLite file's
     unless told otherwise."""
@@ -191,6 +192,8 @@ async def running_app(
         ledger_call = LedgerCall(ledger)
         local = LocalModel(model_spec(CATALOG[SLUG]), model or StandInModel(Path(), "cpu"))
         status = StatusClient(LocalActor(StatusActor()))
+        ledger_client = LedgerClient(lambda commands: ledger_call.call(commands))
+        reservations = Reservations(ledger_client, ledger.reader)
         results = ResultStore(data_dir / "results", ttl_s=3600)
         services = Services(
             args=ClusterArgs(
@@ -200,8 +203,8 @@ async def running_app(
                 limits=limits or Limits(),
             ),
             ingress=Ingress(
-                LedgerClient(lambda commands: ledger_call.call(commands)),
-                ledger.reader,
+                ledger_client,
+                reservations,
                 {SLUG: local},  # type: ignore[dict-item]
                 results,
                 status,
@@ -219,7 +222,6 @@ async def running_app(
             signer=LinkSigner(b"0" * 32),
             status=status,
             audits=AuditsClient(LocalActor(ledger_call)),
-            open_to=open_to,
             decoders=ThreadPoolExecutor(2),
         )
         api = create_api(services)
