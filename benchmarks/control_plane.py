@@ -28,7 +28,7 @@ import httpx
 import numpy as np
 from PIL import Image
 
-from serve_app.launch import check_port, development_key, local_ray
+from serve_app.launch import check_port, development_token, local_ray, register_development_key
 from serve_app.settings import ModelArgs, Settings
 
 CONNECTIONS = (1, 16)
@@ -112,7 +112,8 @@ def main() -> None:
             serve.start(http_options={"host": settings.host, "port": settings.port})
             serve.run(build(args), name="paid", route_prefix="/")
             serve.run(bare_application(), name="bare", route_prefix="/bare")
-            key = development_key(settings)
+            key = development_token(settings)
+            register_development_key(settings, key)
             result = asyncio.run(
                 alternate(f"http://{settings.host}:{settings.port}", key, arguments.rounds, arguments.requests)
             )

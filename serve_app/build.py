@@ -48,9 +48,10 @@ MAX_ONGOING_CHUNKS = 10_000
 class Gateway:
     """The HTTP ingress replica: FastAPI in front of `Ingress`."""
 
-    def __init__(self, args: ClusterArgs, replicas: Mapping[str, DeploymentHandle[Any]]) -> None:
+    def __init__(self, args: ClusterArgs, replicas: Mapping[str, DeploymentHandle[Any]], open_to: str = "") -> None:
         configure_logs()
         self._args = args
+        self._open_to = open_to
         self._replicas = replicas
 
     async def drain(self, timeout_s: float) -> None:
@@ -98,13 +99,18 @@ class Gateway:
                 signer=LinkSigner(load_secret(args.data_dir / "link-secret")),
                 status=status,
                 audits=AuditsClient(ledger_actor),
+                open_to=self._open_to,
                 decoders=ThreadPoolExecutor(limits.image_decoders, thread_name_prefix="decode"),
             )
         )
 
 
-def build(args: ClusterArgs) -> serve.Application:
-    """The whole cluster as one Serve application: an ingress deployment, and a replica deployment per model."""
+def build(args: ClusterArgs, open_to: str = "") -> serve.Application:
+    """The whole cluster as one Serve application: an ingress deployment, and a replica deployment per model.
+
+    `open_to` is the SHA-256 of the key that every request is taken to carry, in development. It is no field of `args`:
+    a Serve config file cannot set it.
+    """
     gateway = serve.deployment(Gateway, name="ingress").options(
         num_replicas=args.ingress_replicas,
         max_ongoing_requests=args.limits.max_ongoing_requests,
@@ -112,7 +118,7 @@ def build(args: ClusterArgs) -> serve.Application:
         graceful_shutdown_timeout_s=args.limits.chunk_timeout_s,
         ray_actor_options={"num_cpus": INGRESS_CPUS, "label_selector": args.control_labels},
     )
-    return gateway.bind(args, {model.slug: _replicas(model, args) for model in args.models})
+    return gateway.bind(args, {model.slug: _replicas(model, args) for model in args.models}, open_to)
 
 
 def _replicas(model: ModelArgs, args: ClusterArgs) -> serve.Application:

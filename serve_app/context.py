@@ -27,6 +27,7 @@ from deployments.robot_commands import RobotCommands
 from deployments.status_client import StatusClient
 from serve_app.catalog import CATALOG
 from serve_app.errors import ModelNotFound, NotAuthenticated, RateLimited
+from serve_app.no_auth import refuse_strangers
 from serve_app.rate_limit import TokenBuckets
 from serve_app.settings import ClusterArgs
 from serve_app.signing import LinkSigner
@@ -58,6 +59,8 @@ class Services:
     signer: LinkSigner
     status: StatusClient
     audits: AuditsClient
+    open_to: str
+    """SHA-256 of the key that every request is taken to carry; empty but in development: each needs its own."""
     decoders: Executor
     """Threads for pictures alone: a large one takes seconds and hundreds of MB, so few run at once and no key waits."""
 
@@ -85,12 +88,9 @@ def services(request: Request) -> Services:
 async def authenticate(request: Request) -> KeyRecord:
     """The caller's key, after its bucket gave a token. Runs before the body is read."""
     parts = services(request)
-    scheme, _, token = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not token:
-        raise NotAuthenticated("send your API key as `Authorization: Bearer dre_...`")
-    if not is_token_shaped(token):
-        raise NotAuthenticated("the API key is malformed; keys are dre_ and 43 characters a-z, 2-7")
-    key = await parts.ask(parts.reader.key_by_token_hash, token_sha256(token))
+    if parts.open_to:
+        refuse_strangers(request)
+    key = await parts.ask(parts.reader.key_by_token_hash, parts.open_to or _presented(request))
     if key is None:
         raise NotAuthenticated("the API key is not known here")
     if key.revoked:
@@ -101,6 +101,16 @@ async def authenticate(request: Request) -> KeyRecord:
     if retry_after_s is not None:
         raise RateLimited(retry_after_s)
     return key
+
+
+def _presented(request: Request) -> str:
+    """SHA-256 of the key that the request carries."""
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not token:
+        raise NotAuthenticated("send your API key as `Authorization: Bearer dre_...`")
+    if not is_token_shaped(token):
+        raise NotAuthenticated("the API key is malformed; keys are dre_ and 43 characters a-z, 2-7")
+    return token_sha256(token)
 
 
 def check_base(request: Request) -> None:

@@ -21,9 +21,10 @@ from pathlib import Path
 from billing.commands import Command, CreateKey, KeyCreated, Outcome
 from billing.keys import is_token_shaped, mint_customer_id, mint_key_id, mint_token, token_sha256
 from billing.money import Mils
-from billing.reader import LedgerReader
+from billing.reader import KeyRecord, LedgerReader
 from serve_app.admin import holding, open_migrated, publishing
 from serve_app.local_ray import prepare_ray_environment
+from serve_app.no_auth import is_loopback
 from serve_app.settings import ClusterArgs, Settings
 
 DEV_CUSTOMER = "development"
@@ -46,17 +47,22 @@ def run(settings: Settings, args: ClusterArgs) -> None:
     Raises:
         CannotStart, serve_app.admin.DataDirectoryBusy, billing.errors.DatabaseUnusable: nothing is left running.
     """
+    if settings.no_auth and not is_loopback(settings.host):
+        raise CannotStart(f"NO_AUTH asks nobody for a key, so it listens on loopback only; HOST is {settings.host}")
     data_dir = prepare_data_dir(settings.data_dir)
     with contextlib.ExitStack() as stack:
         stack.enter_context(holding(data_dir))
         check_port(settings.host, settings.port)
         open_migrated(settings).dispose()
+        token = development_token(settings)
         address = stack.enter_context(local_ray(data_dir, needed_cpus(args)))
         signals = StopSignals()
         stack.callback(_progress, "stopping")
-        serve_application(settings, args)
+        serve_application(settings, args, token_sha256(token) if settings.no_auth else "")
         stack.enter_context(publishing(data_dir, address))
-        token = development_key(settings)
+        register_development_key(settings, token)
+        if settings.no_auth:
+            _progress(f"NO_AUTH: no key is asked for; every request is the customer {DEV_CUSTOMER}'s")
         print(f"ready {url(settings)} key {token}", flush=True)
         signals.wait()
         _progress("finishing what is running; Ctrl-C again refunds it instead")
@@ -189,8 +195,8 @@ def remove_directory(directory: str) -> None:
         time.sleep(0.1)
 
 
-def serve_application(settings: Settings, args: ClusterArgs) -> None:
-    """Deploy the application and return when it answers.
+def serve_application(settings: Settings, args: ClusterArgs, open_to: str = "") -> None:
+    """Deploy the application and return when it answers. `open_to`: see `build`.
 
     Raises:
         CannotStart: there are not the GPUs it needs, or a deployment did not become healthy.
@@ -209,7 +215,7 @@ def serve_application(settings: Settings, args: ClusterArgs) -> None:
     serve.start(http_options={"host": settings.host, "port": settings.port, "request_timeout_s": None})
     _progress(f"loading {', '.join(model.slug for model in args.models)}")
     try:
-        serve.run(build(args), name=APPLICATION, route_prefix="/", blocking=False)
+        serve.run(build(args, open_to), name=APPLICATION, route_prefix="/", blocking=False)
     except RuntimeError:
         raise CannotStart(_why_unhealthy()) from None
 
@@ -225,38 +231,48 @@ def _why_unhealthy() -> str:
     return "the application did not become healthy"
 
 
-def development_key(settings: Settings) -> str:
-    """The development customer's key: minted once, kept in `dev-key`, known to the ledger again if that is new."""
+def development_token(settings: Settings) -> str:
+    """The development customer's key, kept in `dev-key`: minted at first, and anew once it was revoked."""
     path = settings.data_dir / "dev-key"
     token = path.read_text().strip() if path.exists() else ""
-    if not is_token_shaped(token):
-        token = mint_token()
-        partial = path.with_suffix(".partial")
-        partial.touch(mode=0o600)
-        partial.write_text(token + "\n")
-        partial.replace(path)
-    engine = open_migrated(settings)
-    known = LedgerReader(engine).key_by_token_hash(token_sha256(token))
-    engine.dispose()
-    if known is not None and known.revoked:
-        path.unlink()
-        return development_key(settings)
-    if known is None:
-        outcome = _apply(
-            settings,
-            CreateKey(
-                key_id=mint_key_id(),
-                sha256=token_sha256(token),
-                last4=token[-4:],
-                customer_name=DEV_CUSTOMER,
-                customer_id=mint_customer_id(),
-                initial_credits_mils=DEV_CREDITS_MILS,
-                refill_per_s=DEV_REFILL_PER_S,
-                burst=DEV_BURST,
-            ),
-        )
-        assert isinstance(outcome, KeyCreated)
+    if is_token_shaped(token):
+        known = _known(settings, token)
+        if known is None or not known.revoked:
+            return token
+    token = mint_token()
+    partial = path.with_suffix(".partial")
+    partial.touch(mode=0o600)
+    partial.write_text(token + "\n")
+    partial.replace(path)
     return token
+
+
+def register_development_key(settings: Settings, token: str) -> None:
+    """Make the key known to the ledger, with credits, if it is not."""
+    if _known(settings, token) is not None:
+        return
+    outcome = _apply(
+        settings,
+        CreateKey(
+            key_id=mint_key_id(),
+            sha256=token_sha256(token),
+            last4=token[-4:],
+            customer_name=DEV_CUSTOMER,
+            customer_id=mint_customer_id(),
+            initial_credits_mils=DEV_CREDITS_MILS,
+            refill_per_s=DEV_REFILL_PER_S,
+            burst=DEV_BURST,
+        ),
+    )
+    assert isinstance(outcome, KeyCreated)
+
+
+def _known(settings: Settings, token: str) -> KeyRecord | None:
+    engine = open_migrated(settings)
+    try:
+        return LedgerReader(engine).key_by_token_hash(token_sha256(token))
+    finally:
+        engine.dispose()
 
 
 def _apply(settings: Settings, command: Command) -> Outcome:

@@ -151,6 +151,8 @@ class Settings(BaseSettings):
 
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    no_auth: bool = False
+    """For development: no request needs a key, and all are the development customer's. Loopback only."""
     data_dir: Path = Path(".data")
     database_url: str = ""
     """Empty means SQLite in the data directory."""

@@ -184,7 +184,7 @@ class LedgerCall:
 
 @contextlib.asynccontextmanager
 async def running_app(
-    data_dir: Path, model: Any = None, limits: Limits | None = None, database_url: str = ""
+    data_dir: Path, model: Any = None, limits: Limits | None = None, database_url: str = "", open_to: str = ""
 ) -> AsyncIterator[App]:
     """An application with its lifespan running over a ledger, which must audit clean at the end; a new SQLite file's
     unless told otherwise."""
@@ -222,6 +222,7 @@ async def running_app(
             signer=LinkSigner(b"0" * 32),
             status=status,
             audits=AuditsClient(LocalActor(ledger_call)),
+            open_to=open_to,
             decoders=ThreadPoolExecutor(2),
         )
         api = create_api(services)
