@@ -116,6 +116,7 @@ def schema_rules() -> list[str]:
         "uq_payment_customer",
         "uq_reversal_to",
         "uq_debt_after",
+        "uq_price_effective",
     }
     rules = set()
     for table in billing_metadata.sorted_tables:

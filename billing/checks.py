@@ -6,6 +6,7 @@ Callers are our own processes, so a malformed command is a bug; it is refused al
 import math
 
 from billing.commands import (
+    AddPrice,
     Command,
     CreateKey,
     Credit,
@@ -21,7 +22,8 @@ from billing.commands import (
     SetKeyTerms,
     Settle,
 )
-from billing.money import MAX_MILS
+from billing.money import MAX_EXACT, MAX_MILS, part_of_rate
+from billing.price_terms import MAX_TERMS_CHARS, terms_of, version_of
 
 MAX_ID_CHARS = 200
 MAX_DETAIL_CHARS = 300
@@ -50,9 +52,7 @@ def malformed(command: Command) -> str | None:
             return (
                 _not_id("request_id", command.request_id)
                 or _not_id("key_id", command.key_id)
-                or _not_whole("frames", command.frames, 1)
-                or _not_whole("mils_per_frame", command.mils_per_frame, 1)
-                or _not_whole("frames x mils_per_frame", command.frames * command.mils_per_frame, 1)
+                or _not_priced(command)
                 or _not_text("detail", command.detail)
                 or _not_lease("lease_s", command.lease_s)
                 or _not_recognisable(command)
@@ -64,10 +64,8 @@ def malformed(command: Command) -> str | None:
                 _not_id("quote_id", command.quote_id)
                 or _not_id("key_id", command.key_id)
                 or _not_id("model", command.model)
-                or _not_whole("frames", command.frames, 1)
-                or _not_whole("mils_per_frame", command.mils_per_frame, 1)
-                or _not_whole("frames x mils_per_frame", command.frames * command.mils_per_frame, 1)
-                or _not_whole("price_version", command.price_version, 1)
+                or _not_priced(command)
+                or _not_whole("price_version", command.price_version, 0)
                 or _not_lease("valid_s", command.valid_s)
             )
         case Settle():
@@ -119,6 +117,8 @@ def malformed(command: Command) -> str | None:
             )
         case RevokeKey():
             return _not_id("key_id", command.key_id)
+        case AddPrice():
+            return _not_price(command)
         case ExpireLeases():
             return None
         case _:
@@ -140,6 +140,38 @@ def _not_payment(command: Credit | Reverse) -> str | None:
         or _not_text("detail", command.detail)
         or next(filter(None, (_not_id("events", event_id) for event_id in command.events)), None)
     )
+
+
+def _not_priced(command: Reserve | Quote) -> str | None:
+    wrong = (
+        _not_whole("frames", command.frames, 1)
+        or _not_whole("mils_per_frame", command.mils_per_frame, 1)
+        or _not_whole("per_frames", command.per_frames, 1)
+    )
+    if wrong is not None:
+        return wrong
+    if command.frames * command.mils_per_frame + command.per_frames > MAX_EXACT:
+        return f"frames x mils_per_frame must be at most {MAX_EXACT}, or a database could not compute it"
+    return _not_whole("the price", part_of_rate(command.frames, command.mils_per_frame, command.per_frames), 1)
+
+
+def _not_price(command: AddPrice) -> str | None:
+    wrong = (
+        _not_id("model", command.model)
+        or (_not_id("customer_id", command.customer_id) if command.customer_id != "" else None)
+        or _not_whole("version", command.version, 1)
+    )
+    if wrong is not None:
+        return wrong
+    if not (type(command.effective_from) is float and math.isfinite(command.effective_from)):
+        return "effective_from must be a time, as a float"
+    if not isinstance(command.terms, str) or len(command.terms) > MAX_TERMS_CHARS:
+        return f"terms must be text of at most {MAX_TERMS_CHARS} characters"
+    try:
+        version = version_of(command.model, command.customer_id, command.version, command.effective_from, command.terms)
+    except ValueError as error:
+        return str(error)
+    return None if terms_of(version) == command.terms else "terms must be as `terms_of` writes them"
 
 
 def _not_text(name: str, value: object) -> str | None:

@@ -15,6 +15,7 @@ caller chose, so the same command again gives the same answer and no second row.
     RevokeKey     -> KeyRevoked | UnknownKey
     SetKeyTerms   -> KeyTermsSet | UnknownKey
     RotateKey     -> KeyRotated | UnknownKey | KeyRefused
+    AddPrice      -> PriceAdded | UnknownCustomer
     ExpireLeases  -> LeasesExpired
     any of them   -> Rejected
 """
@@ -32,7 +33,10 @@ NOTHING = Mils(0)
 
 @dataclass(frozen=True, slots=True)
 class Reserve:
-    """Debit `frames * mils_per_frame` before any work, and hold it against `request_id` until it is settled."""
+    """Debit the price of `frames` before any work, and hold it against `request_id` until it is settled.
+
+    The price is `mils_per_frame` for every `per_frames` frames: exact, then rounded up once.
+    """
 
     request_id: RequestId
     key_id: KeyId
@@ -55,6 +59,7 @@ class Reserve:
     """Compared with the models that the key may use."""
     quote_id: str = ""
     """A quote of this customer for this model and these frames, which has not expired: its rate is charged instead."""
+    per_frames: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +137,10 @@ class Quote:
     frames: int
     mils_per_frame: Mils
     price_version: int
-    """Of the price book, for the record."""
+    """Of the price book, for the record; 0 for the default price."""
     valid_s: float
+    per_frames: int = 1
+    """The rate is `mils_per_frame` for so many frames."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -369,6 +376,28 @@ class LeasesExpired:
 
 
 @dataclass(frozen=True, slots=True)
+class AddPrice:
+    """Add the next version of a model's price. What was reserved or quoted keeps its own."""
+
+    model: str
+    customer_id: str
+    """Whose price it is; empty for the list price."""
+    version: int
+    """One more than the newest, or 1."""
+    effective_from: float
+    """POSIX seconds, later than the version before."""
+    terms: str
+    """As `billing.price_terms` writes them."""
+
+
+@dataclass(frozen=True, slots=True)
+class PriceAdded:
+    model: str
+    customer_id: str
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
 class Rejected:
     """The command is malformed, or its id already names something else: a bug in the caller. Nothing was written."""
 
@@ -387,6 +416,7 @@ Command = (
     | RevokeKey
     | SetKeyTerms
     | RotateKey
+    | AddPrice
     | ExpireLeases
 )
 Outcome = (
@@ -412,6 +442,7 @@ Outcome = (
     | KeyTermsSet
     | KeyRotated
     | UnknownKey
+    | PriceAdded
     | LeasesExpired
     | Rejected
 )

@@ -122,11 +122,12 @@ AUDITS = (
         FROM reservation LEFT JOIN entry AS refund
           ON refund.kind = 'refund' AND refund.public_id = reservation.request_id
           AND refund.customer_id = reservation.customer_id
-        WHERE reservation.amount <> frames * mils_per_frame
+        WHERE reservation.amount <> (frames * mils_per_frame + per_frames - 1) / per_frames
           OR refunded <> COALESCE(refund.amount, 0)
           OR (state = 'open' AND (captured <> 0 OR refunded <> 0))
           OR (state = 'settled' AND (captured < 0 OR refunded < 0 OR captured + refunded <> reservation.amount
-            OR captured % mils_per_frame <> 0))
+            OR frames_delivered IS NULL OR frames_delivered > frames
+            OR captured <> (frames_delivered * mils_per_frame + per_frames - 1) / per_frames))
         """,
     ),
     Audit(
@@ -209,6 +210,18 @@ AUDITS = (
         WHERE debt_mils <> COALESCE(chain.total, 0) OR COALESCE(debt_seq, 0) <> COALESCE(chain.seq, 0)
           OR debt_mils <> COALESCE(owing.mils, 0) + COALESCE(repaid.mils, 0)
           OR (debt_mils > 0 AND balance_mils > floor_mils)
+        """,
+    ),
+    Audit(
+        "prices_follow_each_other",
+        "The versions of a price are numbered from 1 without a gap, and take effect in their order.",
+        """
+        SELECT model, customer_id, version, effective_from, expected_version, effective_before FROM (
+          SELECT model, customer_id, version, effective_from,
+            ROW_NUMBER() OVER (PARTITION BY model, customer_id ORDER BY version) AS expected_version,
+            LAG(effective_from) OVER (PARTITION BY model, customer_id ORDER BY version) AS effective_before
+          FROM price) AS history
+        WHERE version <> expected_version OR effective_from <= effective_before
         """,
     ),
     Audit(

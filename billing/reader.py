@@ -9,8 +9,10 @@ from sqlalchemy import Engine, Row, bindparam, or_, select
 from billing.commands import NO_TERMS, CustomerId, KeyId, KeyTerms, RequestId
 from billing.errors import UnknownWallet
 from billing.money import Mils
+from billing.price_terms import version_of
+from billing.prices import PriceVersion
 from billing.store import terms_of
-from billing.tables import api_key, entry, key_terms, payment, payment_event, reservation, wallet
+from billing.tables import api_key, entry, key_terms, payment, payment_event, price, reservation, wallet
 
 MAX_TRANSACTIONS = 200
 MAX_SEQ = 2**63 - 1
@@ -87,6 +89,9 @@ class ReservationRecord:
     lease_until: float
     created_at: float
     settled_at: float | None
+    per_frames: int
+    """The rate is `mils_per_frame` for so many frames."""
+    frames_delivered: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +178,8 @@ _RESERVATION = select(
     reservation.c.lease_until,
     reservation.c.created_at,
     reservation.c.settled_at,
+    reservation.c.per_frames,
+    reservation.c.frames_delivered,
 ).where(reservation.c.request_id == bindparam("request_id"))
 _PAYMENT = select(
     payment.c.source,
@@ -185,6 +192,7 @@ _PAYMENT = select(
 _APPLIED_EVENTS = select(payment_event.c.event_id).where(
     payment_event.c.event_id.in_(bindparam("event_ids", expanding=True))
 )
+_PRICES = select(price).order_by(price.c.model, price.c.customer_id, price.c.version)
 _CUSTOMER = (
     select(
         wallet.c.customer_id,
@@ -252,6 +260,11 @@ class LedgerReader:
     def applied_events(self, event_ids: Sequence[str]) -> set[str]:
         """Those of a provider's messages that a committed credit or reversal took into account."""
         return {row.event_id for row in self._all(_APPLIED_EVENTS, event_ids=list(event_ids))}
+
+    def prices(self) -> list[PriceVersion]:
+        """Every version of every price, as `PriceBook` takes them."""
+        rows = self._all(_PRICES)
+        return [version_of(row.model, row.customer_id, row.version, row.effective_from, row.terms) for row in rows]
 
     def customer(self, name_or_id: str) -> CustomerRecord | None:
         row = self._first(_CUSTOMER, name_or_id=name_or_id)

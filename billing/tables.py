@@ -142,15 +142,23 @@ class ReservationTable(Table, table=True):
     __table_args__ = (
         PrimaryKeyConstraint("request_id", name="pk_reservation"),
         UniqueConstraint("request_id", "customer_id", "amount", name="uq_reservation_amount"),
-        CheckConstraint("frames > 0 AND mils_per_frame > 0", name="ck_reservation_price"),
-        CheckConstraint("amount = frames * mils_per_frame", name="ck_reservation_amount"),
+        CheckConstraint("frames > 0 AND mils_per_frame > 0 AND per_frames > 0", name="ck_reservation_price"),
+        # Whole numbers divide downwards: this is rounded up, once.
         CheckConstraint(
-            "(state = 'open' AND captured = 0 AND refunded = 0 AND settled_seq IS NULL AND settled_at IS NULL)"
+            "amount = (frames * mils_per_frame + per_frames - 1) / per_frames", name="ck_reservation_amount"
+        ),
+        CheckConstraint(
+            "(state = 'open' AND captured = 0 AND refunded = 0 AND settled_seq IS NULL AND settled_at IS NULL"
+            " AND frames_delivered IS NULL)"
             " OR (state = 'settled' AND captured >= 0 AND refunded >= 0 AND captured + refunded = amount"
-            " AND settled_seq IS NOT NULL AND settled_at IS NOT NULL)",
+            " AND settled_seq IS NOT NULL AND settled_at IS NOT NULL AND frames_delivered IS NOT NULL)",
             name="ck_reservation_state",
         ),
-        CheckConstraint("captured % mils_per_frame = 0", name="ck_reservation_whole_frames"),
+        CheckConstraint(
+            "frames_delivered IS NULL OR (frames_delivered >= 0 AND frames_delivered <= frames"
+            " AND captured = (frames_delivered * mils_per_frame + per_frames - 1) / per_frames)",
+            name="ck_reservation_delivered",
+        ),
         # The key must be one of this wallet's.
         ForeignKeyConstraint(
             ["key_id", "customer_id"], ["api_key.key_id", "api_key.customer_id"], name="fk_reservation_key"
@@ -170,7 +178,7 @@ class ReservationTable(Table, table=True):
     key_id: str = Field(sa_column=Column(Text, nullable=False))
     frames: int = Field(sa_column=Column(INT64, nullable=False))
     mils_per_frame: int = Field(sa_column=Column(INT64, nullable=False))
-    """The price when the work was reserved; what is captured later uses this one."""
+    """The price when the work was reserved, for every `per_frames` frames; what is captured later uses this one."""
     amount: int = Field(sa_column=Column(INT64, nullable=False))
     captured: int = Field(sa_column=Column(INT64, nullable=False))
     refunded: int = Field(sa_column=Column(INT64, nullable=False))
@@ -185,6 +193,9 @@ class ReservationTable(Table, table=True):
     """The wallet's last entry once this was settled: the refund, if there was one."""
     model: str = Field(sa_column=Column(Text, nullable=False, server_default=""))
     """What ran; empty for what an older version reserved."""
+    per_frames: int = Field(sa_column=Column(INT64, nullable=False, server_default=text("1")))
+    frames_delivered: int | None = Field(default=None, sa_column=Column(INT64, nullable=True))
+    """Null while it is open."""
 
 
 class SubmissionTable(Table, table=True):
@@ -309,7 +320,9 @@ class QuoteTable(Table, table=True):
     __tablename__ = "quote"
     __table_args__ = (
         PrimaryKeyConstraint("quote_id", name="pk_quote"),
-        CheckConstraint("frames > 0 AND mils_per_frame > 0 AND price_version > 0", name="ck_quote_price"),
+        CheckConstraint(
+            "frames > 0 AND mils_per_frame > 0 AND per_frames > 0 AND price_version >= 0", name="ck_quote_price"
+        ),
         CheckConstraint("expires_at > created_at", name="ck_quote_expiry"),
         ForeignKeyConstraint(["customer_id"], ["wallet.customer_id"], name="fk_quote_wallet"),
         STRICT,
@@ -325,6 +338,44 @@ class QuoteTable(Table, table=True):
     """When it was asked for: the answer to the same question again."""
     created_at: float = Field(sa_column=Column(SECONDS, nullable=False))
     expires_at: float = Field(sa_column=Column(SECONDS, nullable=False))
+    per_frames: int = Field(sa_column=Column(INT64, nullable=False, server_default=text("1")))
+    """The rate is `mils_per_frame` for so many frames."""
+
+
+class PriceTable(Table, table=True):
+    """A version of a model's price, for everybody or for one customer. Written once, never touched again.
+
+    A version points at its predecessor's number and date, so versions have no gap and take effect in their order.
+    """
+
+    __tablename__ = "price"
+    __table_args__ = (
+        PrimaryKeyConstraint("model", "customer_id", "version", name="pk_price"),
+        UniqueConstraint("model", "customer_id", "version", "effective_from", name="uq_price_effective"),
+        CheckConstraint(
+            "(version = 1 AND prev_version IS NULL AND prev_effective_from IS NULL)"
+            " OR (version > 1 AND prev_version IS NOT NULL AND prev_version = version - 1"
+            " AND prev_effective_from IS NOT NULL AND prev_effective_from < effective_from)",
+            name="ck_price_chain",
+        ),
+        ForeignKeyConstraint(
+            ["model", "customer_id", "prev_version", "prev_effective_from"],
+            ["price.model", "price.customer_id", "price.version", "price.effective_from"],
+            name="fk_price_previous",
+        ),
+        STRICT,
+    )
+
+    model: str = Field(sa_column=Column(Text, nullable=False))
+    customer_id: str = Field(sa_column=Column(Text, nullable=False))
+    """Whose price it is; empty for the list price."""
+    version: int = Field(sa_column=Column(INT64, nullable=False, autoincrement=False))
+    prev_version: int | None = Field(default=None, sa_column=Column(INT64, nullable=True))
+    prev_effective_from: float | None = Field(default=None, sa_column=Column(SECONDS, nullable=True))
+    effective_from: float = Field(sa_column=Column(SECONDS, nullable=False))
+    terms: str = Field(sa_column=Column(Text, nullable=False))
+    """Rates and factors, as `billing.price_terms` writes them."""
+    created_at: float = Field(sa_column=Column(SECONDS, nullable=False))
 
 
 class EntryTable(Table, table=True):
@@ -546,3 +597,4 @@ payment = billing_metadata.tables["payment"]
 reversal = billing_metadata.tables["reversal"]
 debt = billing_metadata.tables["debt"]
 payment_event = billing_metadata.tables["payment_event"]
+price = billing_metadata.tables["price"]

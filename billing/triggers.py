@@ -36,7 +36,7 @@ CREATE TRIGGER tr_reservation_update BEFORE UPDATE ON reservation
 WHEN OLD.state = 'settled' OR NEW.request_id <> OLD.request_id OR NEW.customer_id <> OLD.customer_id
   OR NEW.key_id <> OLD.key_id OR NEW.frames <> OLD.frames OR NEW.mils_per_frame <> OLD.mils_per_frame
   OR NEW.amount <> OLD.amount OR NEW.debit_seq <> OLD.debit_seq OR NEW.created_at <> OLD.created_at
-  OR NEW.model <> OLD.model
+  OR NEW.model <> OLD.model OR NEW.per_frames <> OLD.per_frames
 BEGIN SELECT RAISE(ABORT, 'tr_reservation_update: a reservation settles once and its terms never change'); END
 """,
     """
@@ -170,6 +170,14 @@ BEGIN SELECT RAISE(ABORT, 'tr_payment_event_update: what was taken into account 
 CREATE TRIGGER tr_payment_event_delete BEFORE DELETE ON payment_event
 BEGIN SELECT RAISE(ABORT, 'tr_payment_event_delete: what was taken into account stays so'); END
 """,
+    """
+CREATE TRIGGER tr_price_update BEFORE UPDATE ON price
+BEGIN SELECT RAISE(ABORT, 'tr_price_update: another price is another version'); END
+""",
+    """
+CREATE TRIGGER tr_price_delete BEFORE DELETE ON price
+BEGIN SELECT RAISE(ABORT, 'tr_price_delete: prices are never deleted'); END
+""",
 )
 
 POSTGRESQL = (
@@ -241,7 +249,7 @@ CREATE TRIGGER tr_reservation_update BEFORE UPDATE ON reservation FOR EACH ROW
 WHEN (OLD.state = 'settled' OR NEW.request_id <> OLD.request_id OR NEW.customer_id <> OLD.customer_id
   OR NEW.key_id <> OLD.key_id OR NEW.frames <> OLD.frames OR NEW.mils_per_frame <> OLD.mils_per_frame
   OR NEW.amount <> OLD.amount OR NEW.debit_seq <> OLD.debit_seq OR NEW.created_at <> OLD.created_at
-  OR NEW.model <> OLD.model)
+  OR NEW.model <> OLD.model OR NEW.per_frames <> OLD.per_frames)
 EXECUTE FUNCTION billing_refuse('a reservation settles once and its terms never change')
 """,
     """
@@ -390,5 +398,13 @@ FOR EACH ROW EXECUTE FUNCTION billing_refuse('what was taken into account stays 
     """
 CREATE TRIGGER tr_payment_event_delete BEFORE DELETE ON payment_event
 FOR EACH ROW EXECUTE FUNCTION billing_refuse('what was taken into account stays so')
+""",
+    """
+CREATE TRIGGER tr_price_update BEFORE UPDATE ON price
+FOR EACH ROW EXECUTE FUNCTION billing_refuse('another price is another version')
+""",
+    """
+CREATE TRIGGER tr_price_delete BEFORE DELETE ON price
+FOR EACH ROW EXECUTE FUNCTION billing_refuse('prices are never deleted')
 """,
 )

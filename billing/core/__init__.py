@@ -7,6 +7,7 @@ what has to be written; it never touches a database, so a batch is decided in me
 from typing import assert_never
 
 from billing.commands import (
+    AddPrice,
     Command,
     CreateKey,
     Credit,
@@ -26,6 +27,7 @@ from billing.core.book import Book
 from billing.core.credits import grant
 from billing.core.keys import create_key, revoke_key, rotate_key, set_key_terms
 from billing.core.payments import credit_payment, reverse_payment
+from billing.core.price_book import add_price
 from billing.core.quotes import give_quote
 from billing.core.reservations import expire_leases, heartbeat, reserve, settle
 
@@ -57,6 +59,8 @@ def decide(book: Book, command: Command) -> Outcome:
             return set_key_terms(book, command)
         case RotateKey():
             return rotate_key(book, command)
+        case AddPrice():
+            return add_price(book, command)
         case ExpireLeases():
             return expire_leases(book)
         case _:

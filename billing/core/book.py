@@ -75,6 +75,8 @@ class Reservation:
     budget_day: int | None = None
     """In days of UTC since 1970."""
     model: str = ""
+    per_frames: int = 1
+    frames_delivered: int | None = None
     is_new: bool = False
     """Made by this batch: not in the database yet."""
 
@@ -105,6 +107,20 @@ class QuoteRow(NamedTuple):
     balance: Mils
     created_at: float
     expires_at: float
+    per_frames: int
+
+
+class PriceRow(NamedTuple):
+    """In the order of the table's columns."""
+
+    model: str
+    customer_id: str
+    version: int
+    prev_version: int | None
+    prev_effective_from: float | None
+    effective_from: float
+    terms: str
+    created_at: float
 
 
 @dataclass(slots=True)
@@ -253,6 +269,9 @@ class Book:
     new_events: list[PaymentEventRow] = field(default_factory=list)
     quotes: dict[str, QuoteRow] = field(default_factory=dict)
     new_quotes: list[QuoteRow] = field(default_factory=list)
+    prices: dict[tuple[str, str], list[PriceRow]] = field(default_factory=dict)
+    """By model and customer, in the order of their versions."""
+    new_prices: list[PriceRow] = field(default_factory=list)
     entries: list[Entry] = field(default_factory=list)
     """New ones, in the order in which they chain."""
 
@@ -275,6 +294,7 @@ class Book:
             self.indebted_wallets,
             self.events,
             self.quotes,
+            self.prices,
             self.moved_wallets,
             self.new_terms,
             self.renewed,
@@ -294,6 +314,7 @@ class Book:
             self.new_debts,
             self.new_events,
             self.new_quotes,
+            self.new_prices,
             self.new_budget_events,
             self.entries,
         ):

@@ -3,7 +3,7 @@
 from billing.commands import KeyRefused, Outcome, Quote, Quoted, QuoteRefused, Rejected, Reserve
 from billing.core.book import Book, QuoteRow, Wallet
 from billing.core.keys import has_expired
-from billing.money import Mils
+from billing.money import part_of_rate
 
 
 def give_quote(book: Book, command: Quote) -> Outcome:
@@ -11,15 +11,21 @@ def give_quote(book: Book, command: Quote) -> Outcome:
     if key is None or key.revoked_at is not None or has_expired(book, key):
         return KeyRefused()
     work = (key.customer_id, command.model, command.frames, command.mils_per_frame, command.price_version)
+    per_frames = command.per_frames
     quote = book.quotes.get(command.quote_id)
     if quote is None:
         balance = book.wallets[key.customer_id].balance
-        quote = QuoteRow(command.quote_id, *work, balance, book.ts, book.ts + command.valid_s)
+        quote = QuoteRow(command.quote_id, *work, balance, book.ts, book.ts + command.valid_s, per_frames)
         book.quotes[quote.quote_id] = quote
         book.new_quotes.append(quote)
-    elif quote[1:6] != work:
+    elif (*quote[1:6], quote.per_frames) != (*work, per_frames):
         return Rejected(f"{command.quote_id} is already a quote for other work")
-    return Quoted(quote.quote_id, Mils(quote.frames * quote.mils_per_frame), quote.balance, quote.expires_at)
+    return Quoted(
+        quote.quote_id,
+        part_of_rate(quote.frames, quote.mils_per_frame, quote.per_frames),
+        quote.balance,
+        quote.expires_at,
+    )
 
 
 def why_not(book: Book, quote: QuoteRow | None, command: Reserve, wallet: Wallet) -> QuoteRefused | None:

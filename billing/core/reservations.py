@@ -25,7 +25,7 @@ from billing.commands import (
 from billing.core.book import Book, Reservation, Submission
 from billing.core.keys import day_of, exceeded_budget, has_expired, warn_of_budgets
 from billing.core.quotes import why_not
-from billing.money import Mils
+from billing.money import Mils, part_of_rate
 
 LEASE_EXPIRED = "lease expired"
 KEY_MEMORY_S = 86_400.0
@@ -38,7 +38,7 @@ def reserve(book: Book, command: Reserve) -> Outcome:
     if earlier is not None:
         same = (earlier.key_id, earlier.frames) == (command.key_id, command.frames)
         if not command.quote_id:  # a quote's rate was charged whatever the command said
-            same &= earlier.mils_per_frame == command.mils_per_frame
+            same &= (earlier.mils_per_frame, earlier.per_frames) == (command.mils_per_frame, command.per_frames)
         known = book.submissions.get(command.request_id)
         if known is not None and command.payload_sha256:
             same &= (known.idempotency_key, known.payload_sha256) == (command.idempotency_key, command.payload_sha256)
@@ -62,14 +62,14 @@ def reserve(book: Book, command: Reserve) -> Outcome:
             state: Literal["open", "settled"] = "open" if first.state == "open" else "settled"
             return Repeated(first.request_id, state, first.captured, first.created_at)
     wallet = book.wallets[key.customer_id]
-    rate = command.mils_per_frame
+    rate, per_frames = command.mils_per_frame, command.per_frames
     if command.quote_id:
         quote = book.quotes.get(command.quote_id)
         refused = why_not(book, quote, command, wallet)
         if quote is None or refused is not None:
             return refused or QuoteRefused("there is no such quote")
-        rate = quote.mils_per_frame
-    amount = Mils(command.frames * rate)
+        rate, per_frames = quote.mils_per_frame, quote.per_frames
+    amount = part_of_rate(command.frames, rate, per_frames)
     exceeded = exceeded_budget(book, key, amount) if key.has_budget else None
     if exceeded is not None:
         return exceeded
@@ -92,6 +92,7 @@ def reserve(book: Book, command: Reserve) -> Outcome:
         debit_seq=debit.seq,
         balance_after_debit=debit.balance_after,
         model=command.model,
+        per_frames=per_frames,
         is_new=True,
     )
     book.reservations[command.request_id] = reservation
@@ -156,7 +157,8 @@ def _close(book: Book, reservation: Reservation, frames_delivered: int, reason: 
     """Keep the price of what was delivered and give the rest back, once."""
     assert reservation.state == "open"
     wallet = book.wallets[reservation.customer_id]
-    reservation.captured = Mils(frames_delivered * reservation.mils_per_frame)
+    reservation.frames_delivered = frames_delivered
+    reservation.captured = part_of_rate(frames_delivered, reservation.mils_per_frame, reservation.per_frames)
     reservation.refunded = Mils(reservation.amount - reservation.captured)
     if reservation.refunded > 0:
         missing = reservation.frames - frames_delivered

@@ -8,6 +8,7 @@ from typing import Any, assert_never
 from sqlalchemy import ColumnElement, Connection, and_, bindparam, func, or_, select, tuple_
 
 from billing.commands import (
+    AddPrice,
     Command,
     CreateKey,
     Credit,
@@ -24,7 +25,7 @@ from billing.commands import (
     SetKeyTerms,
     Settle,
 )
-from billing.core.book import Book, Entry, Payment, QuoteRow, Submission, Wallet
+from billing.core.book import Book, Entry, Payment, PriceRow, QuoteRow, Submission, Wallet
 from billing.core.keys import DAY_S
 from billing.core.reservations import KEY_MEMORY_S, MAX_FORGOTTEN_PER_SWEEP
 from billing.keys import initial_grant_id
@@ -37,6 +38,7 @@ from billing.tables import (
     key_terms,
     payment,
     payment_event,
+    price,
     quote,
     reservation,
     submission,
@@ -99,6 +101,7 @@ _SPENT = by(
     .group_by(budget_use.c.budget_id, budget_use.c.day),
     budget_use.c.budget_id,
 )
+_PRICES = by(select(price).order_by(price.c.model, price.c.customer_id, price.c.version), price.c.model)
 _QUOTES = by(select(quote), quote.c.quote_id)
 _CREDITS = by(select(entry).where(entry.c.kind == "credit"), entry.c.public_id)
 _credit = entry.alias("credit")
@@ -131,6 +134,7 @@ def load(connection: Connection, commands: Sequence[Command], book: Book) -> Non
     credit_ids: set[str] = set()
     quote_ids: set[str] = set()
     sources: set[str] = set()
+    models: set[str] = set()
     event_ids: set[str] = set()
     recognised: list[Reserve] = []
     expires = changes_budgets = False
@@ -176,6 +180,10 @@ def load(connection: Connection, commands: Sequence[Command], book: Book) -> Non
                 key_ids.update((command.key_id, command.new_key_id))
                 sha256s.add(command.sha256)
                 changes_budgets = True
+            case AddPrice():
+                models.add(command.model)
+                if command.customer_id:
+                    customer_ids.add(command.customer_id)
             case ExpireLeases():
                 expires = True
             case _:
@@ -207,6 +215,9 @@ def load(connection: Connection, commands: Sequence[Command], book: Book) -> Non
             if row.state == "settled":
                 book.passing.append(row.request_id)
         customer_ids.add(row.customer_id)
+
+    def add_price(row: AnyRow) -> None:
+        book.prices.setdefault((row.model, row.customer_id), []).append(PriceRow(*row))
 
     def add_payment(row: AnyRow) -> None:
         book.payments[row.source] = Payment(*row)
@@ -246,6 +257,7 @@ def load(connection: Connection, commands: Sequence[Command], book: Book) -> Non
         for row in connection.execute(_RUN_OUT, {"now": book.now}):
             add_reservation(row)
     among(_QUOTES, quote_ids, lambda row: book.quotes.update({row.quote_id: QuoteRow(*row)}))
+    among(_PRICES, models, add_price)
     among(_PAYMENTS, sources, add_payment)
     among(_EVENTS, event_ids, lambda row: book.events.add(row.event_id))
     among(_CREDITS, credit_ids, lambda row: book.credits.update({row.public_id: Entry(*row)}))

@@ -60,6 +60,8 @@ def reservation_of(row: AnyRow) -> Reservation:
         balance_after_settlement=row.balance_after_settlement,
         budget_id=row.budget_id,
         budget_day=row.budget_day,
+        per_frames=row.per_frames,
+        frames_delivered=row.frames_delivered,
         model=row.model,
     )
 
@@ -125,6 +127,8 @@ def reservation_row(each: Reservation) -> tuple[Any, ...]:
         each.settled_at,
         each.settled_seq,
         each.model,
+        each.per_frames,
+        each.frames_delivered,
     )
 
 
@@ -136,6 +140,7 @@ def settlement_row(each: Reservation) -> tuple[Any, ...]:
         each.reason,
         each.settled_at,
         each.settled_seq,
+        each.frames_delivered,
         each.request_id,
     )
 

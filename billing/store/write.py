@@ -22,6 +22,7 @@ from billing.tables import (
     key_terms,
     payment,
     payment_event,
+    price,
     quote,
     reservation,
     reversal,
@@ -43,13 +44,14 @@ _INSERT_PAYMENTS = insert_all(payment)
 _INSERT_PAYMENT_EVENTS = insert_all(payment_event)
 _REVERSE_PAYMENTS = update_all(payment, "source", ("reversed", "reversal_seq"))
 _MOVE_INDEBTED_WALLETS = update_all(wallet, "customer_id", ("seq", "balance_mils", "debt_mils", "debt_seq"))
+_INSERT_PRICES = insert_all(price)
 _PUT_TERMS = upsert_all(key_terms, "key_id")
 _MOVE_WALLETS = update_all(wallet, "customer_id", ("seq", "balance_mils"))
 _REVOKE_KEYS = update_all(api_key, "key_id", ("revoked_at", "revoked_seq"))
 _SETTLE = update_all(
     reservation,
     "request_id",
-    ("captured", "refunded", "state", "reason", "settled_at", "settled_seq"),
+    ("captured", "refunded", "state", "reason", "settled_at", "settled_seq", "frames_delivered"),
     only="state = 'open'",
 )
 _RENEW = update_all(reservation, "request_id", ("lease_until",), only="state = 'open'")
@@ -83,6 +85,7 @@ def write(connection: Connection, book: Book) -> None:
     _INSERT_SUBMISSIONS(connection, [submission_row(each) for each in book.new_submissions])
     _INSERT_QUOTES(connection, book.new_quotes)  # type: ignore[arg-type]
     _INSERT_BUDGET_EVENTS(connection, book.new_budget_events)  # type: ignore[arg-type]
+    _INSERT_PRICES(connection, book.new_prices)  # type: ignore[arg-type]
     _INSERT_REVERSALS(connection, book.new_reversals)  # type: ignore[arg-type]
     _INSERT_DEBTS(connection, book.new_debts)  # type: ignore[arg-type]
     _INSERT_ENTRIES(connection, book.entries)  # type: ignore[arg-type]

@@ -51,9 +51,10 @@ def reservation(
 ) -> str:
     return (
         "INSERT INTO reservation (request_id, customer_id, key_id, frames, mils_per_frame, amount, captured, refunded,"
-        f" state, lease_until, reason, created_at, debit_seq, settled_at, settled_seq) VALUES ({request_id},"
+        f" state, lease_until, reason, created_at, debit_seq, settled_at, settled_seq, frames_delivered)"
+        f" VALUES ({request_id},"
         f" {customer}, {key}, {frames}, {rate}, {amount}, {captured}, {refunded}, '{state}', 2000000000, '', 1,"
-        f" {debit_seq}, {settled}, {settled})"
+        f" {debit_seq}, {settled}, {settled}, {'NULL' if state == 'open' else f'({captured}) / ({rate})'})"
     )
 
 
@@ -64,7 +65,7 @@ def wallet(change: str) -> str:
 def settle(request: str, captured: int, refunded: int) -> str:
     return (
         f"UPDATE reservation SET state = 'settled', captured = {captured}, refunded = {refunded}, settled_at = 1,"
-        f" settled_seq = 1 WHERE request_id = {request}"
+        f" settled_seq = 1, frames_delivered = ({captured}) / 5 WHERE request_id = {request}"
     )
 
 

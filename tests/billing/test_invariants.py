@@ -6,11 +6,13 @@ from dataclasses import replace
 import pytest
 from sqlalchemy import Column, Engine, MetaData, Table, text
 
-from billing.commands import Credit, KeyTerms, Quote, Reverse, RevokeKey, SetKeyTerms
+from billing.commands import AddPrice, Credit, KeyTerms, Quote, Reverse, RevokeKey, SetKeyTerms
 from billing.database import open_database, writer
 from billing.invariants import AUDITS, MAX_ROWS_PER_AUDIT, Violation, audit
 from billing.keys import mint_request_id
 from billing.money import Mils
+from billing.price_terms import terms_of
+from billing.prices import PriceVersion, Rate
 from billing.tables import billing_metadata
 from tests.billing.conftest import Clock, Databases, Desk
 
@@ -35,6 +37,8 @@ def unruled(databases: Databases) -> Iterator[Engine]:
         desk.settle(desk.do(replace(keyed, request_id=mint_request_id())).request_id, 3)
         desk.settle(desk.reserved(bob, 20), 0)
         desk.do(RevokeKey(bob.key.key_id))
+        for version, since in ((1, 10.0), (2, 20.0)):
+            desk.do(AddPrice("m", "", version, since, terms_of(PriceVersion("m", version, since, (Rate("frame", 1),)))))
         desk.do(Credit(ann.customer_id, Mils(300), "stripe:cs_1", "evt_1", "", ("evt_1",)))
         desk.do(Reverse("stripe:cs_1", Mils(200), "evt_2", ""))
         cat = desk.account(name="cat")
@@ -99,6 +103,9 @@ DAMAGE = [
     ("a settlement by another price", "settled_arithmetic", "UPDATE reservation SET mils_per_frame = 4"),
     ("a refund that never became a row", "settled_arithmetic", "DELETE FROM entry WHERE kind = 'refund'"),
     ("an open reservation that kept money", "settled_arithmetic", "UPDATE reservation SET state = 'open'"),
+    ("a lost version of a price", "prices_follow_each_other", "DELETE FROM price WHERE version = 1"),
+    ("a price from before", "prices_follow_each_other", "UPDATE price SET effective_from = 30 WHERE version = 1"),
+    ("more frames than were reserved", "settled_arithmetic", "UPDATE reservation SET frames_delivered = 99"),
     (
         "a part of a frame",
         "settled_arithmetic",

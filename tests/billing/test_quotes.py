@@ -118,7 +118,7 @@ def test_a_repeated_request_is_recognised_though_its_quote_has_expired(desk: Des
 
 @pytest.mark.parametrize(
     "change",
-    [{"quote_id": ""}, {"model": ""}, {"frames": 0}, {"mils_per_frame": 0.5}, {"price_version": 0}, {"valid_s": 0}],
+    [{"quote_id": ""}, {"model": ""}, {"frames": 0}, {"mils_per_frame": 0.5}, {"price_version": -1}, {"valid_s": 0}],
 )
 def test_a_malformed_quote_is_rejected(desk: Desk, change: dict[str, object]):
     account = desk.account(0)

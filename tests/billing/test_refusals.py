@@ -13,11 +13,24 @@ import pytest
 from sqlalchemy import Engine, text
 from sqlalchemy.exc import DataError, IntegrityError
 
-from billing.commands import Credit, KeyTerms, Quote, Rejected, RequestId, Reserved, Reverse, RevokeKey, SetKeyTerms
+from billing.commands import (
+    AddPrice,
+    Credit,
+    KeyTerms,
+    Quote,
+    Rejected,
+    RequestId,
+    Reserved,
+    Reverse,
+    RevokeKey,
+    SetKeyTerms,
+)
 from billing.database import writer
 from billing.invariants import audit
 from billing.keys import initial_grant_id
 from billing.money import Mils
+from billing.price_terms import terms_of
+from billing.prices import PriceVersion, Rate
 from billing.tables import billing_metadata
 from billing.triggers import POSTGRESQL, SQLITE
 from tests.billing.attacks import Attack, entry, reservation, settle, submission, wallet
@@ -28,6 +41,7 @@ TERMS = (
     "INSERT INTO key_terms (key_id, budget_id, label, models, scope, daily_budget_mils, monthly_budget_mils)"
     " VALUES ({key}, {budget}, '', '', {more}, 5)"
 )
+PRICE = "INSERT INTO price VALUES ('m', '', {version}, {previous}, {since}, '', 1)"
 FENCED = "tr_entry_epoch"
 REFUND = "tr_entry_refund"
 
@@ -332,7 +346,7 @@ ATTACKS = [
             "UPDATE reservation SET state = 'settled', captured = 50 WHERE request_id = 'held'",
         ],
     ),
-    Attack("keeping a part of a frame", "ck_reservation_whole_frames", [settle("'held'", 12, 38)]),
+    Attack("keeping a part of a frame", "ck_reservation_delivered", [settle("'held'", 12, 38)]),
     Attack("settling again", "tr_reservation_update", [settle("'part'", 245, 0)]),
     Attack(
         "opening again",
@@ -602,20 +616,29 @@ ATTACKS = [
     Attack("a warning of another sum", "tr_budget_event_update", ["UPDATE budget_event SET spent_mils = 12"]),
     Attack("a warning that was never given", "tr_budget_event_delete", ["DELETE FROM budget_event"]),
     Attack("another model than the one that ran", "tr_reservation_update", ["UPDATE reservation SET model = 'x'"]),
-    Attack("two quotes of one id", "pk_quote", ["INSERT INTO quote VALUES ('quo_1', :bob, 'm', 1, 5, 1, 0, 1, 2)"]),
+    Attack("two quotes of one id", "pk_quote", ["INSERT INTO quote VALUES ('quo_1', :bob, 'm', 1, 5, 1, 0, 1, 2, 1)"]),
     Attack(
-        "a quote for nothing", "ck_quote_price", ["INSERT INTO quote VALUES ('quo_2', :bob, 'm', 1, 0, 1, 0, 1, 2)"]
+        "a quote for nothing", "ck_quote_price", ["INSERT INTO quote VALUES ('quo_2', :bob, 'm', 1, 0, 1, 0, 1, 2, 1)"]
     ),
     Attack(
         "a quote that never held",
         "ck_quote_expiry",
-        ["INSERT INTO quote VALUES ('quo_2', :bob, 'm', 1, 5, 1, 0, 2, 2)"],
+        ["INSERT INTO quote VALUES ('quo_2', :bob, 'm', 1, 5, 1, 0, 2, 2, 1)"],
     ),
     Attack(
-        "a quote for nobody", "fk_quote_wallet", ["INSERT INTO quote VALUES ('quo_2', 'cus_x', 'm', 1, 5, 1, 0, 1, 2)"]
+        "a quote for nobody",
+        "fk_quote_wallet",
+        ["INSERT INTO quote VALUES ('quo_2', 'cus_x', 'm', 1, 5, 1, 0, 1, 2, 1)"],
     ),
     Attack("another price than was quoted", "tr_quote_update", ["UPDATE quote SET mils_per_frame = 1"]),
     Attack("a quote that was never given", "tr_quote_delete", ["DELETE FROM quote"]),
+    # Prices. There are two versions of m.
+    Attack("two versions of one number", "pk_price", [PRICE.format(version=1, previous="NULL, NULL", since=9)]),
+    Attack("a version that does not follow", "ck_price_chain", [PRICE.format(version=4, previous="2, 20", since=40)]),
+    Attack("a version from before", "ck_price_chain", [PRICE.format(version=3, previous="2, 20", since=20)]),
+    Attack("a version after none", "fk_price_previous", [PRICE.format(version=4, previous="3, 30", since=40)]),
+    Attack("another price for a version", "tr_price_update", ["UPDATE price SET terms = '{}'"]),
+    Attack("a price that never was", "tr_price_delete", ["DELETE FROM price"]),
     # The fence.
     Attack("writing after somebody took over", FENCED, [entry("credit", 10, epoch=":epoch - 1"), wallet("10")]),
     Attack("writing for an epoch that nobody holds", FENCED, [entry("credit", 10, epoch=":epoch + 1"), wallet("10")]),
@@ -636,6 +659,7 @@ IMPLIED = {
     "uq_payment_customer",
     "uq_reversal_to",
     "uq_debt_after",
+    "uq_price_effective",
 }
 """Unique because a primary key inside them is; they exist for foreign keys to point at."""
 
@@ -668,6 +692,8 @@ def history(databases: Databases) -> Iterator[History]:
         desk.settle(RequestId("gone"), 0)
         desk.settle(RequestId("kept"), 2)
         desk.settle(RequestId("part"), 12)
+        for version, since in ((1, 10.0), (2, 20.0)):
+            desk.do(AddPrice("m", "", version, since, terms_of(PriceVersion("m", version, since, (Rate("frame", 1),)))))
         cat = desk.account(name="cat")
         desk.do(Credit(cat.customer_id, Mils(1000), "stripe:cat", "evt_cat", "", ("evt_cat",)))
         desk.settle(desk.reserved(cat, 160), 160)
