@@ -4,21 +4,12 @@ Tables for people; `--json` on any command for machines. Safe while the cluster 
 """
 
 import json
-import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from datetime import UTC, datetime
-from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, cast
+from typing import Annotated, Any, Literal, cast
 
 import typer
-from pydantic import ValidationError
-from pydantic_settings import SettingsError
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from billing import invariants
 from billing.backup import back_up
@@ -28,32 +19,31 @@ from billing.commands import (
     Granted,
     KeyCreated,
     KeyId,
-    KeyRefused,
     KeyRevoked,
     KeyRotated,
     KeyTerms,
     KeyTermsSet,
-    Outcome,
-    Rejected,
     RevokeKey,
     RotateKey,
     SetKeyTerms,
-    UnknownKey,
 )
-from billing.errors import BillingError
 from billing.keys import mint_customer_id, mint_grant_id, mint_key_id, mint_token, token_sha256
-from billing.money import Mils, mils_from_usd, usd
+from billing.money import usd
 from billing.reader import LedgerReader
-from serve_app.admin import ClusterUnreachable, DataDirectoryBusy, ledger_writer, open_migrated
-from serve_app.settings import Settings
+from serve_app.admin import ledger_writer, open_migrated
+from serve_app.cli_prices import prices_app
+from serve_app.cli_tools import (
+    CannotDo,
+    Json,
+    accepted,
+    mils_of,
+    one_clear_line,
+    read_settings,
+    settings_problems,
+    show,
+    when,
+)
 
-Accepted = TypeVar("Accepted")
-
-UNUSABLE = 2
-"""Exit code when the command could not be carried out; 1 is an audit that found something."""
-INTERRUPTED = 130
-PIPE_WIDTH = 200
-"""Columns of a table that no terminal bounds."""
 DEFAULT_REFILL_PER_S = 50.0
 DEFAULT_BURST = 200
 
@@ -64,8 +54,7 @@ ledger_app = typer.Typer(no_args_is_help=True, help="The ledger.")
 app.add_typer(keys, name="keys")
 app.add_typer(credits_app, name="credits")
 app.add_typer(ledger_app, name="ledger")
-
-Json = Annotated[bool, typer.Option("--json", help="One JSON document instead of a table.")]
+app.add_typer(prices_app, name="prices")
 
 
 @app.command()
@@ -73,9 +62,9 @@ def serve() -> None:
     """Run the whole cluster on this machine, in the foreground, until Ctrl-C."""
     from serve_app.launch import run
 
-    with _one_clear_line():
-        settings = _settings()
-        with _settings_problems():
+    with one_clear_line():
+        settings = read_settings()
+        with settings_problems():
             args = settings.cluster_args()
         run(settings, args)
 
@@ -91,7 +80,7 @@ def create_key(
     as_json: Json = False,
 ) -> None:
     """Mint a key. It is shown once: only its hash is stored."""
-    with _one_clear_line():
+    with one_clear_line():
         token = mint_token()
         command = CreateKey(
             key_id=mint_key_id(),
@@ -99,13 +88,13 @@ def create_key(
             last4=token[-4:],
             customer_name=_name(customer),
             customer_id=mint_customer_id(),
-            initial_credits_mils=_mils(initial_credits, at_least=0),
+            initial_credits_mils=mils_of(initial_credits, at_least=0),
             refill_per_s=qps,
             burst=burst,
         )
-        with ledger_writer(_settings()) as apply:
-            outcome = _accepted(apply(command), KeyCreated)
-        _show(
+        with ledger_writer(read_settings()) as apply:
+            outcome = accepted(apply(command), KeyCreated)
+        show(
             [
                 {
                     "key": token,
@@ -123,9 +112,9 @@ def create_key(
 @keys.command("list")
 def list_keys(as_json: Json = False) -> None:
     """Every key, without its secret."""
-    with _one_clear_line():
-        summaries = LedgerReader(open_migrated(_settings())).keys()
-        _show(
+    with one_clear_line():
+        summaries = LedgerReader(open_migrated(read_settings())).keys()
+        show(
             [
                 {
                     "key_id": key.key_id,
@@ -136,8 +125,8 @@ def list_keys(as_json: Json = False) -> None:
                     "balance_usd": usd(key.balance_mils),
                     "qps": key.refill_per_s,
                     "burst": key.burst,
-                    "created": _when(key.created_at),
-                    "revoked": _when(key.revoked_at),
+                    "created": when(key.created_at),
+                    "revoked": when(key.revoked_at),
                 }
                 for key in summaries
             ],
@@ -150,27 +139,27 @@ def revoke_key(
     key_id: Annotated[str, typer.Argument(help="key_..., as `keys list` shows it.")], as_json: Json = False
 ) -> None:
     """Revoke a key: no reservation that reaches the ledger later is accepted. Running work finishes and is charged."""
-    with _one_clear_line():
-        with ledger_writer(_settings()) as apply:
-            outcome = _accepted(apply(RevokeKey(KeyId(key_id))), KeyRevoked)
-        _show([{"key_id": outcome.key_id, "revoked": _when(outcome.revoked_at)}], as_json, single=True)
+    with one_clear_line():
+        with ledger_writer(read_settings()) as apply:
+            outcome = accepted(apply(RevokeKey(KeyId(key_id))), KeyRevoked)
+        show([{"key_id": outcome.key_id, "revoked": when(outcome.revoked_at)}], as_json, single=True)
 
 
 @keys.command("rotate")
 def rotate_key(key_id: Annotated[str, typer.Argument(help="key_... to replace.")], as_json: Json = False) -> None:
     """A new secret with the same wallet, limits, terms and spending. The old one is revoked in the same commit."""
-    with _one_clear_line():
+    with one_clear_line():
         token = mint_token()
         command = RotateKey(KeyId(key_id), mint_key_id(), token_sha256(token), token[-4:])
-        with ledger_writer(_settings()) as apply:
-            outcome = _accepted(apply(command), KeyRotated)
-        _show(
+        with ledger_writer(read_settings()) as apply:
+            outcome = accepted(apply(command), KeyRotated)
+        show(
             [
                 {
                     "key": token,
                     "key_id": outcome.key_id,
                     "customer_id": outcome.customer_id,
-                    "old_key_revoked": _when(outcome.revoked_at),
+                    "old_key_revoked": when(outcome.revoked_at),
                 }
             ],
             as_json,
@@ -190,7 +179,7 @@ def set_terms(
     as_json: Json = False,
 ) -> None:
     """Replace what a key may do; an option that is left out lifts its limit. Spending stays counted."""
-    with _one_clear_line():
+    with one_clear_line():
         if scope not in ("spend", "read"):
             raise CannotDo(f"{scope!r} is not a scope; spend and read are")
         terms = KeyTerms(
@@ -198,12 +187,12 @@ def set_terms(
             scope=cast(Literal["spend", "read"], scope),
             models=tuple(model or ()),
             expires_at=None if expires_in_days is None else time.time() + expires_in_days * 86_400,
-            daily_budget_mils=_mils(daily_budget, at_least=0) if daily_budget else None,
-            monthly_budget_mils=_mils(monthly_budget, at_least=0) if monthly_budget else None,
+            daily_budget_mils=mils_of(daily_budget, at_least=0) if daily_budget else None,
+            monthly_budget_mils=mils_of(monthly_budget, at_least=0) if monthly_budget else None,
         )
-        with ledger_writer(_settings()) as apply:
-            outcome = _accepted(apply(SetKeyTerms(KeyId(key_id), terms)), KeyTermsSet)
-        _show([{"key_id": outcome.key_id} | _terms(terms)], as_json, single=True)
+        with ledger_writer(read_settings()) as apply:
+            outcome = accepted(apply(SetKeyTerms(KeyId(key_id), terms)), KeyTermsSet)
+        show([{"key_id": outcome.key_id} | _terms(terms)], as_json, single=True)
 
 
 @credits_app.command("grant")
@@ -214,15 +203,15 @@ def grant_credits(
     as_json: Json = False,
 ) -> None:
     """Add credit by an operator's decision."""
-    with _one_clear_line():
-        settings = _settings()
+    with one_clear_line():
+        settings = read_settings()
         known = LedgerReader(open_migrated(settings)).customer(customer)
         if known is None:
             raise CannotDo(f"there is no customer {customer!r}; `dream-admin keys create` makes one")
-        command = Grant(known.customer_id, _mils(amount, at_least=1), mint_grant_id(), note)
+        command = Grant(known.customer_id, mils_of(amount, at_least=1), mint_grant_id(), note)
         with ledger_writer(settings) as apply:
-            outcome = _accepted(apply(command), Granted)
-        _show(
+            outcome = accepted(apply(command), Granted)
+        show(
             [
                 {
                     "id": outcome.public_id,
@@ -239,14 +228,14 @@ def grant_credits(
 @ledger_app.command("audit")
 def audit_ledger(as_json: Json = False) -> None:
     """Check every invariant of the ledger. Exit code 1 if one is violated."""
-    with _one_clear_line():
+    with one_clear_line():
         started = time.perf_counter()
-        violations = invariants.audit(open_migrated(_settings()))
+        violations = invariants.audit(open_migrated(read_settings()))
         took_s = round(time.perf_counter() - started, 3)
     if as_json:
         print(json.dumps({"violations": [str(violation) for violation in violations], "took_s": took_s}))
     else:
-        _show([{"violation": str(violation)} for violation in violations], as_json=False)
+        show([{"violation": str(violation)} for violation in violations], as_json=False)
         Console().print(f"{len(violations)} violations of {len(invariants.AUDITS)} invariants, {took_s} s")
     if violations:
         raise typer.Exit(1)
@@ -255,72 +244,13 @@ def audit_ledger(as_json: Json = False) -> None:
 @ledger_app.command("backup")
 def back_up_ledger(destination: Annotated[Path, typer.Argument(help="A file that does not exist yet.")]) -> None:
     """Copy the ledger as it is now, while it is in use; docs/04-operations.md says how to put a copy in its place."""
-    with _one_clear_line():
-        engine = open_migrated(_settings())
+    with one_clear_line():
+        engine = open_migrated(read_settings())
         try:
             back_up(engine, destination)
         except OSError as error:
             raise CannotDo(f"cannot write {destination}: {error.strerror or error}") from None
     print(f"{destination}: {destination.stat().st_size} bytes")
-
-
-class CannotDo(Exception):
-    """The command cannot be carried out; the message says why and what to do."""
-
-
-@contextmanager
-def _one_clear_line() -> Iterator[None]:
-    """Expected failures become one line on standard error and exit code 2."""
-    from serve_app.launch import CannotStart
-
-    try:
-        yield
-    except (CannotDo, CannotStart, ClusterUnreachable, DataDirectoryBusy, BillingError) as error:
-        print(f"dream-admin: {error}", file=sys.stderr)
-        raise typer.Exit(UNUSABLE) from None
-    except KeyboardInterrupt:
-        raise typer.Exit(INTERRUPTED) from None
-
-
-def _accepted(outcome: Outcome, expected: type[Accepted]) -> Accepted:
-    """The outcome, if the ledger did what was asked."""
-    match outcome:
-        case Rejected(reason):
-            raise CannotDo(f"the ledger refused: {reason}")
-        case KeyRefused():
-            raise CannotDo("this key was revoked or has expired; create another")
-        case UnknownKey(key_id):
-            raise CannotDo(f"there is no key {key_id}; see `dream-admin keys list`")
-    assert isinstance(outcome, expected), outcome
-    return outcome
-
-
-def _settings() -> Settings:
-    with _settings_problems():
-        return Settings()
-
-
-@contextmanager
-def _settings_problems() -> Iterator[None]:
-    """The first thing wrong with the environment, by the variable's name."""
-    try:
-        yield
-    except SettingsError as error:
-        raise CannotDo(f"{error}; it takes a JSON object") from None
-    except ValidationError as error:
-        problem = error.errors(include_url=False, include_input=False)[0]
-        name = ".".join(str(part) for part in problem["loc"]).upper() or "settings"
-        raise CannotDo(f"{name}: {problem['msg']}") from None
-
-
-def _mils(dollars: str, at_least: int) -> Mils:
-    try:
-        amount = mils_from_usd(Decimal(dollars))
-    except (ArithmeticError, ValueError):
-        raise CannotDo(f"{dollars!r} is not an amount of dollars with at most four decimals") from None
-    if amount < at_least:
-        raise CannotDo(f"{dollars} dollars is too little; at least {usd(Mils(at_least))} is accepted")
-    return amount
 
 
 def _terms(terms: KeyTerms) -> dict[str, Any]:
@@ -329,7 +259,7 @@ def _terms(terms: KeyTerms) -> dict[str, Any]:
         "label": terms.label or None,
         "scope": terms.scope,
         "models": ", ".join(terms.models) or None,
-        "expires": _when(terms.expires_at),
+        "expires": when(terms.expires_at),
         "daily_budget_usd": None if terms.daily_budget_mils is None else usd(terms.daily_budget_mils),
         "monthly_budget_usd": None if terms.monthly_budget_mils is None else usd(terms.monthly_budget_mils),
     }
@@ -340,25 +270,6 @@ def _name(customer: str) -> str:
     if not 1 <= len(customer.strip()) <= 200:
         raise CannotDo("a customer's name has 1 to 200 characters")
     return customer.strip()
-
-
-def _when(seconds: float | None) -> str | None:
-    return None if seconds is None else datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
-
-
-def _show(rows: Sequence[dict[str, Any]], as_json: bool, single: bool = False) -> None:
-    """A list as a table; a single record as one line per field, so that a secret can be copied whole."""
-    if as_json:
-        print(json.dumps(rows[0] if single else rows))
-        return
-    table = Table(show_header=not single)
-    names = ("", "") if single else tuple(rows[0] if rows else ())
-    for name in names:
-        table.add_column(name, overflow="fold")
-    for values in rows[0].items() if single else (row.values() for row in rows):
-        table.add_row(*(Text("" if value is None else str(value)) for value in values))
-    if rows:
-        Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table)
 
 
 if __name__ == "__main__":

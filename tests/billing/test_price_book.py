@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from billing.commands import AddPrice, PriceAdded, Quote, Quoted, Rejected, Reserve, Reserved, Settled, UnknownCustomer
+from billing.current_prices import CurrentPrices
 from billing.money import MAX_MILS, Mils
 from billing.price_terms import terms_of
 from billing.prices import PriceBook, PriceVersion, Rate, Work
@@ -101,3 +102,21 @@ class TestVersions:
     )
     def test_what_is_no_price_is_rejected(self, desk: Desk, change: dict[str, object]):
         assert isinstance(desk.do(replace(added(1, 10.0), **change)), Rejected)
+
+
+def test_the_current_book_is_read_now_and_then(desk: Desk):
+    now = 0.0
+    current = CurrentPrices(desk.reader, (Rate("frame", 100_000),), refresh_s=10.0, clock=lambda: now)
+    work = Work(10, 10, 480, 640)
+
+    def total() -> int:
+        price = current.book().price("model", work, 100.0)
+        assert price is not None
+        return price.total_mils
+
+    assert total() == 10
+    desk.do(added(1, 10.0))
+    now = 9.9
+    assert total() == 10
+    now = 10.0
+    assert total() == 50
