@@ -47,8 +47,8 @@ def ledger_handle(database_url: str) -> Any:
     return ray.get_actor(_ledger_name(database_url), namespace=NAMESPACE)
 
 
-def start_status(labels: Labels) -> Any:
-    return _remote(StatusActor, _name("status"), labels).remote()
+def start_status(directory: str, labels: Labels) -> Any:
+    return _remote(StatusActor, _name("status", directory), labels).remote(directory)
 
 
 def start_scheduler(model: str, limits: SchedulerLimits, labels: Labels) -> Any:

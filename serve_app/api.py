@@ -52,6 +52,7 @@ def create_api(parts: Services) -> FastAPI:
             (rollouts.router, known),
         ):
             api.include_router(router, prefix=base, include_in_schema=in_schema, dependencies=first, responses=ERRORS)
+    api.include_router(status.pages, responses=ERRORS)
     errors.install(api)
     api.add_middleware(RequestEnvelope, max_body_bytes=parts.args.limits.max_body_bytes)
     return api

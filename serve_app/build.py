@@ -25,6 +25,7 @@ from deployments.ledger_audits import AuditsClient
 from deployments.logs import configure_logs
 from deployments.model_client import ModelClient
 from deployments.replica import Replica, ReplicaConfig
+from deployments.replica_counts import BootingReplicas, booting_by_deployment
 from deployments.reservations import Reservations
 from deployments.results import ResultStore
 from deployments.robot_commands import RobotCommands
@@ -62,7 +63,7 @@ class Gateway:
         args, limits = self._args, self._args.limits
         ledger_actor = actors.start_ledger(args.database_url, args.control_labels)
         ledger = ledger_client.connect(ledger_actor)
-        status = StatusClient(actors.start_status(args.control_labels))
+        status = StatusClient(actors.start_status(str(args.data_dir / "status"), args.control_labels))
         models = {
             slug: ModelClient(
                 model_spec(CATALOG[slug]),
@@ -98,11 +99,21 @@ class Gateway:
                 frames=FrameStore(open_file_groups(args.results)),
                 signer=LinkSigner(load_secret(args.data_dir / "link-secret")),
                 status=status,
+                booting=BootingReplicas(_booting_by_model),
                 audits=AuditsClient(ledger_actor),
                 open_to=self._open_to,
                 decoders=ThreadPoolExecutor(limits.image_decoders, thread_name_prefix="decode"),
             )
         )
+
+
+def _booting_by_model() -> dict[str, int]:
+    counts = booting_by_deployment()
+    return {slug: counts.get(_replicas_name(slug), 0) for slug in CATALOG}
+
+
+def _replicas_name(slug: str) -> str:
+    return f"model-{slug}"
 
 
 def build(args: ClusterArgs, open_to: str = "") -> serve.Application:
@@ -137,7 +148,7 @@ def _replicas(model: ModelArgs, args: ClusterArgs) -> serve.Application:
         control_labels=args.control_labels,
     )
     where = {"accelerator_type": model.accelerator} if model.accelerator else {}
-    deployment = serve.deployment(Replica, name=f"model-{model.slug}").options(
+    deployment = serve.deployment(Replica, name=_replicas_name(model.slug)).options(
         **_replica_count(model, args),
         max_ongoing_requests=MAX_ONGOING_CHUNKS,
         request_router_config=RequestRouterConfig(

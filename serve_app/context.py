@@ -22,6 +22,7 @@ from deployments.ingress import Ingress
 from deployments.ledger_audits import AuditsClient
 from deployments.messages import ModelSpec
 from deployments.model_client import ModelClient
+from deployments.replica_counts import BootingReplicas
 from deployments.results import ResultStore
 from deployments.robot_commands import RobotCommands
 from deployments.status_client import StatusClient
@@ -58,6 +59,7 @@ class Services:
     frames: FrameStore
     signer: LinkSigner
     status: StatusClient
+    booting: BootingReplicas
     audits: AuditsClient
     open_to: str
     """SHA-256 of the key that every request is taken to carry; empty but in development: each needs its own."""

@@ -276,18 +276,46 @@ class LatencyPercentiles(BaseModel):
     p99: float
 
 
+class OutcomeRates(BaseModel):
+    requests: int
+    error_rate: float
+    """Engine failures over requests that ran."""
+    refund_rate: float
+    """Requests that were paid back over requests that ran."""
+
+
+class LatencyQuarter(BaseModel):
+    started_at: float
+    """POSIX seconds at which this quarter of an hour began."""
+    requests: int
+    total_ms: LatencyPercentiles | None
+
+
 class ModelStatus(BaseModel):
-    state: Literal["ready", "starting", "unreachable"]
+    state: Literal["ready", "starting", "idle", "unreachable"]
+    """`starting`: no replica serves yet. `idle`: none does and none is kept; the next request starts one."""
     replicas: int
+    """That serve now."""
+    booting_replicas: int | None
+    """None if Serve's controller does not answer."""
+    max_replicas: int
     running_rows: int
     queued_rows: int
     capacity_rows: int
+    utilisation: float
+    """Running rows over what the replicas take at a time, 0 to 1."""
+    cold_start_s: float
+    """What the operator says a replica takes from being asked for until it serves."""
     requests: int
     frames: int
     failed: int
     canceled: int
     refused: int
     error_rate: float
+    rates: dict[str, OutcomeRates]
+    """Over the last `1m`, `15m` and `24h`."""
+    quarters: list[LatencyQuarter]
+    """The last day by quarters of an hour, oldest first; those without a request are left out."""
     queue_ms: LatencyPercentiles | None
     infer_ms: LatencyPercentiles | None
     total_ms: LatencyPercentiles | None

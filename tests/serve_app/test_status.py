@@ -6,6 +6,7 @@ import pytest
 
 from billing.auditor import AuditReport
 from billing.invariants import Violation
+from deployments.status import Sample
 from tests.support.app import App
 
 FOUND = (Violation("conservation", "", {"credited": 1}),)
@@ -38,3 +39,49 @@ async def test_a_ledger_that_does_not_answer_is_a_status(app: App, monkeypatch: 
     answer = await app.http.get("/v1/status")
     assert answer.status_code == 200
     assert answer.json()["ledger"]["audits"] == "unreachable"
+
+
+async def test_the_status_gives_replicas_load_and_rates_of_each_model(app: App) -> None:
+    model = (await app.http.get("/v1/status")).json()["models"]["tiny-pusher"]
+    assert (model["state"], model["replicas"], model["booting_replicas"]) == ("ready", 1, 0)
+    assert (model["utilisation"], model["max_replicas"]) == (0.0, 1)
+    assert set(model["rates"]) == {"1m", "15m", "24h"}
+
+
+async def test_a_controller_that_is_away_leaves_the_number_of_booting_replicas_unknown(
+    app: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away() -> dict[str, int]:
+        raise ConnectionError("the controller restarts")
+
+    monkeypatch.setattr(app.services.booting, "_ask", away)
+    answer = await app.http.get("/v1/status")
+    assert answer.status_code == 200
+    assert answer.json()["models"]["tiny-pusher"]["booting_replicas"] is None
+
+
+async def test_the_summary_is_what_statuspage_readers_expect(app: App) -> None:
+    summary = (await app.http.get("/api/v2/summary.json")).json()
+    assert set(summary) == {"page", "status", "components", "incidents", "scheduled_maintenances"}
+    assert summary["status"] == {"indicator": "none", "description": "All Systems Operational"}
+    assert {each["name"]: each["status"] for each in summary["components"]} == {
+        "tiny-pusher": "operational",
+        "ledger": "operational",
+    }
+
+
+async def test_a_violated_ledger_is_an_outage_in_the_summary(app: App) -> None:
+    app.ledger_call.audit_report = AuditReport(1_800_000_000.0, 0.25, FOUND, ())
+    summary = (await app.http.get("/api/v2/summary.json")).json()
+    assert summary["status"]["indicator"] == "major"
+
+
+async def test_the_page_is_html_without_scripts_and_draws_latency(app: App) -> None:
+    for milliseconds in (100.0, 200.0):
+        app.services.status.add(Sample("tiny-pusher", "succeeded", 49, 1.0, 2.0, milliseconds))
+    await app.services.status._send()
+    answer = await app.http.get("/status")
+    assert answer.headers["content-type"].startswith("text/html")
+    assert "<script" not in answer.text
+    assert "highest 200 ms" in answer.text
+    assert "<svg" in answer.text

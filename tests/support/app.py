@@ -37,6 +37,7 @@ from deployments.ledger_audits import AuditsClient
 from deployments.ledger_client import LedgerClient
 from deployments.messages import NO_TERMS, ChunkReport, ChunkRow, ModelSpec, TicketTerms
 from deployments.model_client import ChunkTiming
+from deployments.replica_counts import BootingReplicas
 from deployments.reservations import Reservations
 from deployments.results import ResultStore
 from deployments.scheduler import SchedulerStatus
@@ -191,7 +192,7 @@ async def running_app(
     with ledgered(database_url or f"sqlite:///{data_dir / 'ledger.db'}") as ledger:
         ledger_call = LedgerCall(ledger)
         local = LocalModel(model_spec(CATALOG[SLUG]), model or StandInModel(Path(), "cpu"))
-        status = StatusClient(LocalActor(StatusActor()))
+        status = StatusClient(LocalActor(StatusActor(str(data_dir / "status"))))
         ledger_client = LedgerClient(lambda commands: ledger_call.call(commands))
         reservations = Reservations(ledger_client, ledger.reader)
         results = ResultStore(data_dir / "results", ttl_s=3600)
@@ -221,6 +222,7 @@ async def running_app(
             frames=FrameStore(open_file_groups(str(data_dir / "results"))),
             signer=LinkSigner(b"0" * 32),
             status=status,
+            booting=BootingReplicas(lambda: {SLUG: 0}),
             audits=AuditsClient(LocalActor(ledger_call)),
             open_to=open_to,
             decoders=ThreadPoolExecutor(2),
