@@ -14,6 +14,7 @@ from billing.commands import (
     Grant,
     Heartbeat,
     KeyTerms,
+    PaymentCommand,
     Quote,
     Reserve,
     Reverse,
@@ -23,6 +24,7 @@ from billing.commands import (
     Settle,
 )
 from billing.money import MAX_EXACT, MAX_MILS, part_of_rate
+from billing.payments.checks import wrong_value
 from billing.price_terms import MAX_TERMS_CHARS, terms_of, version_of
 
 MAX_ID_CHARS = 200
@@ -121,6 +123,8 @@ def malformed(command: Command) -> str | None:
             return _not_price(command)
         case ExpireLeases():
             return None
+        case PaymentCommand():
+            return wrong_value("command", command) or next(filter(None, map(malformed, command.money)), None)
         case _:
             return f"{type(command).__name__} is not a command"
 

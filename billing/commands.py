@@ -17,6 +17,7 @@ caller chose, so the same command again gives the same answer and no second row.
     RotateKey     -> KeyRotated | UnknownKey | KeyRefused
     AddPrice      -> PriceAdded | UnknownCustomer
     ExpireLeases  -> LeasesExpired
+    PaymentCommand -> PaymentOutcome, see billing.payments.commands
     any of them   -> Rejected
 """
 
@@ -404,6 +405,21 @@ class Rejected:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class PaymentCommand:
+    """Base of what `billing.payments.commands` lists."""
+
+    @property
+    def money(self) -> "tuple[Command, ...]":
+        """The ledger's own commands that are part of it: all are carried out, or none and nothing else of it."""
+        return ()
+
+
+@dataclass(frozen=True, slots=True)
+class PaymentOutcome:
+    """Base of what they are answered."""
+
+
 Command = (
     Reserve
     | Quote
@@ -418,6 +434,7 @@ Command = (
     | RotateKey
     | AddPrice
     | ExpireLeases
+    | PaymentCommand
 )
 Outcome = (
     Reserved
@@ -444,5 +461,6 @@ Outcome = (
     | UnknownKey
     | PriceAdded
     | LeasesExpired
+    | PaymentOutcome
     | Rejected
 )

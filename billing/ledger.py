@@ -7,15 +7,26 @@ makes a synchronous disk affordable. Which writer is the single one is decided b
 from collections.abc import Callable, Sequence
 from threading import Lock
 
-from sqlalchemy import Engine
+from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
 
 from billing import store
 from billing.checks import malformed
-from billing.commands import Command, Outcome, Rejected
+from billing.commands import Command, Credited, Outcome, PaymentCommand, Rejected, Reversed
 from billing.core import Book, decide
 from billing.database import writer
 from billing.errors import Fenced, LedgerUnavailable
+from billing.payments import records
+
+
+class _MoneyRefused(Exception):
+    def __init__(self, outcome: Outcome) -> None:
+        super().__init__(outcome)
+        self.outcome = outcome
+
+
+def _with_money(command: Command) -> tuple[Command, ...]:
+    return (command, *command.money) if isinstance(command, PaymentCommand) else (command,)
 
 
 class Ledger:
@@ -77,7 +88,7 @@ class Ledger:
         with self._turn:
             try:
                 return self._commit(commands)
-            except (IntegrityError, DataError):
+            except (IntegrityError, DataError, _MoneyRefused):
                 return [self._commit_alone(command) for command in commands]
 
     def _commit_alone(self, command: Command) -> Outcome:
@@ -85,6 +96,21 @@ class Ledger:
             return self._commit([command])[0]
         except (IntegrityError, DataError) as error:
             return Rejected(f"the database refused it: {str(error.orig).splitlines()[0]}")
+        except _MoneyRefused as error:
+            return Rejected(f"the money of a payment was refused: {error.outcome}")
+
+    def _decide(self, connection: Connection, book: Book, command: Command) -> Outcome:
+        if not isinstance(command, PaymentCommand):
+            return decide(book, command)
+        refused = records.refuse(connection, command)
+        if refused is not None:
+            return refused
+        for money in command.money:
+            outcome = decide(book, money)
+            if not isinstance(outcome, Credited | Reversed):
+                # What was decided before it must not stay: this batch is given up, and each command gets its own.
+                raise _MoneyRefused(outcome)
+        return records.carry_out(connection, command, book.ts)
 
     def _commit(self, commands: Sequence[Command]) -> list[Outcome]:
         now = self._clock()
@@ -96,10 +122,10 @@ class Ledger:
                 if self._epoch == 0 or current_epoch != self._epoch:
                     raise Fenced(self._epoch, current_epoch)
                 book.begin(now, ts, self._epoch)
-                store.load(connection, commands, book)
-                outcomes = [decide(book, command) for command in commands]
+                store.load(connection, [each for command in commands for each in _with_money(command)], book)
+                outcomes = [self._decide(connection, book, command) for command in commands]
                 store.write(connection, book)
-        except (IntegrityError, DataError):
+        except (IntegrityError, DataError, _MoneyRefused):
             raise
         except DBAPIError as error:
             raise LedgerUnavailable(f"the database failed during a commit: {error.orig}") from error

@@ -13,6 +13,8 @@ from typing import Any
 import ray
 
 from deployments.ledger_actor import LedgerActor
+from deployments.payments.actor import PaymentsActor
+from deployments.payments.config import PaymentsConfig
 from deployments.scheduler import SchedulerLimits
 from deployments.scheduler_actor import SchedulerActor
 from deployments.status import StatusActor
@@ -58,6 +60,13 @@ def start_scheduler(model: str, limits: SchedulerLimits, labels: Labels) -> Any:
 def scheduler_handle(model: str, limits: SchedulerLimits) -> Any:
     """The running scheduler of that model. Raises ValueError if there is none."""
     return ray.get_actor(_scheduler_name(model, limits), namespace=NAMESPACE)
+
+
+def start_payments(config: PaymentsConfig, database_url: str, ledger: Any, report_secret: bytes, labels: Labels) -> Any:
+    """Another secret is another actor, as any other configuration is; names only ever hold a digest of it."""
+    secrets = hashlib.sha256("\n".join((config.secret_key, *config.webhook_secrets)).encode()).hexdigest()
+    name = _name("payments", database_url, repr(config), secrets)
+    return _remote(PaymentsActor, name, labels).remote(config, database_url, ledger, report_secret)
 
 
 def _remote(actor: type, name: str, labels: Labels, **options: int) -> Any:

@@ -10,9 +10,9 @@ import structlog
 from fastapi import Depends, FastAPI
 
 from serve_app import errors
-from serve_app.context import Services, authenticate, check_base
+from serve_app.context import Services, authenticate, charge_for, check_base
 from serve_app.middleware import RequestEnvelope
-from serve_app.routes import billing, catalog, frames, predict, requests, rollouts, status, usage
+from serve_app.routes import billing, catalog, frames, payments, predict, requests, rollouts, status, usage
 from serve_app.schemas import ErrorBody
 
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
@@ -26,9 +26,11 @@ def create_api(parts: Services) -> FastAPI:
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         parts.ingress.start()
+        parts.payments.start()
         sweeper = asyncio.get_running_loop().create_task(_sweep_results(parts))
         yield
         sweeper.cancel()
+        parts.payments.stop()
         await parts.ingress.stop()
 
     api = FastAPI(
@@ -46,6 +48,8 @@ def create_api(parts: Services) -> FastAPI:
             (billing.router, [Depends(authenticate), *known]),
             (usage.router, [Depends(authenticate), *known]),
             (requests.router, [Depends(authenticate), *known]),
+            (payments.router, [Depends(authenticate), *known]),
+            (payments.public, known),
             (rollouts.paid, []),
             (predict.paid, []),
             (frames.router, known),
@@ -53,7 +57,7 @@ def create_api(parts: Services) -> FastAPI:
         ):
             api.include_router(router, prefix=base, include_in_schema=in_schema, dependencies=first, responses=ERRORS)
     api.include_router(status.pages, responses=ERRORS)
-    errors.install(api)
+    errors.install(api, charge_for)
     api.add_middleware(RequestEnvelope, max_body_bytes=parts.args.limits.max_body_bytes)
     return api
 

@@ -13,6 +13,7 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouter
 from ray.serve.handle import DeploymentHandle
 
 from billing.database import open_database
+from billing.payments.reader import PaymentsReader
 from billing.reader import LedgerReader
 from billing.request_log import RequestLog
 from billing.statements import StatementReader
@@ -24,6 +25,7 @@ from deployments.ingress import Ingress
 from deployments.ledger_audits import AuditsClient
 from deployments.logs import configure_logs
 from deployments.model_client import ModelClient
+from deployments.payments.desk import PaymentsDesk
 from deployments.replica import Replica, ReplicaConfig
 from deployments.replica_counts import BootingReplicas, booting_by_deployment
 from deployments.reservations import Reservations
@@ -76,6 +78,13 @@ class Gateway:
         }
         database = open_database(args.database_url)
         reader = LedgerReader(database)
+        payments = args.payments.config()
+        payments_actor = None
+        if payments.enabled:
+            report_secret = load_secret(args.data_dir / "report-secret")
+            payments_actor = actors.start_payments(
+                payments, args.database_url, ledger_actor, report_secret, args.control_labels
+            )
         results = ResultStore(args.results, args.video_ttl_s)
         reservations = Reservations(ledger, reader)
         self._ingress = Ingress(ledger, reservations, models, results, status)
@@ -102,6 +111,7 @@ class Gateway:
                 booting=BootingReplicas(_booting_by_model),
                 audits=AuditsClient(ledger_actor),
                 open_to=self._open_to,
+                payments=PaymentsDesk(payments, ledger, PaymentsReader(database), payments_actor),
                 decoders=ThreadPoolExecutor(limits.image_decoders, thread_name_prefix="decode"),
             )
         )

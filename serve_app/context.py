@@ -16,12 +16,13 @@ from billing.reader import KeyRecord, LedgerReader
 from billing.request_log import RequestLog
 from billing.statements import StatementReader
 from billing.usage import UsageReader
-from deployments.errors import LedgerUnavailable
+from deployments.errors import CreditsInsufficient, LedgerUnavailable
 from deployments.frame_store import FrameStore
 from deployments.ingress import Ingress
 from deployments.ledger_audits import AuditsClient
 from deployments.messages import ModelSpec
 from deployments.model_client import ModelClient
+from deployments.payments.desk import PaymentsDesk
 from deployments.replica_counts import BootingReplicas
 from deployments.results import ResultStore
 from deployments.robot_commands import RobotCommands
@@ -63,6 +64,7 @@ class Services:
     audits: AuditsClient
     open_to: str
     """SHA-256 of the key that every request is taken to carry; empty but in development: each needs its own."""
+    payments: PaymentsDesk
     decoders: Executor
     """Threads for pictures alone: a large one takes seconds and hundreds of MB, so few run at once and no key waits."""
 
@@ -99,6 +101,7 @@ async def authenticate(request: Request) -> KeyRecord:
         raise NotAuthenticated("the API key was revoked")
     if key.terms.expires_at is not None and key.terms.expires_at <= time.time():
         raise NotAuthenticated("the API key has expired")
+    request.state.customer_id = key.customer_id
     retry_after_s = parts.buckets.take(key.key_id, key.refill_per_s, key.burst)
     if retry_after_s is not None:
         raise RateLimited(retry_after_s)
@@ -113,6 +116,11 @@ def _presented(request: Request) -> str:
     if not is_token_shaped(token):
         raise NotAuthenticated("the API key is malformed; keys are dre_ and 43 characters a-z, 2-7")
     return token_sha256(token)
+
+
+def charge_for(request: Request, refused: CreditsInsufficient) -> None:
+    """A request was refused for want of credits: its customer may have agreed to be charged for that."""
+    services(request).payments.note_shortage(request.state.customer_id, refused.requested_mils)
 
 
 def check_base(request: Request) -> None:

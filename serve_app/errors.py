@@ -6,6 +6,7 @@ ApiError                     (status, code, message)
 ├── RateLimited         429  the key's bucket is empty
 ├── BodyTooSlow         408  the body had not arrived in its time
 ├── BodyTooLarge        413
+├── BadSignature        400  not signed by Stripe, or not one of its events
 ├── UnsupportedBody     415
 ├── InvalidRequest      422  names the field, what was wrong and what is accepted
 │   └── ModelRefused    422  a model that is not run here, on a route where a 404 would be misread
@@ -15,7 +16,7 @@ ApiError                     (status, code, message)
                              missing route and sends the work again without its model
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -37,6 +38,17 @@ from deployments.errors import (
     QuoteNotAccepted,
     ResultExpired,
     RolloutError,
+)
+from deployments.payments.errors import (
+    CardDeclined,
+    LedgerRefused,
+    PaymentError,
+    PaymentsDisabled,
+    StripeFailed,
+    StripeRefused,
+    StripeUnavailable,
+    TooManyPages,
+    TopupKeyReused,
 )
 
 
@@ -91,6 +103,10 @@ class BodyTooLarge(ApiError):
         super().__init__(f"body: larger than the {max_body_bytes} bytes that are accepted")
 
 
+class BadSignature(ApiError):
+    status, code = 400, "INVALID_REQUEST"
+
+
 class UnsupportedBody(ApiError):
     status, code = 415, "INVALID_REQUEST"
 
@@ -136,6 +152,20 @@ ROLLOUT_ERRORS: Mapping[type[RolloutError], tuple[int, str]] = {
 }
 
 
+PAYMENT_ERRORS: Mapping[type[PaymentError], tuple[int, str]] = {
+    PaymentsDisabled: (503, "PAYMENTS_DISABLED"),
+    StripeUnavailable: (503, "PAYMENTS_UNAVAILABLE"),
+    StripeFailed: (503, "PAYMENTS_UNAVAILABLE"),
+    StripeRefused: (502, "PAYMENT_REFUSED"),
+    CardDeclined: (502, "PAYMENT_REFUSED"),
+    TopupKeyReused: (422, "IDEMPOTENCY_CONFLICT"),
+    TooManyPages: (429, "RATE_LIMITED"),
+    LedgerRefused: (500, "ENGINE_FAILED"),
+}
+PAYMENTS_DISABLED_FOR_S = 3600
+"""What a client is told to wait while an operator has to act."""
+
+
 def error_response(
     status: int, code: str, message: str, *, detail: Any = None, headers: Mapping[str, str] | None = None
 ) -> JSONResponse:
@@ -158,7 +188,7 @@ def insufficient_detail(balance: Mils, requested: Mils, message: str) -> dict[st
     }
 
 
-def install(app: FastAPI) -> None:
+def install(app: FastAPI, on_shortage: Callable[[Request, CreditsInsufficient], None]) -> None:
     """Make every error that a route raises on purpose take the one shape; any other is the middleware's."""
 
     @app.exception_handler(ApiError)
@@ -166,18 +196,29 @@ def install(app: FastAPI) -> None:
         return error_response(error.status, error.code, error.message, headers=error.headers)
 
     @app.exception_handler(RolloutError)
-    async def rollout_error(_: Request, error: RolloutError) -> JSONResponse:
+    async def rollout_error(request: Request, error: RolloutError) -> JSONResponse:
         status, code = ROLLOUT_ERRORS[type(error)]
         headers = {}
         if isinstance(error, ModelOverloaded | LedgerUnavailable):
             headers["Retry-After"] = str(error.retry_after_s)
         detail = None
         if isinstance(error, CreditsInsufficient):
+            on_shortage(request, error)
             detail = insufficient_detail(error.balance_mils, error.requested_mils, str(error))
         if isinstance(error, BudgetUsedUp):
             left = Mils(max(0, error.limit_mils - error.spent_mils))
             detail = insufficient_detail(left, error.requested_mils, str(error)) | {"limit_source": "key"}
         return error_response(status, code, str(error), detail=detail, headers=headers)
+
+    @app.exception_handler(PaymentError)
+    async def payment_error(_: Request, error: PaymentError) -> JSONResponse:
+        status, code = PAYMENT_ERRORS[type(error)]
+        headers = {}
+        if isinstance(error, StripeUnavailable | TooManyPages):
+            headers["Retry-After"] = str(error.retry_after_s)
+        if isinstance(error, PaymentsDisabled):
+            headers["Retry-After"] = str(PAYMENTS_DISABLED_FOR_S)
+        return error_response(status, code, str(error), headers=headers)
 
     @app.exception_handler(RequestValidationError)
     async def validation_error(_: Request, error: RequestValidationError) -> JSONResponse:

@@ -7,11 +7,12 @@ what a Serve config file gives under `args`.
 from pathlib import Path
 from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from deployments.autoscaling import ScalingTerms
 from deployments.file_groups import open_file_groups
+from deployments.payments.config import PaymentsConfig
 from deployments.results import RECENT_TTL_S
 from serve_app.catalog import CATALOG, DEFAULT_MODEL, PACKAGED_CHECKPOINTS
 
@@ -96,6 +97,43 @@ class Limits(BaseModel):
     """Requests that wait in a proxy for an ingress replica; beyond them it answers 503 itself."""
 
 
+class PaymentsArgs(BaseModel):
+    """Stripe's secrets, in the environment or in files; without a secret key payments are off."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    secret_key: SecretStr = SecretStr("")
+    webhook_secrets: SecretStr = SecretStr("")
+    """Separated by commas; two while one is being rolled."""
+    secret_key_file: Path | None = None
+    """Instead of `secret_key`: a configuration that is deployed can be read by others, a mounted file cannot."""
+    webhook_secrets_file: Path | None = None
+    api_base: str = ""
+    """Another peer than Stripe, for tests."""
+
+    def config(self) -> PaymentsConfig:
+        """Raises ValueError with one line that says what is missing."""
+        key, secrets = (
+            _secret(self.secret_key, self.secret_key_file),
+            _secret(self.webhook_secrets, self.webhook_secrets_file),
+        )
+        if key and not key.startswith(("sk_", "rk_")):
+            raise ValueError("STRIPE_SECRET_KEY must be a secret or restricted key (sk_..., rk_...)")
+        each = tuple(secret.strip() for secret in secrets.split(",") if secret.strip())
+        if key and not each:
+            raise ValueError("STRIPE_WEBHOOK_SECRETS must be set with STRIPE_SECRET_KEY: no payment could be trusted")
+        return PaymentsConfig(key, each, self.api_base)
+
+
+def _secret(given: SecretStr, file: Path | None) -> str:
+    if file is None:
+        return given.get_secret_value().strip()
+    try:
+        return file.read_text().strip()
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror}") from None
+
+
 class ClusterArgs(BaseModel):
     """Everything `serve_app.build:build` needs."""
 
@@ -118,6 +156,7 @@ class ClusterArgs(BaseModel):
     empty means below the data directory."""
     video_ttl_s: float = Field(24 * 3600.0, ge=RECENT_TTL_S)
     limits: Limits = Limits()
+    payments: PaymentsArgs = PaymentsArgs()
 
     @property
     def results(self) -> str:
@@ -129,6 +168,11 @@ class ClusterArgs(BaseModel):
             open_file_groups(self.results)
         except (ImportError, ValueError) as error:
             raise ValueError(f"results_url {self.results_url!r} cannot be used: {error}") from None
+        return self
+
+    @model_validator(mode="after")
+    def _payments_are_whole(self) -> Self:
+        self.payments.config()
         return self
 
     @model_validator(mode="after")
@@ -167,8 +211,20 @@ class Settings(BaseSettings):
     lpips_sha256: str = ""
     public_url: str = ""
     results_url: str = ""
+    stripe_secret_key: SecretStr = SecretStr("")
+    """Empty means that payments are off."""
+    stripe_webhook_secrets: SecretStr = SecretStr("")
+    stripe_api_base: str = ""
     ray_address: str = ""
     """For `dream-admin` beside a cluster of `serve deploy`; one of `make serve` is found by itself."""
+
+    @property
+    def payments(self) -> PaymentsArgs:
+        return PaymentsArgs(
+            secret_key=self.stripe_secret_key,
+            webhook_secrets=self.stripe_webhook_secrets,
+            api_base=self.stripe_api_base,
+        )
 
     @property
     def ledger_url(self) -> str:
@@ -188,6 +244,7 @@ class Settings(BaseSettings):
             lpips_weights=self._absolute(self.lpips_weights),
             lpips_sha256=self.lpips_sha256,
             public_url=self.public_url,
+            payments=self.payments,
             results_url=self.results_url if "://" in self.results_url else self._absolute(self.results_url),
             models=tuple(
                 ModelArgs(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from serve_app.errors import ROLLOUT_ERRORS, ApiError
+from serve_app.errors import PAYMENT_ERRORS, ROLLOUT_ERRORS, ApiError
 from serve_app.settings import Settings
 from tests.support.app import App
 
@@ -30,7 +30,9 @@ def test_every_error_code_and_status_is_in_the_wire_document() -> None:
     subclasses = [ApiError]
     for each in subclasses:
         subclasses += each.__subclasses__()
-    answered = {(each.status, each.code) for each in subclasses} | set(ROLLOUT_ERRORS.values())
+    answered = (
+        {(each.status, each.code) for each in subclasses} | set(ROLLOUT_ERRORS.values()) | set(PAYMENT_ERRORS.values())
+    )
     for status, code in answered:
         rows = [row for row in WIRE.splitlines() if row.startswith("|") and f"`{code}`" in row]
         assert any(str(status) in row.split("|")[1] for row in rows), (status, code)

@@ -15,6 +15,7 @@ from billing.commands import (
     Grant,
     Heartbeat,
     Outcome,
+    PaymentCommand,
     Quote,
     Reserve,
     Reverse,
@@ -63,5 +64,7 @@ def decide(book: Book, command: Command) -> Outcome:
             return add_price(book, command)
         case ExpireLeases():
             return expire_leases(book)
+        case PaymentCommand():
+            raise AssertionError("payments are carried out by billing.payments.records")
         case _:
             assert_never(command)

@@ -17,6 +17,7 @@ from billing.commands import (
     Grant,
     Heartbeat,
     KeyId,
+    PaymentCommand,
     Quote,
     Reserve,
     Reverse,
@@ -186,6 +187,8 @@ def load(connection: Connection, commands: Sequence[Command], book: Book) -> Non
                     customer_ids.add(command.customer_id)
             case ExpireLeases():
                 expires = True
+            case PaymentCommand():
+                pass  # what it needs of the ledger is in the commands that come with it
             case _:
                 assert_never(command)
 

@@ -12,6 +12,7 @@ from billing import database
 from billing.database import migrate, open_database, writer
 from billing.errors import DatabaseUnusable
 from billing.migrations import versions
+from billing.payments.tables import payments_metadata
 from billing.tables import billing_metadata
 from billing.triggers import POSTGRESQL, SQLITE
 from tests.billing.conftest import Clock, Databases, Desk
@@ -56,6 +57,7 @@ class TestMigrations:
         declared = open_database(empty_url)
         with writer(declared).begin() as connection:
             billing_metadata.create_all(connection)
+            payments_metadata.create_all(connection)
             for statement in SQLITE if connection.dialect.name == "sqlite" else POSTGRESQL:
                 connection.execute(text(statement))
         assert schema(engine) == schema(declared)
@@ -80,7 +82,7 @@ class TestMigrations:
         assert schema(engine) != before
 
     def test_everything_in_the_schema_has_a_name(self):
-        for table in billing_metadata.sorted_tables:
+        for table in (*billing_metadata.sorted_tables, *payments_metadata.sorted_tables):
             for constraint in table.constraints:
                 assert constraint.name, constraint
 
@@ -134,7 +136,7 @@ class TestSqlite:
         with engine.connect() as connection:
             rows = connection.exec_driver_sql("PRAGMA table_list").mappings().all()
         strict = {row["name"] for row in rows if row["strict"]}
-        assert strict >= set(billing_metadata.tables)
+        assert strict >= {*billing_metadata.tables, *payments_metadata.tables}
 
     def test_a_file_is_made_and_found_again(self, tmp_path: Path, databases: Databases):
         for expected in (1, 2):

@@ -228,6 +228,11 @@ def test_the_interactive_documentation_names_every_route(cluster: Cluster) -> No
         "/v1/predict/batch",
         "/v1/billing/balance",
         "/v1/billing/transactions",
+        "/v1/billing/topup",
+        "/v1/billing/topup/{topup_id}/done",
+        "/v1/billing/topup/{topup_id}/canceled",
+        "/v1/billing/auto-topup",
+        "/v1/billing/webhook",
         "/v1/status",
         "/healthz",
     }

@@ -25,10 +25,24 @@ from deployments.errors import (
     ResultExpired,
     RolloutError,
 )
+from deployments.payments import errors as payment_errors
+from deployments.payments.errors import (
+    CardDeclined,
+    LedgerRefused,
+    PaymentError,
+    PaymentsDisabled,
+    StripeFailed,
+    StripeRefused,
+    StripeUnavailable,
+    TooManyPages,
+    TopupKeyReused,
+)
 from serve_app import errors
 from serve_app.errors import (
+    PAYMENT_ERRORS,
     ROLLOUT_ERRORS,
     ApiError,
+    BadSignature,
     BodyTooLarge,
     BodyTooSlow,
     Forbidden,
@@ -56,6 +70,9 @@ CODES = {
     "IDEMPOTENCY_CONFLICT",
     "ENGINE_FAILED",
     "DEADLINE_EXCEEDED",
+    "PAYMENTS_DISABLED",
+    "PAYMENTS_UNAVAILABLE",
+    "PAYMENT_REFUSED",
 }
 """All that clients know."""
 
@@ -128,9 +145,43 @@ EXAMPLES: list[tuple[Exception, int, str, str]] = [
         "DEADLINE_EXCEEDED",
         "tiny-pusher cannot finish this by its deadline; allow more time or send less. Nothing was charged",
     ),
+    (BadSignature("not Stripe"), 400, "INVALID_REQUEST", "not Stripe"),
+    (
+        PaymentsDisabled(),
+        503,
+        "PAYMENTS_DISABLED",
+        "payments are switched off here: the operator has set no STRIPE_SECRET_KEY; credits are granted by hand",
+    ),
+    *(
+        (error, 503, "PAYMENTS_UNAVAILABLE", "Stripe does not answer (gone); nothing is lost, try again shortly")
+        for error in (StripeUnavailable("gone"), StripeFailed("gone"))
+    ),
+    (StripeRefused("no_such_card", "No."), 502, "PAYMENT_REFUSED", "Stripe refused: no_such_card"),
+    (CardDeclined("insufficient_funds", "No.", "pi_1"), 502, "PAYMENT_REFUSED", "Stripe refused: insufficient_funds"),
+    (LedgerRefused("bug"), 500, "ENGINE_FAILED", "bug"),
+    (
+        TopupKeyReused(500),
+        422,
+        "IDEMPOTENCY_CONFLICT",
+        "Idempotency-Key: was used before for 500 cents; use a new key for another amount",
+    ),
+    (
+        TooManyPages(5, 60),
+        429,
+        "RATE_LIMITED",
+        "5 payment pages are open already; pay on one of them, or wait until one expires",
+    ),
     (HTTPException(418, "teapot"), 418, "INVALID_REQUEST", "teapot"),
 ]
-RETRY_AFTER = {RateLimited: "7", ModelOverloaded: "3", LedgerUnavailable: "2"}
+RETRY_AFTER = {
+    RateLimited: "7",
+    ModelOverloaded: "3",
+    LedgerUnavailable: "2",
+    PaymentsDisabled: "3600",
+    StripeUnavailable: "5",
+    StripeFailed: "5",
+    TooManyPages: "60",
+}
 
 
 def descendants(root: type[Exception]) -> Iterator[type[Exception]]:
@@ -149,7 +200,7 @@ def documented(docstring: str | None) -> dict[str, str]:
 async def http() -> AsyncIterator[httpx.AsyncClient]:
     """An application with one route that raises `EXAMPLES[index]`."""
     api = FastAPI()
-    errors.install(api)
+    errors.install(api, lambda request, refused: None)
 
     @api.get("/{index}")
     async def fail(index: int) -> None:
@@ -192,11 +243,12 @@ async def test_every_error_has_its_status_its_code_and_both_shapes(http: httpx.A
 
 def test_there_is_an_example_of_every_error() -> None:
     shown = {type(example[0]) for example in EXAMPLES}
-    assert {*descendants(ApiError), *descendants(RolloutError)} <= shown
+    assert {*descendants(ApiError), *descendants(RolloutError), *descendants(PaymentError)} <= shown
 
 
-def test_every_rollout_error_is_in_the_one_table() -> None:
+def test_every_error_of_the_engine_and_of_payments_is_in_its_table() -> None:
     assert set(ROLLOUT_ERRORS) == set(descendants(RolloutError))
+    assert set(PAYMENT_ERRORS) == set(descendants(PaymentError))
 
 
 def test_every_429_and_503_says_when_to_come_again() -> None:
@@ -213,8 +265,9 @@ def test_the_tree_of_http_errors_is_complete_and_tells_their_statuses() -> None:
     }
 
 
-def test_the_tree_of_rollout_errors_is_complete() -> None:
+def test_the_trees_of_rollout_and_payment_errors_are_complete() -> None:
     assert set(documented(engine_errors.__doc__)) == {error.__name__ for error in descendants(RolloutError)}
+    assert set(documented(payment_errors.__doc__)) == {error.__name__ for error in descendants(PaymentError)}
 
 
 async def test_a_401_says_how_to_authenticate(http: httpx.AsyncClient) -> None:

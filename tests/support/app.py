@@ -6,7 +6,7 @@ Only the hops are replaced: where the cluster calls an actor or a replica, these
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from billing.database import migrate, open_database
 from billing.keys import mint_customer_id, mint_key_id, mint_token, token_sha256
 from billing.ledger import Ledger
 from billing.money import Mils
+from billing.payments.reader import PaymentsReader
 from billing.reader import LedgerReader
 from billing.request_log import RequestLog
 from billing.statements import StatementReader
@@ -37,6 +38,8 @@ from deployments.ledger_audits import AuditsClient
 from deployments.ledger_client import LedgerClient
 from deployments.messages import NO_TERMS, ChunkReport, ChunkRow, ModelSpec, TicketTerms
 from deployments.model_client import ChunkTiming
+from deployments.payments.config import PaymentsConfig
+from deployments.payments.desk import PaymentsDesk
 from deployments.replica_counts import BootingReplicas
 from deployments.reservations import Reservations
 from deployments.results import ResultStore
@@ -138,10 +141,10 @@ class Ledgered:
 
 
 @contextlib.contextmanager
-def ledgered(url: str) -> Iterator[Ledgered]:
+def ledgered(url: str, clock: Callable[[], float] = time.time) -> Iterator[Ledgered]:
     database = open_database(url)
     migrate(database)
-    ledger = Ledger(database, time.time)
+    ledger = Ledger(database, clock)
     ledger.take_over()
     deaths: list[BaseException] = []
     writer = LedgerWriter(ledger, deaths.append)
@@ -183,9 +186,18 @@ class LedgerCall:
         return self.audit_report
 
 
+def no_payments(ledger: Ledgered, client: LedgerClient) -> PaymentsDesk:
+    return PaymentsDesk(PaymentsConfig(""), client, PaymentsReader(ledger.database), None)
+
+
 @contextlib.asynccontextmanager
 async def running_app(
-    data_dir: Path, model: Any = None, limits: Limits | None = None, database_url: str = "", open_to: str = ""
+    data_dir: Path,
+    model: Any = None,
+    limits: Limits | None = None,
+    database_url: str = "",
+    open_to: str = "",
+    payments: Callable[[Ledgered, LedgerClient], PaymentsDesk] | None = None,
 ) -> AsyncIterator[App]:
     """An application with its lifespan running over a ledger, which must audit clean at the end; a new SQLite file's
     unless told otherwise."""
@@ -225,6 +237,7 @@ async def running_app(
             booting=BootingReplicas(lambda: {SLUG: 0}),
             audits=AuditsClient(LocalActor(ledger_call)),
             open_to=open_to,
+            payments=(payments or no_payments)(ledger, ledger_client),
             decoders=ThreadPoolExecutor(2),
         )
         api = create_api(services)
