@@ -120,6 +120,12 @@ class UsageReader:
                 statement = statement.where(tuple_(*place) < tuple_(*begin))
             return [BudgetWarning(*row) for row in connection.execute(statement)]
 
+    def frames_since(self, customer_id: CustomerId, since: float) -> int:
+        """Frames of requests made since then: what was delivered, and of what still runs all that was reserved."""
+        used = func.sum(func.coalesce(reservation.c.frames_delivered, reservation.c.frames))
+        with self._engine.connect() as connection:
+            return int(connection.execute(select(used).where(*_of(customer_id, since, None))).scalar_one() or 0)
+
     def spent_since(self, customer_id: CustomerId, since: float) -> Mils:
         """What requests made since then cost."""
         with self._engine.connect() as connection:

@@ -18,7 +18,7 @@ from billing.commands import (
     Reserved,
 )
 from billing.keys import mint_quote_id
-from billing.money import Mils
+from billing.money import Mils, part_of_rate
 from deployments.errors import (
     DeadlinePassed,
     EngineFailed,
@@ -32,7 +32,6 @@ from deployments.gather import roll_out
 from deployments.ledger_client import LedgerClient
 from deployments.messages import RolloutRequest, RolloutResult, TicketTerms
 from deployments.model_client import ModelClient
-from deployments.pricing import list_price
 from deployments.reservations import LEASE_S, Reservations
 from deployments.results import ResultStore
 from deployments.status import Outcome, Sample
@@ -142,15 +141,16 @@ class Ingress:
         Raises:
             KeyNotAccepted, LedgerUnavailable: nothing was promised.
         """
-        version = list_price(self._models[request.model].spec)
+        assert request.price is not None
         outcome = await self._ledger.apply(
             Quote(
                 quote_id=mint_quote_id(),
                 key_id=request.key_id,
                 model=request.model,
                 frames=request.num_frames,
-                mils_per_frame=self._models[request.model].spec.mils_per_frame,
-                price_version=version.version,
+                mils_per_frame=request.price.mils_per_frame,
+                per_frames=request.price.per_frames,
+                price_version=request.price.version.version,
                 valid_s=QUOTE_VALID_S,
             )
         )
@@ -171,7 +171,7 @@ class Ingress:
                 videos=gathered.outputs,
                 created_at=time.time(),
                 num_frames=num_frames,
-                cost_mils=Mils(reserved.amount_mils // request.num_frames * num_frames),
+                cost_mils=await self._cost(request, reserved, num_frames),
                 queue_ms=gathered.queue_ms,
                 infer_ms=gathered.infer_ms,
                 total_ms=(time.perf_counter() - started) * 1e3,
@@ -189,6 +189,14 @@ class Ingress:
         )
         self._report(request, "succeeded", result)
         return result
+
+    async def _cost(self, request: RolloutRequest, reserved: Reserved, num_frames: int) -> Mils:
+        """What the settlement will keep: at the rate that was reserved, which is a quote's if there was one."""
+        if num_frames == request.num_frames:
+            return reserved.amount_mils
+        record = await self._reservations.record(request.request_id)
+        assert record is not None
+        return part_of_rate(num_frames, record.mils_per_frame, record.per_frames)
 
     async def first_result(self, repeated: Repeated) -> RolloutResult | None:
         """What the request that this one repeats was answered with; None if it was refunded after all.
@@ -211,6 +219,7 @@ class Ingress:
 
     async def reserve(self, request: RolloutRequest, lease_s: float = LEASE_S) -> Reserved | Repeated:
         """Hold the price of `request`, or say which request it repeats. Raises what `Reservations.reserve` does."""
+        assert request.price is not None
         kind = "predict" if len(request.candidates) == 1 else f"predict_batch ×{len(request.candidates)}"
         try:
             return await self._reservations.reserve(
@@ -218,7 +227,8 @@ class Ingress:
                     request_id=request.request_id,
                     key_id=request.key_id,
                     frames=request.num_frames,
-                    mils_per_frame=self._models[request.model].spec.mils_per_frame,
+                    mils_per_frame=request.price.mils_per_frame,
+                    per_frames=request.price.per_frames,
                     detail=f"{kind} · {request.model} · {request.num_frames} frames",
                     lease_s=lease_s,
                     idempotency_key=request.idempotency_key,

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from billing.commands import CustomerId, KeyId, RequestId
 from billing.money import Mils
+from billing.prices import Priced
 
 Frame = NDArray[np.uint8]
 """uint8 (H, W, 3), RGB."""
@@ -41,6 +42,7 @@ class ModelSpec:
     default_num_steps: int
     default_guidance: float
     mils_per_frame: Mils
+    """What it costs while the price book has no price of it."""
 
 
 Metric = Literal["mse", "psnr", "ssim", "lpips", "latent"]
@@ -129,6 +131,8 @@ class RolloutRequest:
     deadline_s: float | None = None
     """How long after its arrival the whole answer is still of use; it is refused as soon as that cannot be met."""
     extras: Extras = NO_EXTRAS
+    price: Priced | None = None
+    """Of all its frames, decided when it was checked; None for work whose price is held already."""
 
     @property
     def num_frames(self) -> int:

@@ -26,6 +26,7 @@ from deployments.ledger_audits import AuditsClient
 from deployments.logs import configure_logs
 from deployments.model_client import ModelClient
 from deployments.payments.desk import PaymentsDesk
+from deployments.pricing import Prices
 from deployments.replica import Replica, ReplicaConfig
 from deployments.replica_counts import BootingReplicas, booting_by_deployment
 from deployments.reservations import Reservations
@@ -77,7 +78,7 @@ class Gateway:
             for slug, replicas in self._replicas.items()
         }
         database = open_database(args.database_url)
-        reader = LedgerReader(database)
+        reader, usage = LedgerReader(database), UsageReader(database)
         payments = args.payments.config()
         payments_actor = None
         if payments.enabled:
@@ -101,8 +102,9 @@ class Gateway:
                 max_row_steps={model.slug: model.max_row_steps for model in args.models},
                 reader=reader,
                 request_log=RequestLog(database),
-                usage=UsageReader(database),
+                usage=usage,
                 statements=StatementReader(database),
+                prices=Prices(reader.prices, usage.frames_since),
                 buckets=TokenBuckets(time.monotonic, share=1 / args.ingress_replicas),
                 results=results,
                 frames=FrameStore(open_file_groups(args.results)),

@@ -18,8 +18,10 @@ PACKAGED_CHECKPOINTS: Mapping[str, Path] = {
 }
 
 MILS_PER_FRAME = Mils(5)
-"""The list price of every model here: $0.0005."""
+"""The list price of every model here, $0.0005, while the price book has none."""
 FRAMES_PER_SECOND = 10
+STANDARD_FRAMES = 49
+"""Of the standard rollout: 48 actions."""
 
 _NVIDIA = UpstreamProvider(
     key="nvidia",

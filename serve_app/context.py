@@ -23,6 +23,7 @@ from deployments.ledger_audits import AuditsClient
 from deployments.messages import ModelSpec
 from deployments.model_client import ModelClient
 from deployments.payments.desk import PaymentsDesk
+from deployments.pricing import Prices
 from deployments.replica_counts import BootingReplicas
 from deployments.results import ResultStore
 from deployments.robot_commands import RobotCommands
@@ -55,6 +56,7 @@ class Services:
     request_log: RequestLog
     usage: UsageReader
     statements: StatementReader
+    prices: Prices
     buckets: TokenBuckets
     results: ResultStore
     frames: FrameStore

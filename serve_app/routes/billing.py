@@ -6,18 +6,14 @@ from typing import Annotated
 from fastapi import APIRouter, Query
 
 from billing.money import Mils, cents, usd
-from billing.prices import Work, price
 from billing.reader import MAX_SEQ
-from deployments.messages import ModelSpec
-from deployments.pricing import list_price
-from serve_app.catalog import CATALOG, model_spec
+from serve_app.catalog import CATALOG, STANDARD_FRAMES, model_spec
 from serve_app.context import ActiveSlug, Caller, Parts
 from serve_app.schemas import Balance, Transaction, Transactions
 
 MAX_LIMIT = 200
-ROLLOUT_FRAMES = 49
 HOUR_S = 3_600
-MPC_FRAMES_PER_HOUR = 10 * 8 * ROLLOUT_FRAMES * HOUR_S
+MPC_FRAMES_PER_HOUR = 10 * 8 * STANDARD_FRAMES * HOUR_S
 """10 decisions a second, each among 8 candidates: 14,112,000 frames."""
 SPENDING_WINDOW_S = 60
 
@@ -30,14 +26,16 @@ async def get_balance(parts: Parts, caller: Caller, active: ActiveSlug) -> Balan
     spent = await parts.ask(parts.usage.spent_since, caller.customer_id, time.time() - SPENDING_WINDOW_S)
     per_hour = Mils(round(spent * HOUR_S / SPENDING_WINDOW_S))
     model, spendable = model_spec(CATALOG[active]), max(0, balance)
+    rollout = await parts.prices.price(model, STANDARD_FRAMES, caller.customer_id)
+    mpc_hour = await parts.prices.price(model, MPC_FRAMES_PER_HOUR, caller.customer_id)
     return Balance(
         customer_id=caller.customer_id,
         balance_mils=balance,
         balance_cents=cents(balance),
         balance_usd=usd(balance),
         model=active,
-        rollouts_left=spendable // _price(model, ROLLOUT_FRAMES),
-        mpc_hours_left=round(spendable / _price(model, MPC_FRAMES_PER_HOUR), 4),
+        rollouts_left=spendable // rollout.total_mils,
+        mpc_hours_left=round(spendable / mpc_hour.total_mils, 4),
         spending_mils_per_hour=per_hour,
         hours_left=round(spendable / per_hour, 4) if per_hour > 0 else None,
     )
@@ -70,8 +68,3 @@ async def list_transactions(
             for entry in entries
         ],
     )
-
-
-def _price(model: ModelSpec, frames: int) -> Mils:
-    height, width = model.resolution
-    return price(list_price(model), Work(frames, model.fps, height, width)).total_mils

@@ -4,8 +4,8 @@ import asyncio
 
 from fastapi import APIRouter
 
-from billing.money import usd
-from serve_app.catalog import CATALOG, MILS_PER_FRAME
+from billing.money import MILS_PER_USD, usd
+from serve_app.catalog import CATALOG, MILS_PER_FRAME, STANDARD_FRAMES, model_spec
 from serve_app.context import ActiveSlug, Parts
 from serve_app.errors import ModelNotFound
 from serve_app.routes.status import queue_status
@@ -27,16 +27,17 @@ async def get_model(slug: str, parts: Parts, active: ActiveSlug) -> CatalogEntry
 
 
 @router.get("/v1/specs")
-async def list_specs() -> Specs:
+async def list_specs(parts: Parts) -> Specs:
     return Specs(
-        specs=[SpecPrice(slug=slug, price_per_frame_usd=entry.price_per_frame_usd) for slug, entry in CATALOG.items()],
+        specs=[SpecPrice(slug=slug, price_per_frame_usd=await _price_per_frame_usd(parts, slug)) for slug in CATALOG],
         default_price_usd_per_frame=usd(MILS_PER_FRAME),
     )
 
 
 async def _entry(parts: Parts, slug: str, active: str) -> CatalogEntry:
     """What is known of the model, and of it here: whether this base URL runs it, and on what."""
-    entry, model = CATALOG[slug], parts.models.get(slug)
+    entry = CATALOG[slug].model_copy(update={"price_per_frame_usd": await _price_per_frame_usd(parts, slug)})
+    model = parts.models.get(slug)
     if model is None:
         return entry
     queue = await queue_status(model)
@@ -44,3 +45,9 @@ async def _entry(parts: Parts, slug: str, active: str) -> CatalogEntry:
     return entry.model_copy(
         update={"active": slug == active, "spec": entry.spec.model_copy(update={"attention": attention})}
     )
+
+
+async def _price_per_frame_usd(parts: Parts, slug: str) -> float:
+    """Of the standard rollout, at the list price: a customer may have its own."""
+    priced = await parts.prices.price(model_spec(CATALOG[slug]), STANDARD_FRAMES)
+    return priced.mils_per_frame / (priced.per_frames * MILS_PER_USD)

@@ -9,6 +9,7 @@ from typing import Any
 
 from fastapi import Request
 
+from billing.money import Mils
 from billing.reader import KeyRecord
 from deployments.errors import DeadlinePassed
 from deployments.messages import Actions, Extras, Frame, Frames, Goal, ModelSpec, RolloutRequest
@@ -113,8 +114,9 @@ async def assemble(
             ground_truth=decoded.ground_truth,
         ),
     )
-    _check_bounds(parts, model, batch, rollout)
-    return replace(rollout, payload_sha256=_digest(rollout)), decoded.resized
+    price = await parts.prices.price(model, rollout.num_frames, caller.customer_id, rollout.service_class)
+    _check_bounds(parts, model, batch, rollout, price.total_mils)
+    return replace(rollout, payload_sha256=_digest(rollout), price=price), decoded.resized
 
 
 def _check_extras(parts: Services, batch: BatchParams, inputs: Inputs) -> None:
@@ -135,9 +137,8 @@ def _check_extras(parts: Services, batch: BatchParams, inputs: Inputs) -> None:
         raise InvalidRequest("score", "is of whole rollouts; it is not taken with prune")
 
 
-def _check_bounds(parts: Services, model: ModelSpec, batch: BatchParams, rollout: RolloutRequest) -> None:
+def _check_bounds(parts: Services, model: ModelSpec, batch: BatchParams, rollout: RolloutRequest, price: Mils) -> None:
     """Refuse what would cost, or weigh, more than it may."""
-    price = rollout.num_frames * model.mils_per_frame
     if batch.max_cost_mils is not None and rollout.quote_id:
         raise InvalidRequest("max_cost_mils", "is not taken with a quote, whose price binds already")
     if batch.max_cost_mils is not None and price > batch.max_cost_mils:

@@ -8,11 +8,10 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
 from billing.money import usd
-from billing.prices import NANO_PER_USD, Line, Work, price
+from billing.prices import NANO_PER_USD, Line
 from billing.reader import KeyRecord
 from deployments.errors import KeyNotAllowed
 from deployments.messages import RolloutRequest
-from deployments.pricing import list_price
 from deployments.scheduler import SchedulerStatus
 from serve_app.context import Services
 from serve_app.errors import InvalidRequest
@@ -48,17 +47,16 @@ async def estimate(parts: Services, caller: KeyRecord, rollout: RolloutRequest) 
     if caller.terms.models and rollout.model not in caller.terms.models:
         raise KeyNotAllowed(f"this key may not use {rollout.model}")
     model = parts.models[rollout.model]
-    height, width = model.spec.resolution
-    priced = price(list_price(model.spec), Work(rollout.num_frames, model.spec.fps, height, width))
+    assert rollout.price is not None
     quoted = await parts.ingress.quote(rollout)
-    assert quoted.amount_mils == priced.total_mils
+    assert quoted.amount_mils == rollout.price.total_mils
     return Estimate(
         model=rollout.model,
         provider=PROVIDER,
         cost_mils=quoted.amount_mils,
         total_cost_micros=quoted.amount_mils * MICROS_PER_MIL,
         cost_usd=usd(quoted.amount_mils),
-        components=[_component(line) for line in priced.lines],
+        components=[_component(line) for line in rollout.price.lines],
         affordable_rollouts=max(0, quoted.balance_mils) // quoted.amount_mils,
         expected_wait_s=expected_wait_s(await queue_status(model), len(rollout.candidates)),
         quote_id=quoted.quote_id,
@@ -89,6 +87,6 @@ def _component(line: Line) -> EstimateComponent:
         metric=line.rate.metric,
         quantity=quantity,
         billable_quantity=quantity,
-        unit_price=line.rate.nano_usd / (line.rate.per * NANO_PER_USD),
+        unit_price=float(line.rate.nano_usd * line.factor / (line.rate.per * NANO_PER_USD)),
         total_cost=usd(line.mils),
     )

@@ -16,6 +16,7 @@ import deployments.ledger_client
 import deployments.reservations
 from billing.commands import Command, CustomerId, KeyTerms, KeyTermsSet, Outcome, RevokeKey, SetKeyTerms, Settle
 from billing.keys import mint_request_id, token_sha256
+from billing.prices import Work, price
 from billing.reader import KeyRecord
 from deployments.errors import (
     BudgetUsedUp,
@@ -30,6 +31,8 @@ from deployments.errors import (
 )
 from deployments.ingress import Ingress
 from deployments.messages import RolloutRequest, RolloutResult
+from deployments.pricing import default_price
+from serve_app.catalog import CATALOG, model_spec
 from tests.support.app import SLUG, App, running_app
 from tests.support.models import RAISE, StandInModel, StandInRow
 from tests.support.payloads import actions
@@ -80,6 +83,7 @@ def request_of(key: KeyRecord, *candidates: Any, idempotency_key: str = "", payl
         guidance=0.0,
         payload_sha256=hashlib.sha256((payload or mint_request_id()).encode()).hexdigest(),
         idempotency_key=idempotency_key,
+        price=price(default_price(model_spec(CATALOG[SLUG])), Work(frames=49, fps=10, height=64, width=64)),
     )
 
 

@@ -40,6 +40,7 @@ from deployments.messages import NO_TERMS, ChunkReport, ChunkRow, ModelSpec, Tic
 from deployments.model_client import ChunkTiming
 from deployments.payments.config import PaymentsConfig
 from deployments.payments.desk import PaymentsDesk
+from deployments.pricing import Prices
 from deployments.replica_counts import BootingReplicas
 from deployments.reservations import Reservations
 from deployments.results import ResultStore
@@ -229,6 +230,7 @@ async def running_app(
             request_log=RequestLog(ledger.database),
             usage=UsageReader(ledger.database),
             statements=StatementReader(ledger.database),
+            prices=Prices(ledger.reader.prices, UsageReader(ledger.database).frames_since),
             buckets=TokenBuckets(time.monotonic),
             results=results,
             frames=FrameStore(open_file_groups(str(data_dir / "results"))),
