@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from deployments.autoscaling import Demand
-from deployments.messages import ReplicaId, TicketId
-from deployments.scheduler import Overloaded, Scheduler, SchedulerLimits, Ticket
+from deployments.messages import ReplicaId, Ticket, TicketId
+from deployments.scheduler import Grant, Overloaded, Scheduler, SchedulerLimits
 
 MAX_ATTEMPTS = 3
 """As in `deployments/model_client.py`."""
@@ -117,14 +117,16 @@ class _Decision:
 
 
 class _Replica:
-    """A batch that advances in steps; `ends` holds the step at which each ticket's chunk is done."""
+    """A batch that advances in steps; `ends` holds the step at which each ticket's chunk is done, `waiting` what was
+    granted ahead of its room."""
 
-    __slots__ = ("_service", "at", "draining", "ends", "replica_id", "rows", "steps", "version")
+    __slots__ = ("_service", "at", "draining", "ends", "replica_id", "rows", "steps", "version", "waiting")
 
     def __init__(self, replica_id: ReplicaId, service: Service, now: float) -> None:
         self.replica_id = replica_id
         self._service = service
         self.ends: dict[TicketId, tuple[float, int]] = {}
+        self.waiting: deque[tuple[TicketId, int]] = deque()
         self.rows = 0
         self.steps = 0.0
         self.at = now
@@ -138,16 +140,22 @@ class _Replica:
 
     def add(self, now: float, ticket_id: TicketId, rows: int) -> None:
         self.advance(now)
-        joins_at = math.ceil(self.steps - 1e-9)
-        self.ends[ticket_id] = (joins_at + self._service.num_steps, rows)
-        self.rows += rows
+        self.waiting.append((ticket_id, rows))
+        self._begin()
         self.version += 1
+
+    def _begin(self) -> None:
+        while self.waiting and (not self.rows or self.rows + self.waiting[0][1] <= self._service.max_rows):
+            ticket_id, rows = self.waiting.popleft()
+            self.ends[ticket_id] = (math.ceil(self.steps - 1e-9) + self._service.num_steps, rows)
+            self.rows += rows
 
     def pop_finished(self, now: float) -> list[TicketId]:
         self.advance(now)
         done = [ticket_id for ticket_id, (end, _) in self.ends.items() if end <= self.steps + 1e-6]
         for ticket_id in done:
             self.rows -= self.ends.pop(ticket_id)[1]
+        self._begin()
         self.version += 1
         return done
 
@@ -229,6 +237,7 @@ class Simulator:
 
     def _dispatch(self) -> None:
         for grant in self._scheduler.dispatch():
+            assert isinstance(grant, Grant)  # no deadlines here
             decision = self._decisions[grant.ticket_id]
             if decision.chunks_left == decision.chunks:
                 self.outcome.waits.append(self.now - decision.arrived_at)
@@ -265,8 +274,8 @@ class Simulator:
 
     def _tick(self, until: float) -> None:
         """Once a second: what has run out of patience is given up, and the policy decides."""
-        for ticket_id in self._scheduler.expire():
-            self._give_up(self._decisions.pop(ticket_id))
+        for refused in self._scheduler.expire():
+            self._give_up(self._decisions.pop(refused.ticket_id))
             self.outcome.refused += 1
         if self._policy is not None:
             demand = Demand(self.outcome.offered_s, self._backlog_s)
@@ -333,7 +342,7 @@ class Simulator:
         self._scheduler.replica_gone(replica_id)
         self._bury(replica_id, self.now)
         replica.version += 1
-        for ticket_id in replica.ends:
+        for ticket_id in (*replica.ends, *(ticket_id for ticket_id, _ in replica.waiting)):
             decision = self._decisions.pop(ticket_id)
             decision.attempt += 1
             if decision.attempt < MAX_ATTEMPTS:

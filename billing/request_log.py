@@ -30,8 +30,6 @@ class RequestRecord:
     key_label: str
     state: RequestState
     frames: int
-    frames_delivered: int | None
-    """None while it is open."""
     amount_mils: Mils
     """Debited when it was reserved."""
     refunded_mils: Mils
@@ -92,7 +90,6 @@ _DETAILS: Select[Any] = (
         func.coalesce(key_terms.c.label, "").label("label"),
         _STATE.label("state"),
         reservation.c.frames,
-        reservation.c.frames_delivered,
         reservation.c.amount,
         reservation.c.refunded,
         reservation.c.reason,

@@ -26,8 +26,6 @@ class UsageRow:
     key_id: str | None
     requests: int
     frames: int
-    """That were asked for."""
-    frames_delivered: int
     reserved_mils: Mils
     refunded_mils: Mils
 
@@ -86,7 +84,6 @@ class UsageReader:
                 *(columns[each] if each in by else literal_column("NULL") for each in columns),
                 func.count(),
                 func.sum(reservation.c.frames),
-                func.sum(reservation.c.frames_delivered),
                 func.sum(reservation.c.amount),
                 func.sum(reservation.c.refunded),
             )

@@ -19,7 +19,7 @@ from typing import Any
 
 import structlog
 
-from deployments.scheduler import SchedulerLimits
+from deployments.scheduler import Demand, SchedulerLimits
 
 log = structlog.get_logger(__name__)
 
@@ -59,16 +59,6 @@ class ScalingTerms:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         if self.min_replicas == 0 and self.cold_start_budget_s <= 0:
             raise ValueError("a model may be scaled to zero only if it declares a cold-start budget")
-
-
-@dataclass(frozen=True, slots=True)
-class Demand:
-    """What a scheduler has counted so far."""
-
-    offered_s: float
-    """Replica-seconds asked for since it started, refused work included: a full queue must not hide what is wanted."""
-    backlog_s: float
-    """Replica-seconds admitted and not done."""
 
 
 class DemandPolicy:

@@ -1,35 +1,33 @@
 """The replica's engine: one thread that keeps the model busy with whatever rows are there.
 
-`step` tells the story: admit what has arrived, run one batched denoising step over all rows whatever their step, hand
-finished rows to the encoder. Rows join and leave between steps, so nobody waits for a batch to fill or to drain. A row
-that makes the model raise fails alone; a row whose caller is gone leaves at the next step.
+`_step` tells the story: admit what has arrived, run one batched denoising step over all rows whatever their step, hand
+finished rows on, to be decoded and encoded beside the next step. Rows join and leave between steps, so nobody waits for
+a batch to fill or to drain. A row that makes the model raise fails alone; a row whose caller is gone leaves at the next
+step; a batch that does not fit into memory is run in halves, and none is that large again.
 
 Knows neither Ray nor asyncio: callers get `concurrent.futures.Future`s.
 """
 
+import bisect
+import math
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, get_args
 
-from deployments.messages import ChunkFailed, ChunkOutcome, ChunkReport, ChunkRow, Frame
+import structlog
+
+from deployments.batching import BatchProfile
+from deployments.messages import ChunkFailed, ChunkOutcome, ChunkReport, ChunkRow, Frame, ServiceClass
+from deployments.model import OUT_OF_MEMORY, Model
 from deployments.presenter import FrameDistance, Presenter
 
+SERVICE_CLASSES: tuple[ServiceClass, ...] = get_args(ServiceClass)
+"""The most urgent first."""
 
-class Model(Protocol):
-    """What a world model offers the engine. A row is the model's own object; the engine reads only its `done`."""
-
-    def start(self, inputs: Sequence[Any]) -> list[Any]:
-        """One row per input; an input has the fields of `ChunkRow`."""
-
-    def step(self, rows: Sequence[Any]) -> None:
-        """One denoising step of every row in one forward. Raising must leave the rows as they were."""
-
-    def finish(self, rows: Sequence[Any]) -> list[Frame]:
-        """uint8 (n, H, W, 3) per row: the frames after its start frame."""
+log = structlog.get_logger(__name__)
 
 
 @dataclass(slots=True, eq=False)
@@ -37,7 +35,18 @@ class _Job:
     rows: tuple[ChunkRow, ...]
     report: Future[ChunkReport]
     outcomes: list[ChunkOutcome | None]
+    urgency: tuple[int, float, int]
+    """Class, deadline, arrival: the least goes first."""
+    num_started: int = 0
     started_at: float = 0.0
+
+    @property
+    def deadline(self) -> float:
+        return self.urgency[1]
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self.rows) - self.num_started
 
 
 @dataclass(slots=True, eq=False)
@@ -54,8 +63,8 @@ MAX_FAILED_JOBS = 8
 class Engine:
     """Runs chunk rows on one model. `submit` from any thread; everything else happens on the engine's own.
 
-    `max_rows` bounds every forward; a wider job runs a part at a time. `stall_s` is how long one call of the model may
-    take before the engine counts as hung.
+    `max_rows` bounds every forward; without a `profile` that is also how many rows it waits to have. `stall_s` is how
+    long one call of the model may take before the engine counts as hung.
     """
 
     def __init__(
@@ -68,36 +77,52 @@ class Engine:
         stall_s: float = 120.0,
         clock: Callable[[], float] = time.monotonic,
         lpips: FrameDistance | None = None,
+        profile: BatchProfile | None = None,
     ) -> None:
         self._model = model
         self._presenter = Presenter(model, resolution, fps, lpips)
+        self._profile = profile
         self._max_rows = max_rows
+        self.cap = max_rows if profile is None else profile.cap(max_rows)
+        """Rows worth one forward. Only whole jobs exceed it, up to `max_rows`."""
         self._stall_s = stall_s
         self._clock = clock
-        self._called_at: float | None = None
+        self._calls: dict[int, float] = {}
+        """By thread, since when it has been inside the model."""
         self._failed_jobs = 0
-        self._arrived: deque[_Job] = deque()
+        self._num_jobs = 0
+        self._waiting: list[_Job] = []
+        """By urgency; a job stays until its last row has started."""
         self._active: list[_Active] = []
         self._wake = threading.Condition()
         self._stopping = False
+        self._decoder = ThreadPoolExecutor(1, thread_name_prefix="decode")
         self._encoders = ThreadPoolExecutor(encoders, thread_name_prefix="encode")
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
-    def submit(self, rows: Sequence[ChunkRow]) -> Future[ChunkReport]:
-        """Run `rows`; cancelling the future takes them out of the batch at the next step."""
-        job = _Job(tuple(rows), Future(), [None] * len(rows))
+    def submit(
+        self, rows: Sequence[ChunkRow], service_class: ServiceClass = "standard", deadline_s: float | None = None
+    ) -> Future[ChunkReport]:
+        """Run `rows`; cancelling the future takes them out of the batch at the next step.
+
+        A job that cannot be done within `deadline_s` any more is given up: its report has no outcomes.
+        """
+        deadline = math.inf if deadline_s is None else self._clock() + deadline_s
         with self._wake:
             if self._stopping:
                 raise RuntimeError("the engine has stopped")
-            self._arrived.append(job)
+            self._num_jobs += 1
+            urgency = (SERVICE_CLASSES.index(service_class), deadline, self._num_jobs)
+            job = _Job(tuple(rows), Future(), [None] * len(rows), urgency)
+            bisect.insort(self._waiting, job, key=_urgency)
             self._wake.notify()
         return job.report
 
     def healthy(self) -> bool:
         """False once the thread has ended, a call of the model hangs, or every job has failed lately."""
-        called_at = self._called_at
-        hangs = called_at is not None and self._clock() - called_at > self._stall_s
+        now = self._clock()
+        hangs = any(now - called_at > self._stall_s for called_at in list(self._calls.values()))
         return self._thread.is_alive() and not hangs and self._failed_jobs < MAX_FAILED_JOBS
 
     def stop(self) -> None:
@@ -106,6 +131,7 @@ class Engine:
             self._stopping = True
             self._wake.notify()
         self._thread.join()
+        self._decoder.shutdown()
         self._encoders.shutdown()
 
     def _run(self) -> None:
@@ -115,67 +141,107 @@ class Engine:
         finally:  # stopped, or a defect of ours: nobody may wait for ever
             with self._wake:
                 self._stopping = True
-                left = [*self._arrived, *(active.job for active in self._active)]
+                left = [*self._waiting, *(active.job for active in self._active)]
             for job in left:
                 if not job.report.done():
                     job.report.set_exception(RuntimeError("the engine has stopped"))
 
     def _wait_for_work(self) -> bool:
         with self._wake:
-            while not self._arrived and not self._active:
+            while not self._waiting and not self._active:
                 if self._stopping:
                     return False
                 self._wake.wait()
         return True
 
     def _step(self) -> None:
-        self._drop_cancelled()
+        self._active = [active for active in self._active if not active.job.report.done()]  # cancelled, or too late
         self._admit()
-        self._advance([active for active in self._active if not active.row.done][: self._max_rows])
+        running = [active for active in self._active if not active.row.done]
+        for first in range(0, len(running), self._max_rows):
+            self._advance(running[first : first + self._max_rows])
         finished = [active for active in self._active if active.row.done]
-        self._active = [active for active in self._active if not active.row.done]
-        self._finish(finished)
-
-    def _drop_cancelled(self) -> None:
-        self._active = [active for active in self._active if not active.job.report.cancelled()]
+        if finished:
+            self._active = [active for active in self._active if not active.row.done]
+            self._decoder.submit(self._finish, finished)
 
     def _admit(self) -> None:
-        """Take waiting jobs whole, in order, while they fit; a job wider than the engine starts when it is empty."""
+        """Start waiting rows while the batch has room, and give up what can no longer be done in time."""
+        with self._wake:
+            now = self._clock()
+            for job in [job for job in self._waiting if job.report.done() or self._is_hopeless(job, now)]:
+                self._waiting.remove(job)
+                if job.report.set_running_or_notify_cancel():
+                    job.report.set_result(ChunkReport((), 0.0))
+            joining = self._choose(now)
+            for job, num_rows in joining:
+                if num_rows == job.num_waiting:
+                    self._waiting.remove(job)
+        places = []
+        for job, num_rows in joining:
+            job.started_at = job.started_at or time.perf_counter()
+            places += [(job, index) for index in range(job.num_started, job.num_started + num_rows)]
+            job.num_started += num_rows
+        for (job, index), started in zip(
+            places, self._each(self._model.start, [job.rows[index] for job, index in places]), strict=True
+        ):
+            if isinstance(started, Exception):
+                self._settle(job, index, ChunkFailed(_reason(started)))
+            else:
+                self._active.append(_Active(job, index, started))
+
+    def _choose(self, now: float) -> list[tuple[_Job, int]]:
+        """Who joins the next forward, and with how many rows: the most urgent, until the batch is full.
+
+        A job that the full batch would make late waits, even if a smaller one would save it: where many wait, saving
+        the tightest would cost more of the others.
+        """
+        candidates = list(self._waiting)
         while True:
-            with self._wake:
-                if not self._arrived:
-                    return
-                job = self._arrived[0]
-                gone = job.report.cancelled()
-                if not gone and self._active and len(self._active) + len(job.rows) > self._max_rows:
-                    return
-                self._arrived.popleft()
-            if gone:
-                continue
-            job.started_at = time.perf_counter()
-            for first in range(0, len(job.rows), self._max_rows):
-                part = job.rows[first : first + self._max_rows]
-                for index, started in enumerate(self._each(self._model.start, part), start=first):
-                    if isinstance(started, Exception):
-                        self._settle(job, index, ChunkFailed(_reason(started)))
-                    else:
-                        self._active.append(_Active(job, index, started))
+            num_rows, joining = len(self._active), list[tuple[_Job, int]]()
+            for job in candidates:
+                rows = job.num_waiting
+                if num_rows + rows > (self._max_rows if num_rows < self.cap else self.cap):
+                    rows = max(0, self.cap - num_rows)
+                if rows:
+                    joining.append((job, rows))
+                    num_rows += rows
+            late = next((job for job, rows in joining if self._is_late(job, rows, num_rows, now)), None)
+            if late is None or len(candidates) == 1:
+                return joining
+            candidates.remove(late)
+
+    def _is_hopeless(self, job: _Job, now: float) -> bool:
+        return self._is_late(job, job.num_waiting, min(self._max_rows, job.num_waiting), now)
+
+    def _is_late(self, job: _Job, num_joining: int, batch: int, now: float) -> bool:
+        """Whether `job` misses its deadline if so many of its rows join a batch of that size, and the rest the next."""
+        if job.deadline == math.inf:
+            return False
+        rounds = 1 if num_joining == job.num_waiting else 2
+        step_s = 0.0 if self._profile is None else self._profile.step_s(batch)
+        return now + rounds * job.rows[0].num_steps * step_s > job.deadline
 
     def _advance(self, active: list[_Active]) -> None:
+        """One step of each. Where that raises, of each half: what remains alone and still raises has failed."""
         if not active:
             return
         try:
             self._call(self._model.step, [each.row for each in active])
-        except Exception as error:
+        except Exception as error:  # the rows are as they were
             if len(active) == 1:
                 self._active.remove(active[0])
                 self._settle(active[0].job, active[0].index, ChunkFailed(_reason(error)))
                 return
-            # One row may have poisoned the batch: find it by running each alone. Rows change only when a step succeeds.
-            for each in active:
-                self._advance([each])
+            half = len(active) // 2
+            if isinstance(error, OUT_OF_MEMORY):
+                self._max_rows = self.cap = min(self.cap, half)
+                log.warning("out_of_memory", rows=len(active), cap=self.cap)
+            self._advance(active[:half])
+            self._advance(active[half:])
 
     def _finish(self, finished: list[_Active]) -> None:
+        """Decode, beside the next step."""
         for active, frames in zip(
             finished, self._each(self._model.finish, [active.row for active in finished]), strict=True
         ):
@@ -192,7 +258,7 @@ class Engine:
         self._settle(active.job, active.index, outcome)
 
     def _settle(self, job: _Job, index: int, outcome: ChunkOutcome) -> None:
-        """Called from the engine's thread and the encoders'; whoever settles the last row completes the job."""
+        """Called from every thread of the engine; whoever settles the last row completes the job."""
         with self._wake:
             job.outcomes[index] = outcome
             outcomes = tuple(outcome for outcome in job.outcomes if outcome is not None)
@@ -203,7 +269,7 @@ class Engine:
             job.report.set_result(ChunkReport(outcomes, (time.perf_counter() - job.started_at) * 1e3))
 
     def _each(self, function: Any, items: Sequence[Any]) -> list[Any]:
-        """`function` over all `items` at once, or one by one where that raises: results and exceptions in order."""
+        """`function` over all `items` at once, or by halves where that raises: results and exceptions in order."""
         if not items:
             return []
         try:
@@ -213,16 +279,22 @@ class Engine:
         except Exception as error:
             if len(items) == 1:
                 return [error]
-            return [result for item in items for result in self._each(function, [item])]
+            half = len(items) // 2
+            return self._each(function, items[:half]) + self._each(function, items[half:])
         return results
 
     def _call(self, function: Any, items: Sequence[Any]) -> Any:
         """One call of the model, watched by `healthy`."""
-        self._called_at = self._clock()
+        thread = threading.get_ident()
+        self._calls[thread] = self._clock()
         try:
             return function(items)
         finally:
-            self._called_at = None
+            del self._calls[thread]
+
+
+def _urgency(job: _Job) -> tuple[int, float, int]:
+    return job.urgency
 
 
 def _reason(error: Exception) -> str:

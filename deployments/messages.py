@@ -220,12 +220,39 @@ NO_TERMS = TicketTerms()
 
 
 @dataclass(frozen=True, slots=True)
+class Ticket:
+    """One chunk's rows, as the scheduler sees them. The candidates of a decision are one ticket and stay together."""
+
+    ticket_id: TicketId
+    num_rows: int
+    begun: bool = False
+    """Whether an earlier chunk of its rollout has run: it was admitted with its first, and is not refused for room."""
+    patience_s: float = 60.0
+    """How long it may wait; after that nobody does any more."""
+    num_steps: int = 1
+    """Forwards that each of its rows takes."""
+    terms: TicketTerms = NO_TERMS
+    start_frame: str = ""
+    """Digest of the frame that its rows begin with; a replica that has it encoded already is preferred."""
+    compatibility: str = ""
+    """Only tickets that agree in this run on a replica at a time."""
+
+    @property
+    def cost(self) -> int:
+        """Row-steps: what a fair share and the queue's bound are counted in."""
+        return self.num_rows * self.num_steps
+
+
+@dataclass(frozen=True, slots=True)
 class ChunkJob:
     """Rows that run together on the replica that the scheduler granted."""
 
     ticket_id: TicketId
     replica_id: ReplicaId
     rows: tuple[ChunkRow, ...]
+    service_class: ServiceClass = "standard"
+    deadline_s: float | None = None
+    """How long from now its outcomes are of use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,7 +282,7 @@ ChunkOutcome = ChunkDone | ChunkFailed
 
 @dataclass(frozen=True, slots=True)
 class ChunkReport:
-    """A job's outcomes in row order, and how long the engine worked on it."""
+    """A job's outcomes in row order, and how long the engine worked on it. None at all: it was too late to begin."""
 
     outcomes: tuple[ChunkOutcome, ...]
     infer_ms: float

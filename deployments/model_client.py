@@ -5,19 +5,32 @@ elsewhere: same seed, same pixels.
 """
 
 import asyncio
+import hashlib
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import ray
 import structlog
 from ray.exceptions import RayActorError, RayError, TaskCancelledError
 from ray.serve.exceptions import RequestCancelledError
 
 from deployments.errors import DeadlinePassed, EngineFailed, ModelOverloaded
-from deployments.messages import NO_TERMS, ChunkJob, ChunkReport, ChunkRow, ModelSpec, TicketId, TicketTerms
-from deployments.scheduler import Grant, Overloaded, SchedulerStatus, Ticket, TooLate
+from deployments.messages import (
+    NO_TERMS,
+    ChunkJob,
+    ChunkReport,
+    ChunkRow,
+    Frame,
+    ModelSpec,
+    Ticket,
+    TicketId,
+    TicketTerms,
+)
+from deployments.scheduler import Grant, Overloaded, SchedulerStatus, TooLate
 
 MAX_ATTEMPTS = 3
 """A chunk is tried on another replica at most twice."""
@@ -79,23 +92,34 @@ class ModelClient:
     async def _run_chunk(
         self, ticket_prefix: str, rows: Sequence[ChunkRow], begun: bool, terms: TicketTerms
     ) -> tuple[ChunkReport, ChunkTiming]:
-        cost = sum(row.num_steps * (2 if row.guidance else 1) for row in rows)
-        called = time.monotonic()
+        num_steps = max(row.num_steps * (2 if row.guidance else 1) for row in rows)
+        start_frame = _digest(rows[0].start_frame) if rows[0].chunk == 0 else ""
+        deadline = None if terms.deadline_s is None else time.monotonic() + terms.deadline_s
         for attempt in range(MAX_ATTEMPTS):
             if attempt:
                 await self._notices.join()  # or the scheduler would grant the replica that was just lost
             begun = begun or attempt > 0
             patience_s = self._begun_timeout_s if begun else self._queue_timeout_s
-            if terms.deadline_s is not None and attempt:
-                terms = replace(terms, deadline_s=terms.deadline_s - (time.monotonic() - called))
-            ticket = Ticket(TicketId(f"{ticket_prefix}/{attempt}"), len(rows), begun, patience_s, cost, terms)
+            ticket = Ticket(
+                TicketId(f"{ticket_prefix}/{attempt}"),
+                len(rows),
+                begun,
+                patience_s,
+                num_steps,
+                replace(terms, deadline_s=_left_s(deadline)),
+                start_frame,
+            )
             finished = False
             try:
                 started = time.perf_counter()
                 grant = await self._acquire(ticket)
                 granted = time.perf_counter()
-                report = await self._run(ChunkJob(grant.ticket_id, grant.replica_id, tuple(rows)))
+                report = await self._run(
+                    ChunkJob(grant.ticket_id, grant.replica_id, tuple(rows), terms.service_class, _left_s(deadline))
+                )
                 finished = True
+                if not report.outcomes:
+                    raise DeadlinePassed(self.spec.slug)
                 return report, ChunkTiming((granted - started) * 1e3, report.infer_ms)
             except RayActorError as error:
                 log.warning("replica_lost", model=self.spec.slug, replica=grant.replica_id, attempt=attempt)
@@ -106,6 +130,13 @@ class ModelClient:
                 end = self._scheduler.complete if finished else self._scheduler.withdraw
                 self._notify(end.remote, ticket.ticket_id)
         raise AssertionError("unreachable: the last attempt returns or raises")
+
+    async def finish_s(self, num_rows: int, num_steps: int, guidance: float, terms: TicketTerms) -> float | None:
+        """How long a rollout of these terms, asked for now, would take to finish; None while that is not known."""
+        ticket = Ticket(TicketId(""), num_rows, num_steps=num_steps * (2 if guidance else 1), terms=terms)
+        async with asyncio.timeout(STATUS_TIMEOUT_S):
+            seconds: float | None = await self._scheduler.finish_s.remote(ticket)
+        return seconds
 
     async def status(self) -> SchedulerStatus:
         async with asyncio.timeout(STATUS_TIMEOUT_S):
@@ -129,7 +160,7 @@ class ModelClient:
         except TimeoutError as error:
             raise ModelOverloaded(self.spec.slug, RETRY_AFTER_TIMEOUT_S) from error
         if isinstance(answer, Overloaded):
-            raise ModelOverloaded(self.spec.slug, answer.retry_after_s)
+            raise ModelOverloaded(self.spec.slug, max(1, math.ceil(answer.retry_after_s)))
         if isinstance(answer, TooLate):
             raise DeadlinePassed(self.spec.slug)
         assert isinstance(answer, Grant)
@@ -164,3 +195,11 @@ class ModelClient:
             send = await self._notices.get()
             send()
             self._notices.task_done()
+
+
+def _digest(frame: Frame) -> str:
+    return hashlib.blake2b(np.ascontiguousarray(frame).data, digest_size=16).hexdigest()
+
+
+def _left_s(deadline: float | None) -> float | None:
+    return None if deadline is None else deadline - time.monotonic()

@@ -15,10 +15,12 @@ import structlog
 
 from deployments.actors import start_scheduler
 from deployments.checkpoints import local_checkpoint
-from deployments.engine import Engine, Model
+from deployments.engine import Engine
 from deployments.logs import configure_logs
 from deployments.messages import ChunkFailed, ChunkJob, ChunkReport, ChunkRow, ModelSpec, ReplicaId
+from deployments.model import Model
 from deployments.presenter import FrameDistance
+from deployments.profiling import measure
 from deployments.scheduler import SchedulerLimits
 
 ANNOUNCE_EVERY_S = 1.0
@@ -65,6 +67,8 @@ class Replica:
         model = load_runner(config.runner)(local_checkpoint(config.checkpoint, Path(config.cache_dir)), config.device)
         self._attention = str(getattr(model, "attention", ""))
         spec = config.spec
+        self._profile = measure(model, blank_row(spec), config.max_rows)
+        log.info("profiled", model=spec.slug, base_s=self._profile.base_s, row_s=self._profile.row_s)
         self._engine = Engine(
             model,
             spec.resolution,
@@ -73,6 +77,7 @@ class Replica:
             config.encoders,
             config.stall_s,
             lpips=load_lpips(config.lpips_weights, config.lpips_sha256),
+            profile=self._profile,
         )
         warm_up(self._engine, spec)
         log.info("replica_ready", model=spec.slug, replica=self._id)
@@ -80,7 +85,7 @@ class Replica:
 
     async def run_chunk(self, job: ChunkJob) -> ChunkReport:
         """Cancelling the call takes its rows out of the batch at the next denoising step."""
-        return await asyncio.wrap_future(self._engine.submit(job.rows))
+        return await asyncio.wrap_future(self._engine.submit(job.rows, job.service_class, job.deadline_s))
 
     def check_health(self) -> None:
         if not self._engine.healthy():
@@ -94,7 +99,7 @@ class Replica:
     async def _announce(self) -> None:
         while True:
             try:
-                await self._scheduler.replica_alive.remote(self._id, self._config.max_rows, self._attention)
+                await self._scheduler.replica_alive.remote(self._id, self._engine.cap, self._attention, self._profile)
             except Exception as error:
                 log.warning("scheduler_unreachable", model=self._config.spec.slug, error=type(error).__name__)
             await asyncio.sleep(ANNOUNCE_EVERY_S)
@@ -124,8 +129,15 @@ def warm_up(engine: Engine, spec: ModelSpec) -> None:
     Raises:
         RuntimeError: the model cannot run a blank chunk of its own spec.
     """
+    outcome = engine.submit([blank_row(spec)]).result().outcomes[0]
+    if isinstance(outcome, ChunkFailed):
+        raise RuntimeError(f"{spec.slug} cannot run: {outcome.reason}")
+
+
+def blank_row(spec: ModelSpec) -> ChunkRow:
+    """A black start frame and no motion."""
     height, width = spec.resolution
-    row = ChunkRow(
+    return ChunkRow(
         start_frame=np.zeros((height, width, 3), np.uint8),
         actions=np.zeros((spec.chunk_size, spec.action_dim), np.float32),
         seed=0,
@@ -134,6 +146,3 @@ def warm_up(engine: Engine, spec: ModelSpec) -> None:
         num_steps=1,
         guidance=0.0,
     )
-    outcome = engine.submit([row]).result().outcomes[0]
-    if isinstance(outcome, ChunkFailed):
-        raise RuntimeError(f"{spec.slug} cannot run: {outcome.reason}")

@@ -1,42 +1,54 @@
 """Which chunk runs where, and when: a pure state machine with an injected clock, one per model.
 
-Knows neither Ray nor asyncio; the actor around it and a simulator call the same methods. Today's order is first come,
-first served, except that a rollout which has begun goes before one that has not: what is half done is worth finishing.
-Work-conserving: whenever a replica has room, the head of the queue is granted at once, never after a timer. The rows of
-one ticket (the candidates of a decision) are granted together.
+Knows neither Ray nor asyncio; the actor around it and a simulator call the same methods. The order is `FairQueue`'s.
+Work-conserving: while a replica has room the head is granted at once, never after a timer, to the replica with the most
+room. A replica takes its next batch while it runs one, so that it never waits for the way back and forth. What cannot
+be done by its deadline is refused as soon as that is known: at the door, and again at the head of the queue.
 """
 
-from collections import deque
-from collections.abc import Callable
+import heapq
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from deployments.messages import NO_TERMS, ReplicaId, TicketId, TicketTerms
+from billing.commands import CustomerId
+from deployments.batching import BatchProfile
+from deployments.drain_rate import DrainRate
+from deployments.fair_queue import FairQueue, Waiting
+from deployments.messages import ReplicaId, Ticket, TicketId
+
+BATCHES_AHEAD = 2
+"""Rows that a replica holds, in batches: the one that runs and the next."""
+CAUTION = 1.05
+"""At the door the estimate must leave this much: who is let in and is late after all has lost more than who is not."""
+REMEMBERED_FRAMES = 4096
+"""Start frames of which the scheduler knows who encoded them last."""
+MAX_RETRY_AFTER_S = 60.0
+UNKNOWN_COST_PER_S = 10.0
+"""A replica's rate, for counting demand, until one has said its own."""
+UNKNOWN_RATE_RETRY_AFTER_S = 5.0
+"""What is said while nothing is known that a rate could be read from."""
 
 
 @dataclass(frozen=True, slots=True)
 class SchedulerLimits:
     max_queued_rows: int = 256
-    """Rows that may wait to begin their rollout; a ticket that would exceed it is refused with a Retry-After."""
+    """Rows that may wait to begin their rollout, per class: each customer's fair part of it, see `FairQueue`."""
+    usual_steps: int = 1
+    """A row counts as many times as it has this number of denoising steps."""
+    max_customer_rows: int = 0
+    """Rows that one customer may have running, however idle the model is; 0 sets no limit."""
+    customer_weights: Mapping[CustomerId, float] = field(default_factory=dict)
+    """Fair shares other than 1."""
     replica_timeout_s: float = 5.0
     """A replica that has not been heard of for this long gets no further work."""
     grant_timeout_s: float = 120.0
     """A grant that is neither completed nor withdrawn for this long is taken back: its ingress is gone."""
 
-
-@dataclass(frozen=True, slots=True)
-class Ticket:
-    """One chunk's rows. `begun` marks a rollout's later chunks, admitted with its first and never refused."""
-
-    ticket_id: TicketId
-    num_rows: int
-    begun: bool = False
-    patience_s: float = 60.0
-    """How long it may wait; after that nobody does any more."""
-    cost: int = 0
-    """Row-steps: denoising forwards, summed over its rows."""
-    terms: TicketTerms = NO_TERMS
-    start_frame: str = ""
-    """Digest of the frame that its rows begin with; a replica that has it encoded already is preferred."""
+    @property
+    def max_queued_cost(self) -> int:
+        return self.max_queued_rows * self.usual_steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +59,9 @@ class Grant:
 
 @dataclass(frozen=True, slots=True)
 class Overloaded:
-    """The queue is full; `retry_after_s` is the backlog over the drain rate, at most `MAX_RETRY_AFTER_S`."""
+    """No place in the queue; `retry_after_s` is when what waits before such a ticket will have been done."""
 
-    retry_after_s: int
+    retry_after_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,51 +69,79 @@ class TooLate:
     """It was not granted by its deadline, or could no longer be done by it."""
 
 
-MAX_RETRY_AFTER_S = 60
-UNKNOWN_RATE_RETRY_AFTER_S = 5
-"""What is said while nothing has been completed lately that a rate could be read from."""
-RATE_WINDOW_S = 30.0
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A ticket that was queued and leaves ungranted."""
+
+    ticket_id: TicketId
+    why: Overloaded | TooLate
 
 
 @dataclass(frozen=True, slots=True)
 class SchedulerStatus:
     replicas: int
     capacity_rows: int
+    """Rows in one forward, summed over replicas."""
     running_rows: int
     queued_rows: int
     attention: str = ""
     """The kernel that the replicas compute attention with; empty while none runs."""
-    rows_per_s: float | None = None
-    """Rows, a chunk each, that were completed lately; None while none were."""
+    wait_s: float | None = None
+    """How long a customer's first ticket would wait now; None while no rate is known."""
+    profile: BatchProfile | None = None
+    """What a replica measured when it started."""
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What a scheduler has counted so far, in replica-seconds: what it takes of one replica that runs full batches."""
+
+    offered_s: float
+    """Asked for since it started, refused work included: a full queue must not hide what is wanted."""
+    backlog_s: float
+    """Admitted and not done."""
 
 
 @dataclass(slots=True)
 class _Replica:
+    replica_id: ReplicaId
     capacity_rows: int
     seen_at: float
     attention: str
-    running: dict[TicketId, int] = field(default_factory=dict)
+    profile: BatchProfile | None
+    progress_at: float
+    """When something that ran here was last completed, or began after the replica was idle."""
+    running: set[TicketId] = field(default_factory=set)
+    rows: int = 0
+    cost: int = 0
+    compatibility: str = ""
+    turn: int = 0
+    """Names its one valid entry in the order of room."""
 
     @property
-    def running_rows(self) -> int:
-        return sum(self.running.values())
+    def cost_per_s(self) -> float:
+        return 0.0 if self.profile is None else self.profile.rows_per_s(self.capacity_rows)
 
-    def has_room_for(self, rows: int) -> bool:
+    def present_batch_s(self, now: float) -> float:
+        """What is left of the batch that runs."""
+        if not self.running or self.profile is None:
+            return 0.0
+        took_s = self.cost / self.rows * self.profile.step_s(min(self.rows, self.capacity_rows))
+        return max(0.0, self.progress_at + took_s - now)
+
+    def has_room_for(self, ticket: Ticket) -> bool:
         """A ticket wider than the whole replica still runs, alone."""
-        return not self.running or self.running_rows + rows <= self.capacity_rows
+        if not self.running:
+            return True
+        fits = self.rows + ticket.num_rows <= BATCHES_AHEAD * self.capacity_rows
+        return fits and self.compatibility == ticket.compatibility
 
 
 @dataclass(frozen=True, slots=True)
 class _Running:
-    replica_id: ReplicaId
-    num_rows: int
-    granted_at: float
-
-
-@dataclass(frozen=True, slots=True)
-class _Waiting:
     ticket: Ticket
-    gives_up_at: float
+    replica_id: ReplicaId
+    granted_at: float
 
 
 class Scheduler:
@@ -111,54 +151,84 @@ class Scheduler:
         self._clock = clock
         self._limits = limits or SchedulerLimits()
         self._replicas: dict[ReplicaId, _Replica] = {}
-        self._queues: tuple[deque[_Waiting], deque[_Waiting]] = (deque(), deque())
-        """Rollouts that have begun, then those that have not."""
-        self._queued: dict[TicketId, Ticket] = {}
-        self._new_rows = 0
+        self._queue = FairQueue(self._limits.customer_weights)
+        self._arrivals = 0
+        self._patience: list[tuple[float, TicketId]] = []
         self._running: dict[TicketId, _Running] = {}
-        self._completed: deque[tuple[float, int]] = deque()
-        """When, and how many rows: the last `RATE_WINDOW_S`."""
+        """In the order in which they were granted."""
+        self._rows_of: dict[CustomerId, int] = {}
+        """Running, per customer."""
+        self._encoded_on: OrderedDict[str, ReplicaId] = OrderedDict()
+        self._by_room: list[tuple[bool, int, int, ReplicaId]] = []
+        """Whether it runs something, rows beyond its present batch, turn, replica: a heap, entries may be stale."""
+        self._turns = 0
+        self._running_rows = 0
+        self._running_cost = 0
+        self._num_full = 0
+        """Replicas with a full batch."""
+        self._busy_cost_per_s = 0.0
+        self._busy_since = 0.0
+        """Of the replicas that run something: their rates, and the sum of rate times `progress_at`."""
+        self._offered_cost = 0
+        self._replica_cost_per_s = UNKNOWN_COST_PER_S
+        self._drain = DrainRate(clock)
 
-    def submit(self, ticket: Ticket) -> Overloaded | None:
-        """Queue `ticket`, or refuse it because the queue is full. An empty queue takes a ticket of any width.
+    def submit(self, ticket: Ticket) -> Overloaded | TooLate | None:
+        """Queue `ticket`, or refuse it. A rollout that has begun is refused only when its deadline is lost.
 
         A ticket that is queued or running already is not queued twice.
         """
-        if ticket.ticket_id in self._queued or ticket.ticket_id in self._running:
+        if ticket.ticket_id in self._queue or ticket.ticket_id in self._running:
             return None
-        if not ticket.begun:
-            if self._new_rows and self._new_rows + ticket.num_rows > self._limits.max_queued_rows:
-                return Overloaded(self._retry_after_s())
-            self._new_rows += ticket.num_rows
-        self._queued[ticket.ticket_id] = ticket
-        self._queues[0 if ticket.begun else 1].append(_Waiting(ticket, self._clock() + ticket.patience_s))
+        self._offered_cost += ticket.cost
+        now, terms = self._clock(), ticket.terms
+        deadline = math.inf if terms.deadline_s is None else now + terms.deadline_s
+        if deadline < math.inf:
+            replica = next(iter(self._replicas.values()), None)
+            if replica is not None and now + self._shortest_run_s(ticket, replica) > deadline:
+                return TooLate()
+            finish_s = self.finish_s(ticket)
+            if finish_s is not None and now + CAUTION * finish_s > deadline:
+                return TooLate() if ticket.begun else Overloaded(self._retry_after_s(ticket))
+        bound = self._limits.max_queued_cost
+        if not ticket.begun and not self._queue.has_place(terms.service_class, terms.customer_id, ticket.cost, bound):
+            return Overloaded(self._retry_after_s(ticket))
+        self._arrivals += 1
+        self._queue.add(Waiting(ticket, self._arrivals, deadline))
+        heapq.heappush(self._patience, (min(deadline, now + ticket.patience_s), ticket.ticket_id))
         return None
 
-    def dispatch(self) -> list[Grant]:
-        """Grant as much of the queue's head as there is room for, to the least loaded replica first."""
-        grants = []
-        while (ticket := self._head()) is not None:
-            replica_id = self._roomiest(ticket.num_rows)
-            if replica_id is None:
+    def dispatch(self) -> list[Grant | Refused]:
+        """Grant as much of the queue's head as there is room for; refuse what has come to the head too late."""
+        answers: list[Grant | Refused] = []
+        while (waiting := self._queue.head()) is not None:
+            ticket, now = waiting.ticket, self._clock()
+            if self._exceeds_its_rows(ticket):
+                self._queue.hold(waiting)
+                continue
+            replica = self._replica_for(ticket)
+            if replica is None:
                 break
-            self._unqueue(ticket)
-            self._replicas[replica_id].running[ticket.ticket_id] = ticket.num_rows
-            self._running[ticket.ticket_id] = _Running(replica_id, ticket.num_rows, self._clock())
-            grants.append(Grant(ticket.ticket_id, replica_id))
-        return grants
+            if now + self._shortest_run_s(ticket, replica) > waiting.deadline:
+                self._queue.remove(ticket.ticket_id)
+                answers.append(Refused(ticket.ticket_id, TooLate()))
+                continue
+            self._queue.take(ticket.ticket_id)
+            self._start(ticket, replica)
+            answers.append(Grant(ticket.ticket_id, replica.replica_id))
+        self._drain.observe(saturated=self._num_full == len(self._replicas))
+        return answers
 
     def complete(self, ticket_id: TicketId) -> None:
         """The granted work is done. A ticket that is not running is ignored, so a repeated report does no harm."""
         running = self._release(ticket_id)
         if running is not None:
-            self._completed.append((self._clock(), running.num_rows))
-            self._forget_old_completions()
+            self._drain.completed(running.ticket.cost)
 
     def withdraw(self, ticket_id: TicketId) -> None:
         """Its client is gone: drop it from the queue, or free what it holds. Unknown tickets are ignored."""
-        ticket = self._queued.get(ticket_id)
-        if ticket is not None:
-            self._unqueue(ticket)
+        if ticket_id in self._queue:
+            self._queue.remove(ticket_id)
         else:
             self._release(ticket_id)
 
@@ -167,96 +237,217 @@ class Scheduler:
         running = self._running.get(ticket_id)
         return None if running is None else Grant(ticket_id, running.replica_id)
 
-    def replica_alive(self, replica_id: ReplicaId, capacity_rows: int, attention: str = "") -> None:
-        """A replica joined, or is still there."""
+    def replica_alive(
+        self, replica_id: ReplicaId, capacity_rows: int, attention: str = "", profile: BatchProfile | None = None
+    ) -> None:
+        """A replica joined, or is still there; its capacity may have changed."""
+        now = self._clock()
         replica = self._replicas.get(replica_id)
         if replica is None:
-            self._replicas[replica_id] = _Replica(capacity_rows, self._clock(), attention)
-        else:
-            replica.capacity_rows, replica.seen_at = capacity_rows, self._clock()
+            replica = _Replica(replica_id, capacity_rows, now, attention, profile, now)
+            self._replicas[replica_id] = replica
+            self._count(replica, 1)
+            self._place(replica)
+            self._promise()
+        elif (replica.capacity_rows, replica.profile) != (capacity_rows, profile):
+            self._count(replica, -1)
+            replica.capacity_rows, replica.profile = capacity_rows, profile
+            self._count(replica, 1)
+            self._place(replica)
+            self._promise()
+        replica.seen_at = now
 
     def replica_gone(self, replica_id: ReplicaId) -> None:
         """A caller saw it die, or it said that it leaves. What ran there is forgotten; its callers submit it again."""
-        replica = self._replicas.pop(replica_id, None)
+        replica = self._replicas.get(replica_id)
         if replica is not None:
-            for ticket_id in replica.running:
-                del self._running[ticket_id]
+            for ticket_id in list(replica.running):
+                self._release(ticket_id)
+            self._count(replica, -1)
+            del self._replicas[replica_id]
+            self._promise()
 
-    def expire(self) -> list[TicketId]:
-        """Forget silent replicas, grants whose ingress is gone, and tickets out of patience; returns the latter."""
+    def expire(self) -> list[Refused]:
+        """Forget silent replicas, grants whose ingress is gone, and tickets out of patience or time."""
         now = self._clock()
-        given_up = []
-        for queue in self._queues:
-            for waiting in queue:
-                if waiting.gives_up_at < now and self._queued.get(waiting.ticket.ticket_id) is waiting.ticket:
-                    self._unqueue(waiting.ticket)
-                    given_up.append(waiting.ticket.ticket_id)
-        for replica_id in [
-            replica_id
-            for replica_id, replica in self._replicas.items()
-            if now - replica.seen_at > self._limits.replica_timeout_s
-        ]:
-            self.replica_gone(replica_id)
-        for ticket_id in [
-            ticket_id
-            for ticket_id, running in self._running.items()
-            if now - running.granted_at > self._limits.grant_timeout_s
-        ]:
-            self._release(ticket_id)
-        return given_up
+        refused: list[Refused] = []
+        while self._patience and self._patience[0][0] < now:
+            _, ticket_id = heapq.heappop(self._patience)
+            waiting = self._queue.get(ticket_id)
+            if waiting is not None:
+                self._queue.remove(ticket_id)
+                why = TooLate() if waiting.deadline < now else Overloaded(self._retry_after_s(waiting.ticket))
+                refused.append(Refused(ticket_id, why))
+        if len(self._patience) > 2 * len(self._queue) + 64:
+            self._patience = [entry for entry in self._patience if entry[1] in self._queue]
+            heapq.heapify(self._patience)
+        for replica_id, replica in list(self._replicas.items()):
+            if now - replica.seen_at > self._limits.replica_timeout_s:
+                self.replica_gone(replica_id)
+        while self._running:
+            oldest = next(iter(self._running.values()))
+            if now - oldest.granted_at <= self._limits.grant_timeout_s:
+                break
+            self._release(oldest.ticket.ticket_id)
+        return refused
+
+    def finish_s(self, ticket: Ticket) -> float | None:
+        """How long until `ticket`, submitted now, and the later chunks of its rollout would be done; None if unknown.
+
+        What waits before it runs in full batches. The last of them it shares, with those who come after it too if there
+        is a backlog.
+        """
+        if not self._rate():
+            return None
+        terms = ticket.terms
+        ahead = self._queue.cost_before(terms.service_class, terms.customer_id, ticket.cost) - ticket.cost
+        return self._finish_after_s(ticket, ahead)
 
     def status(self) -> SchedulerStatus:
+        first = next(iter(self._replicas.values()), None)
+        rate = self._drain.cost_per_s
+        waiting = self._queue.cost_before("standard", CustomerId(""), 0) + self._unfinished_cost()
         return SchedulerStatus(
             replicas=len(self._replicas),
             capacity_rows=sum(replica.capacity_rows for replica in self._replicas.values()),
-            running_rows=sum(running.num_rows for running in self._running.values()),
-            queued_rows=sum(ticket.num_rows for ticket in self._queued.values()),
-            attention=next((replica.attention for replica in self._replicas.values()), ""),
-            rows_per_s=self._rows_per_s(),
+            running_rows=self._running_rows,
+            queued_rows=self._queue.num_rows,
+            attention="" if first is None else first.attention,
+            wait_s=waiting / rate if rate else None,
+            profile=None if first is None else first.profile,
         )
 
-    def _roomiest(self, rows: int) -> ReplicaId | None:
-        with_room = [
-            (replica.capacity_rows - replica.running_rows, replica_id)
-            for replica_id, replica in self._replicas.items()
-            if replica.has_room_for(rows)
-        ]
-        return max(with_room)[1] if with_room else None
+    def demand(self) -> Demand:
+        per_s = self._replica_cost_per_s
+        return Demand(self._offered_cost / per_s, (self._queue.cost + self._running_cost) / per_s)
 
-    def _head(self) -> Ticket | None:
-        """The next ticket to grant; what was withdrawn while it waited is dropped on the way."""
-        for queue in self._queues:
-            while queue:
-                ticket = queue[0].ticket
-                if self._queued.get(ticket.ticket_id) is ticket:
-                    return ticket
-                queue.popleft()
-        return None
+    def _replica_for(self, ticket: Ticket) -> _Replica | None:
+        """The replica that has its start frame already, if the rows fit into its present batch; else the roomiest."""
+        if not self._replicas:
+            return None
+        known = self._encoded_on.get(ticket.start_frame) if ticket.start_frame else None
+        if known is not None and known in self._replicas:
+            replica = self._replicas[known]
+            if replica.has_room_for(ticket) and replica.rows + ticket.num_rows <= replica.capacity_rows:
+                return replica
+        while True:
+            *_, turn, replica_id = self._by_room[0]
+            roomiest = self._replicas.get(replica_id)
+            if roomiest is not None and roomiest.turn == turn:
+                return roomiest if roomiest.has_room_for(ticket) else None
+            heapq.heappop(self._by_room)
 
-    def _unqueue(self, ticket: Ticket) -> None:
-        del self._queued[ticket.ticket_id]
-        if not ticket.begun:
-            self._new_rows -= ticket.num_rows
+    def _start(self, ticket: Ticket, replica: _Replica) -> None:
+        now, replica_id = self._clock(), replica.replica_id
+        self._count(replica, -1)
+        if not replica.running:
+            replica.progress_at, replica.compatibility = now, ticket.compatibility
+        replica.running.add(ticket.ticket_id)
+        replica.rows += ticket.num_rows
+        replica.cost += ticket.cost
+        self._count(replica, 1)
+        self._place(replica)
+        self._running[ticket.ticket_id] = _Running(ticket, replica_id, now)
+        customer_id = ticket.terms.customer_id
+        self._rows_of[customer_id] = self._rows_of.get(customer_id, 0) + ticket.num_rows
+        if ticket.start_frame:
+            self._encoded_on[ticket.start_frame] = replica_id
+            self._encoded_on.move_to_end(ticket.start_frame)
+            if len(self._encoded_on) > REMEMBERED_FRAMES:
+                self._encoded_on.popitem(last=False)
 
     def _release(self, ticket_id: TicketId) -> _Running | None:
         running = self._running.pop(ticket_id, None)
-        if running is not None:
-            self._replicas[running.replica_id].running.pop(ticket_id)
+        if running is None:
+            return None
+        ticket, replica = running.ticket, self._replicas[running.replica_id]
+        self._count(replica, -1)
+        replica.running.remove(ticket_id)
+        replica.rows -= ticket.num_rows
+        replica.cost -= ticket.cost
+        replica.progress_at = self._clock()
+        self._count(replica, 1)
+        self._place(replica)
+        customer_id = ticket.terms.customer_id
+        self._rows_of[customer_id] -= ticket.num_rows
+        if not self._rows_of[customer_id]:
+            del self._rows_of[customer_id]
+        if self._limits.max_customer_rows:
+            self._queue.release(customer_id)
         return running
 
-    def _forget_old_completions(self) -> None:
-        while self._completed and self._clock() - self._completed[0][0] > RATE_WINDOW_S:
-            self._completed.popleft()
+    def _count(self, replica: _Replica, sign: int) -> None:
+        """Add a replica to the totals, or before a change take it out of them."""
+        self._running_rows += sign * replica.rows
+        self._running_cost += sign * replica.cost
+        self._num_full += sign * (replica.rows >= replica.capacity_rows)
+        if replica.running:
+            self._busy_cost_per_s += sign * replica.cost_per_s
+            self._busy_since += sign * replica.cost_per_s * replica.progress_at
 
-    def _rows_per_s(self) -> float | None:
-        self._forget_old_completions()
-        if not self._completed:
-            return None
-        span_s = max(1.0, self._clock() - self._completed[0][0])
-        return sum(rows for _, rows in self._completed) / span_s
+    def _place(self, replica: _Replica) -> None:
+        """Enter it into the order of room anew."""
+        self._turns += 1
+        replica.turn = self._turns
+        beyond = replica.rows - replica.capacity_rows
+        heapq.heappush(self._by_room, (bool(replica.running), beyond, replica.turn, replica.replica_id))
+        if len(self._by_room) > 2 * len(self._replicas) + 64:
+            self._by_room = [entry for entry in self._by_room if self._is_placed(entry)]
+            heapq.heapify(self._by_room)
 
-    def _retry_after_s(self) -> int:
-        rows_per_s = self._rows_per_s()
-        if rows_per_s is None:
+    def _is_placed(self, entry: tuple[bool, int, int, ReplicaId]) -> bool:
+        replica = self._replicas.get(entry[3])
+        return replica is not None and replica.turn == entry[2]
+
+    def _promise(self) -> None:
+        promised = sum(replica.cost_per_s for replica in self._replicas.values())
+        self._drain.promise(promised)
+        if promised:
+            self._replica_cost_per_s = promised / len(self._replicas)
+
+    def _exceeds_its_rows(self, ticket: Ticket) -> bool:
+        """Whether its customer has as much running as it may; an only ticket may be wider."""
+        most, running = self._limits.max_customer_rows, self._rows_of.get(ticket.terms.customer_id, 0)
+        return most > 0 and running > 0 and running + ticket.num_rows > most
+
+    def _rate(self) -> float:
+        return self._drain.cost_per_s
+
+    def _finish_after_s(self, ticket: Ticket, ahead: float) -> float:
+        """The same for one that runs after `ahead` row-steps of the queue."""
+        replicas = self._replicas.values()
+        first = next(iter(replicas))
+        assert first.profile is not None
+        cap, profile = first.capacity_rows, first.profile
+        now = self._clock()
+        beyond = [replica for replica in replicas if replica.rows > cap]
+        next_batches = sum(replica.cost * (replica.rows - cap) / replica.rows for replica in beyond)
+        present_s = 0.0
+        if all(replica.running for replica in replicas):
+            present_s = sum(replica.present_batch_s(now) for replica in replicas) / len(replicas)
+        batches, shared = divmod(round((ahead + next_batches) / len(replicas) / ticket.num_steps), cap)
+        more_batches, rows = divmod(shared + ticket.num_rows, cap)
+        last_s = profile.step_s(cap if batches else rows) if rows else 0.0
+        step_s = (batches + more_batches) * profile.step_s(cap) + last_s
+        own_later_s = (ticket.terms.chunks_left - 1) * self._shortest_run_s(ticket, first) / ticket.terms.chunks_left
+        return present_s + ticket.num_steps * step_s / self._drain.efficiency + own_later_s
+
+    def _shortest_run_s(self, ticket: Ticket, replica: _Replica) -> float:
+        """What its chunks would take if nobody else were there."""
+        if replica.profile is None:
+            return 0.0
+        batches, rows = divmod(ticket.num_rows, replica.capacity_rows)
+        step_s = batches * replica.profile.step_s(replica.capacity_rows) + (replica.profile.step_s(rows) if rows else 0)
+        return ticket.terms.chunks_left * ticket.num_steps * step_s
+
+    def _unfinished_cost(self) -> float:
+        """What is left of the running tickets, if each replica has kept its profile since it last completed one."""
+        done = self._clock() * self._busy_cost_per_s - self._busy_since
+        return max(0.0, self._running_cost - done)
+
+    def _retry_after_s(self, ticket: Ticket) -> float:
+        rate = self._rate()
+        if not rate:
             return UNKNOWN_RATE_RETRY_AFTER_S
-        return min(MAX_RETRY_AFTER_S, 1 + int(self._new_rows / rows_per_s))
+        ahead = self._queue.cost_before(ticket.terms.service_class, ticket.terms.customer_id, 0)
+        return min(MAX_RETRY_AFTER_S, (ahead + self._unfinished_cost()) / rate)

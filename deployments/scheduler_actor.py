@@ -7,9 +7,19 @@ announce themselves again within a heart-beat, and callers submit again what was
 import asyncio
 import time
 
+from deployments.batching import BatchProfile
 from deployments.logs import configure_logs
-from deployments.messages import ReplicaId, TicketId
-from deployments.scheduler import Grant, Overloaded, Scheduler, SchedulerLimits, SchedulerStatus, Ticket, TooLate
+from deployments.messages import ReplicaId, Ticket, TicketId
+from deployments.scheduler import (
+    Demand,
+    Grant,
+    Overloaded,
+    Refused,
+    Scheduler,
+    SchedulerLimits,
+    SchedulerStatus,
+    TooLate,
+)
 
 EXPIRE_EVERY_S = 1.0
 
@@ -51,10 +61,12 @@ class SchedulerActor:
         self._scheduler.withdraw(ticket_id)
         self._dispatch()
 
-    async def replica_alive(self, replica_id: ReplicaId, capacity_rows: int, attention: str = "") -> None:
+    async def replica_alive(
+        self, replica_id: ReplicaId, capacity_rows: int, attention: str = "", profile: BatchProfile | None = None
+    ) -> None:
         if self._expiry is None:
             self._expiry = asyncio.get_running_loop().create_task(self._expire_forever())
-        self._scheduler.replica_alive(replica_id, capacity_rows, attention)
+        self._scheduler.replica_alive(replica_id, capacity_rows, attention, profile)
         self._dispatch()
 
     async def replica_gone(self, replica_id: ReplicaId) -> None:
@@ -63,19 +75,27 @@ class SchedulerActor:
     async def status(self) -> SchedulerStatus:
         return self._scheduler.status()
 
+    async def finish_s(self, ticket: Ticket) -> float | None:
+        """See `Scheduler.finish_s`; the ticket is not queued."""
+        return self._scheduler.finish_s(ticket)
+
+    async def demand(self) -> Demand:
+        return self._scheduler.demand()
+
     def _dispatch(self) -> None:
-        for grant in self._scheduler.dispatch():
-            waiting = self._waiting.get(grant.ticket_id)
-            if waiting is None or waiting.done():
-                self._scheduler.withdraw(grant.ticket_id)
-            else:
-                waiting.set_result(grant)
+        for answer in self._scheduler.dispatch():
+            self._answer(answer)
+
+    def _answer(self, answer: Grant | Refused) -> None:
+        waiting = self._waiting.get(answer.ticket_id)
+        if waiting is None or waiting.done():
+            self._scheduler.withdraw(answer.ticket_id)  # nobody is there to use it
+        else:
+            waiting.set_result(answer if isinstance(answer, Grant) else answer.why)
 
     async def _expire_forever(self) -> None:
         while True:
             await asyncio.sleep(EXPIRE_EVERY_S)
-            for ticket_id in self._scheduler.expire():
-                waiting = self._waiting.get(ticket_id)
-                if waiting is not None and not waiting.done():
-                    waiting.set_result(Overloaded(int(EXPIRE_EVERY_S)))
+            for refused in self._scheduler.expire():
+                self._answer(refused)
             self._dispatch()

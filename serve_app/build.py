@@ -33,7 +33,6 @@ from deployments.reservations import Reservations
 from deployments.results import ResultStore
 from deployments.robot_commands import RobotCommands
 from deployments.scheduler import SchedulerLimits
-from deployments.sessions import SessionLimits, Sessions
 from deployments.status_client import StatusClient
 from serve_app.api import create_api
 from serve_app.catalog import CATALOG, PACKAGED_CHECKPOINTS, model_spec
@@ -61,7 +60,6 @@ class Gateway:
 
     async def drain(self, timeout_s: float) -> None:
         """Take no new work; return when what is running has been answered, or refunded after `timeout_s`."""
-        await self._sessions.drain()
         await self._ingress.drain(timeout_s)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -72,7 +70,7 @@ class Gateway:
         models = {
             slug: ModelClient(
                 model_spec(CATALOG[slug]),
-                actors.start_scheduler(slug, scheduler_limits(args), args.control_labels),
+                actors.start_scheduler(slug, scheduler_limits(slug, args), args.control_labels),
                 replicas,
                 limits.queue_timeout_s,
                 limits.chunk_timeout_s,
@@ -91,11 +89,6 @@ class Gateway:
         results = ResultStore(args.results, args.video_ttl_s)
         reservations = Reservations(ledger, reader)
         self._ingress = Ingress(ledger, reservations, models, results, status)
-        directory = actors.start_session_directory(
-            limits.max_sessions_per_customer, limits.max_sessions, args.control_labels
-        )
-        session_limits = SessionLimits(limits.session_frames, limits.session_idle_s)
-        self._sessions = Sessions(reservations, models, directory, status, session_limits)
         return create_api(
             Services(
                 args=args,
@@ -114,7 +107,6 @@ class Gateway:
                 prices=Prices(reader.prices, usage.frames_since),
                 buckets=TokenBuckets(time.monotonic, share=1 / args.ingress_replicas),
                 results=results,
-                sessions=self._sessions,
                 frames=FrameStore(open_file_groups(args.results)),
                 signer=LinkSigner(load_secret(args.data_dir / "link-secret")),
                 status=status,
@@ -164,7 +156,7 @@ def _replicas(model: ModelArgs, args: ClusterArgs) -> serve.Application:
         stall_s=args.limits.chunk_timeout_s,
         lpips_weights=args.lpips_weights,
         lpips_sha256=args.lpips_sha256,
-        scheduler_limits=scheduler_limits(args),
+        scheduler_limits=scheduler_limits(model.slug, args),
         control_labels=args.control_labels,
     )
     where = {"accelerator_type": model.accelerator} if model.accelerator else {}
@@ -186,7 +178,11 @@ def _replicas(model: ModelArgs, args: ClusterArgs) -> serve.Application:
 def _replica_count(model: ModelArgs, args: ClusterArgs) -> dict[str, Any]:
     if model.min_replicas == model.max_replicas:
         return {"num_replicas": model.min_replicas}
-    kwargs = {"model": model.slug, "limits": asdict(scheduler_limits(args)), "terms": asdict(model.scaling_terms())}
+    kwargs = {
+        "model": model.slug,
+        "limits": asdict(scheduler_limits(model.slug, args)),
+        "terms": asdict(model.scaling_terms()),
+    }
     return {
         "autoscaling_config": AutoscalingConfig(
             min_replicas=model.min_replicas,
@@ -200,5 +196,12 @@ def _replica_count(model: ModelArgs, args: ClusterArgs) -> dict[str, Any]:
     }
 
 
-def scheduler_limits(args: ClusterArgs) -> SchedulerLimits:
-    return SchedulerLimits(max_queued_rows=args.limits.max_queued_rows, grant_timeout_s=args.limits.chunk_timeout_s)
+def scheduler_limits(slug: str, args: ClusterArgs) -> SchedulerLimits:
+    limits = args.limits
+    return SchedulerLimits(
+        max_queued_rows=limits.max_queued_rows,
+        usual_steps=CATALOG[slug].spec.default_num_steps,
+        max_customer_rows=limits.max_customer_rows,
+        customer_weights=dict(limits.customer_weights),
+        grant_timeout_s=limits.chunk_timeout_s,
+    )

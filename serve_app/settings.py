@@ -10,6 +10,7 @@ from typing import Annotated, Self
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from billing.commands import CustomerId
 from deployments.autoscaling import ScalingTerms
 from deployments.file_groups import open_file_groups
 from deployments.payments.config import PaymentsConfig
@@ -84,16 +85,15 @@ class Limits(BaseModel):
     max_actions: int = 1200
     """Actions in one rollout."""
     max_candidates: int = 64
-    max_sessions_per_customer: int = Field(8, ge=1)
-    max_sessions: int = Field(200, ge=1)
-    """Of all customers together; each holds one of `max_ongoing_requests` of its ingress replica."""
-    session_frames: int = Field(1_201, ge=2)
-    """Reserved for a session that does not ask for fewer."""
-    session_idle_s: float = 120.0
     max_raw_bytes: int = 128 * 2**20
     """Raw frames in one answer."""
     max_queued_rows: int = 256
-    """Rows that wait for one model before requests are answered 503."""
+    """Rows of the usual number of steps that wait for one model before requests are answered 503: each customer's fair
+    part of them, per service class."""
+    max_customer_rows: int = Field(0, ge=0)
+    """Rows that one customer may have running on one model, even while it is idle; 0 sets no limit."""
+    customer_weights: dict[CustomerId, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    """Customers whose fair share of a busy model is not 1."""
     queue_timeout_s: float = 60.0
     chunk_timeout_s: float = 120.0
     max_ongoing_requests: int = 400

@@ -16,8 +16,7 @@ class LoggedRequest(BaseModel):
     key_last4: str
     key_label: str
     state: RequestState = Field(description="Of its money: held, kept, kept in part, given back")
-    frames: int = Field(description="That were asked for")
-    frames_delivered: int | None = Field(description="Null while it is open")
+    frames: int
     reserved_mils: int
     refunded_mils: int
     cost_mils: int
@@ -40,8 +39,7 @@ class UsageLine(BaseModel):
     model: str | None
     key_id: str | None
     requests: int
-    frames: int = Field(description="That were asked for")
-    frames_delivered: int
+    frames: int
     reserved_mils: int
     refunded_mils: int
     cost_mils: int
@@ -56,7 +54,6 @@ class Usage(BaseModel):
     data: list[UsageLine]
     requests: int
     frames: int
-    frames_delivered: int
     cost_mils: int
     cost_usd: float
 

@@ -65,15 +65,12 @@ async def estimate(parts: Services, caller: KeyRecord, rollout: RolloutRequest) 
 
 
 def expected_wait_s(queue: SchedulerStatus | None, num_rows: int) -> float | None:
-    """Until `num_rows` more would begin: what is in their way over what was lately completed per second."""
+    """Until `num_rows` more of a customer who has nothing waiting would begin; None while no rate is known."""
     if queue is None or not queue.replicas:
         return None
-    if not queue.running_rows and not queue.queued_rows:
+    if not queue.queued_rows and (not queue.running_rows or queue.running_rows + num_rows <= queue.capacity_rows):
         return 0.0
-    in_the_way = queue.queued_rows + num_rows - (queue.capacity_rows - queue.running_rows)
-    if in_the_way <= 0:
-        return 0.0
-    return None if queue.rows_per_s is None else round(in_the_way / queue.rows_per_s, 3)
+    return None if queue.wait_s is None else round(queue.wait_s, 3)
 
 
 def as_json(answer: BaseModel) -> JSONResponse:

@@ -5,7 +5,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from deployments.batching import BatchProfile
 from deployments.engine import MAX_FAILED_JOBS, Engine
 from deployments.messages import ChunkDone, ChunkFailed, ChunkRow
 from deployments.video import join_chunks
@@ -127,14 +129,16 @@ def test_a_row_that_arrives_during_a_step_joins_the_next_one(stepped: tuple[Engi
     assert model.batches == [1, 2, 1]
 
 
-def test_a_job_waits_until_it_fits_whole(stepped: tuple[Engine, SteppedModel]) -> None:
+def test_a_job_that_does_not_fit_whole_fills_the_batch_and_goes_on_in_the_next(
+    stepped: tuple[Engine, SteppedModel],
+) -> None:
     engine, model = stepped
-    first = engine.submit([row(candidate) for candidate in range(3)])
+    first = engine.submit([row(candidate, num_steps=2) for candidate in range(3)])
     model.entered.acquire(timeout=10)
     second = engine.submit([row(candidate) for candidate in range(2)])
     model.permits.release(10)
     first.result(10), second.result(10)
-    assert model.batches == [3, 2]
+    assert model.batches == [3, 4, 1]
 
 
 def test_a_job_wider_than_the_engine_runs_a_part_at_a_time(engine: Engine, model: StandInModel) -> None:
@@ -142,6 +146,142 @@ def test_a_job_wider_than_the_engine_runs_a_part_at_a_time(engine: Engine, model
     last = [int(outcome.last_frame[0, 0, 0]) for outcome in report.outcomes if isinstance(outcome, ChunkDone)]
     assert last == [101 + candidate % 3 for candidate in range(20)]
     assert model.largest_batch == 8
+
+
+class LimitedModel(SteppedModel):
+    """Has memory for `room` rows; every batch that was tried is kept."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.permits.release(1000)
+        self.room = room
+        self.tried: list[int] = []
+
+    def step(self, rows: Sequence[StandInRow]) -> None:
+        self.tried.append(len(rows))
+        if len(rows) > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        super().step(rows)
+
+
+def test_a_batch_beyond_memory_is_halved_until_it_fits_and_none_is_that_large_again() -> None:
+    model = LimitedModel(room=3)
+    engine = Engine(model, RESOLUTION, FPS, max_rows=8)
+    outcomes = engine.submit([row(candidate, num_steps=2) for candidate in range(8)]).result(10).outcomes
+    assert all(isinstance(outcome, ChunkDone) for outcome in outcomes)
+    assert engine.cap == 2
+    assert model.tried[:3] == [8, 4, 2]
+    engine.submit([row(candidate) for candidate in range(8)]).result(10)
+    assert max(model.tried[-4:]) == 2
+    assert engine.healthy()
+    engine.stop()
+
+
+def test_a_row_that_no_memory_suffices_for_fails_alone() -> None:
+    engine = Engine(LimitedModel(room=0), RESOLUTION, FPS, max_rows=8)
+    outcomes = engine.submit([row(0), row(1)]).result(10).outcomes
+    assert [type(outcome) for outcome in outcomes] == [ChunkFailed, ChunkFailed]
+    assert engine.cap == 1
+    engine.stop()
+
+
+def test_the_poisoned_row_of_many_is_found_in_few_batches() -> None:
+    model = LimitedModel(room=64)
+    engine = Engine(model, RESOLUTION, FPS, max_rows=64)
+    engine.submit([row(candidate, poisoned=candidate == 41) for candidate in range(64)]).result(10)
+    assert len(model.tried) == 1 + 2 * 6
+    engine.stop()
+
+
+SECOND_PER_ROW = BatchProfile(0.0, 1.0)
+
+
+class TestDeadlines:
+    @pytest.fixture
+    def timed(self) -> Iterator[tuple[Engine, SteppedModel, list[float]]]:
+        model, now = SteppedModel(), [0.0]
+        engine = Engine(model, RESOLUTION, FPS, 4, clock=lambda: now[0], profile=SECOND_PER_ROW)
+        assert engine.cap == 1  # rows that cost as much each as alone are not worth a batch
+        engine.cap = 4
+        yield engine, model, now
+        model.permits.release(1000)
+        engine.stop()
+
+    def test_a_job_that_cannot_be_done_in_time_is_given_up_unrun(
+        self, timed: tuple[Engine, SteppedModel, list[float]]
+    ) -> None:
+        engine, model, _ = timed
+        assert engine.submit([row(), row()], deadline_s=1.9).result(10).outcomes == ()
+        assert model.batches == []
+        assert engine.healthy()
+
+    def test_a_job_that_a_full_batch_would_make_late_does_not_make_the_batch_small(
+        self, timed: tuple[Engine, SteppedModel, list[float]]
+    ) -> None:
+        engine, model, now = timed
+        first = engine.submit([row()])
+        model.entered.acquire(timeout=10)
+        tight = engine.submit([row()], deadline_s=3.5)
+        others = [engine.submit([row()], deadline_s=100.0) for _ in range(4)]
+        model.permits.release()
+        model.entered.acquire(timeout=10)
+        now[0] = 4.0
+        model.permits.release(10)
+        assert all(other.result(10).outcomes for other in (first, *others))
+        assert tight.result(10).outcomes == ()
+        assert model.batches == [1, 4]
+
+    def test_interactive_rows_join_before_those_that_came_earlier(
+        self, timed: tuple[Engine, SteppedModel, list[float]]
+    ) -> None:
+        engine, model, _ = timed
+        running = engine.submit([row(candidate) for candidate in range(4)])
+        model.entered.acquire(timeout=10)
+        standard = engine.submit([row(candidate) for candidate in range(4)])
+        interactive = engine.submit([row()], "interactive")
+        model.permits.release(2)
+        interactive.result(10)
+        assert not standard.done()
+        model.permits.release(10)
+        running.result(10), standard.result(10)
+
+
+def test_a_job_beyond_the_worthwhile_batch_stays_whole_while_it_fits_into_memory() -> None:
+    model = SteppedModel()
+    engine = Engine(model, RESOLUTION, FPS, max_rows=8, profile=BatchProfile(0.01, 0.01))
+    assert engine.cap == 5
+    first = engine.submit([row(num_steps=2)])
+    model.entered.acquire(timeout=10)
+    gang = engine.submit([row(candidate) for candidate in range(6)])
+    model.permits.release(10)
+    first.result(10), gang.result(10)
+    assert model.batches == [1, 7]
+    engine.stop()
+
+
+def test_finished_rows_are_decoded_beside_the_next_step(
+    stepped: tuple[Engine, SteppedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, model = stepped
+    decoding, may_end = threading.Event(), threading.Event()
+    finish = model.finish
+
+    def slow_finish(rows: Sequence[StandInRow]) -> Any:
+        decoding.set()
+        assert may_end.wait(10)
+        return finish(rows)
+
+    monkeypatch.setattr(model, "finish", slow_finish)
+    first = engine.submit([row()])
+    model.permits.release()
+    assert decoding.wait(10)
+    second = engine.submit([row(num_steps=2)])
+    model.permits.release(2)
+    for _ in range(3):
+        model.entered.acquire(timeout=10)
+    assert not first.done()
+    may_end.set()
+    first.result(10), second.result(10)
 
 
 def test_a_cancelled_job_leaves_the_batch_at_the_next_step(stepped: tuple[Engine, SteppedModel]) -> None:
@@ -223,7 +363,7 @@ def test_an_engine_whose_loop_breaks_fails_its_jobs_and_takes_no_more(
     def broken() -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(engine, "_drop_cancelled", broken)
+    monkeypatch.setattr(engine, "_admit", broken)
     with pytest.raises(RuntimeError, match="has stopped"):
         engine.submit([row()]).result(10)
     with pytest.raises(RuntimeError, match="has stopped"):

@@ -11,9 +11,19 @@ from ray.exceptions import ActorDiedError, RayTaskError
 import deployments.model_client
 from billing.money import Mils
 from deployments.errors import DeadlinePassed, EngineFailed, ModelOverloaded
-from deployments.messages import ChunkDone, ChunkJob, ChunkReport, ChunkRow, ModelSpec, ReplicaId, TicketId, TicketTerms
+from deployments.messages import (
+    ChunkDone,
+    ChunkJob,
+    ChunkReport,
+    ChunkRow,
+    ModelSpec,
+    ReplicaId,
+    Ticket,
+    TicketId,
+    TicketTerms,
+)
 from deployments.model_client import ModelClient
-from deployments.scheduler import SchedulerLimits, Ticket
+from deployments.scheduler import SchedulerLimits
 from deployments.scheduler_actor import SchedulerActor
 
 SPEC = ModelSpec("m", (64, 64), 8, 12, 10, 4, 0.0, Mils(5))

@@ -179,8 +179,8 @@ async def test_every_paid_route_takes_a_dry_run(app: App) -> None:
         (SchedulerStatus(1, 16, 0, 0), 0.0),
         (SchedulerStatus(1, 16, 8, 0), 0.0),
         (SchedulerStatus(1, 16, 9, 0), None),
-        (SchedulerStatus(1, 16, 9, 0, rows_per_s=4.0), 0.25),
-        (SchedulerStatus(1, 16, 16, 32, rows_per_s=4.0), 10.0),
+        (SchedulerStatus(1, 16, 9, 0, wait_s=0.25), 0.25),
+        (SchedulerStatus(1, 16, 16, 32, wait_s=10.0004), 10.0),
     ],
     ids=["unreachable", "starting", "idle", "just room", "no rate yet", "one too many", "a queue"],
 )

@@ -1,0 +1,257 @@
+"""Who is next: the waiting tickets of one model, in weighted fair order of classes, and of customers within a class.
+
+Start-time fair queueing, twice. Each class, and each customer in it, has a virtual time that advances by cost over
+weight with every ticket it is granted; the lowest goes next. One that comes back starts at the present virtual time, so
+what it left unused was lent to the others and is not owed to it. Within a customer: rollouts that have begun, then the
+earliest deadline, then first come. Every operation is O(log n); what is removed stays in the heaps until it surfaces.
+"""
+
+import heapq
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from billing.commands import CustomerId
+from deployments.messages import ServiceClass, Ticket, TicketId
+
+CLASS_WEIGHTS: Mapping[ServiceClass, float] = {"interactive": 64.0, "standard": 8.0, "batch": 1.0}
+"""Of the capacity when all of them want it. Interactive goes first for as long as it takes less than seven eighths."""
+
+_Position = tuple[bool, float, int]
+"""Not begun, deadline, arrival."""
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    ticket: Ticket
+    arrival: int
+    deadline: float
+    """By the scheduler's clock; infinite without one."""
+
+    @property
+    def position(self) -> _Position:
+        return (not self.ticket.begun, self.deadline, self.arrival)
+
+
+@dataclass(slots=True)
+class _Flow:
+    """One customer's tickets in one class."""
+
+    customer_id: CustomerId
+    weight: float
+    virtual: float
+    tickets: list[tuple[_Position, TicketId]] = field(default_factory=list)
+    num_tickets: int = 0
+    cost: int = 0
+    turn: int = -1
+    """Names its one valid entry in the order of its class; -1 while it has none."""
+
+
+@dataclass(slots=True)
+class _Class:
+    weight: float
+    virtual: float = 0.0
+    """Of the class among the classes."""
+    now: float = 0.0
+    """Of the flows within the class: where one that comes back starts."""
+    latest: float = 0.0
+    flows: dict[CustomerId, _Flow] = field(default_factory=dict)
+    order: list[tuple[float, int, CustomerId]] = field(default_factory=list)
+    idle: list[tuple[float, CustomerId]] = field(default_factory=list)
+    """Customers who wait for nothing, and the virtual time at which nothing needs to be remembered of them."""
+    num_active: int = 0
+    num_tickets: int = 0
+    cost: int = 0
+    active_weight: float = 0.0
+    """Of the flows that have tickets."""
+
+
+class FairQueue:
+    """Waiting tickets; `weights` of customers, 1 for those it does not name."""
+
+    def __init__(self, weights: Mapping[CustomerId, float]) -> None:
+        self._weights = weights
+        self._classes = {name: _Class(weight) for name, weight in CLASS_WEIGHTS.items()}
+        self._now = 0.0
+        self._entries: dict[TicketId, Waiting] = {}
+        self._turns = 0
+        self.cost = 0
+        self.num_rows = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, ticket_id: TicketId) -> bool:
+        return ticket_id in self._entries
+
+    def __iter__(self) -> Iterator[Waiting]:
+        return iter(self._entries.values())
+
+    def get(self, ticket_id: TicketId) -> Waiting | None:
+        return self._entries.get(ticket_id)
+
+    def add(self, waiting: Waiting) -> None:
+        ticket = waiting.ticket
+        group = self._classes[ticket.terms.service_class]
+        if not group.num_tickets:
+            group.virtual = max(group.virtual, self._now)
+        flow = group.flows.get(ticket.terms.customer_id)
+        if flow is None:
+            flow = _Flow(ticket.terms.customer_id, self._weight(ticket.terms.customer_id), group.now)
+            group.flows[ticket.terms.customer_id] = flow
+        if not flow.num_tickets:
+            flow.virtual = max(flow.virtual, group.now)
+            group.active_weight += flow.weight
+            group.num_active += 1
+            self._enter(group, flow)
+        heapq.heappush(flow.tickets, (waiting.position, ticket.ticket_id))
+        self._entries[ticket.ticket_id] = waiting
+        self._count(group, flow, ticket, 1)
+
+    def remove(self, ticket_id: TicketId) -> None:
+        """It leaves without having been granted: nobody's virtual time moves."""
+        ticket = self._entries.pop(ticket_id).ticket
+        group = self._classes[ticket.terms.service_class]
+        self._leave(group, group.flows[ticket.terms.customer_id], ticket)
+
+    def take(self, ticket_id: TicketId) -> None:
+        """It is granted: its customer and its class pay for it in virtual time."""
+        ticket = self._entries.pop(ticket_id).ticket
+        group = self._classes[ticket.terms.service_class]
+        flow = group.flows[ticket.terms.customer_id]
+        group.now = max(group.now, flow.virtual)
+        flow.virtual += ticket.cost / flow.weight
+        group.latest = max(group.latest, flow.virtual)
+        self._now = max(self._now, group.virtual)
+        group.virtual += ticket.cost / group.weight
+        flow.turn = -1
+        self._leave(group, flow, ticket)
+
+    def head(self) -> Waiting | None:
+        """The next in fair order, of those whose customers are not held back."""
+        for group in sorted((group for group in self._classes.values() if group.num_tickets), key=_virtual):
+            flow = self._first(group)
+            if flow is not None:
+                return self._entries[self._first_ticket(flow)]
+        return None
+
+    def hold(self, waiting: Waiting) -> None:
+        """Pass over this ticket's customer, in its class, until `release`."""
+        self._classes[waiting.ticket.terms.service_class].flows[waiting.ticket.terms.customer_id].turn = -1
+
+    def release(self, customer_id: CustomerId) -> None:
+        """The customer may be granted work again. What it could not use meanwhile is not owed to it."""
+        for group in self._classes.values():
+            flow = group.flows.get(customer_id)
+            if flow is not None and flow.num_tickets and flow.turn < 0:
+                flow.virtual = max(flow.virtual, group.now)
+                self._enter(group, flow)
+
+    def cost_before(self, service_class: ServiceClass, customer_id: CustomerId, cost: int) -> float:
+        """Row-steps that are granted before a new ticket of `cost` is done, itself included, if all stays as it is.
+
+        At most everything that waits; less for a customer who waits for less than its fair share would give it.
+        """
+        group = self._classes[service_class]
+        weight, active_weight = self._share(group, customer_id)
+        own = self._cost_of(group, customer_id) + cost
+        in_class = min(group.cost + cost, own * active_weight / weight)
+        other_classes = sum(each.weight for each in self._classes.values() if each.num_tickets and each is not group)
+        return min(self.cost + cost, in_class * (group.weight + other_classes) / group.weight)
+
+    def has_place(self, service_class: ServiceClass, customer_id: CustomerId, cost: int, bound: int) -> bool:
+        """Whether a new ticket fits: each customer may have its fair part of `bound` waiting in each class.
+
+        One with nothing waiting may have a ticket of any size. While customers come the parts shrink, and what waited
+        before may exceed them: in all never more than twice the bound, beyond an only ticket.
+        """
+        group = self._classes[service_class]
+        if not group.num_tickets:
+            return True
+        own = self._cost_of(group, customer_id)
+        weight, active_weight = self._share(group, customer_id)
+        within_its_part = not own or own + cost <= bound * weight / active_weight
+        return within_its_part and group.cost + cost <= 2 * bound
+
+    def _share(self, group: _Class, customer_id: CustomerId) -> tuple[float, float]:
+        """The customer's weight, and that of all who wait in its class, itself included."""
+        weight = self._weight(customer_id)
+        flow = group.flows.get(customer_id)
+        waits = flow is not None and flow.num_tickets > 0
+        return weight, group.active_weight + (0.0 if waits else weight)
+
+    def _cost_of(self, group: _Class, customer_id: CustomerId) -> int:
+        flow = group.flows.get(customer_id)
+        return 0 if flow is None else flow.cost
+
+    def _weight(self, customer_id: CustomerId) -> float:
+        return self._weights.get(customer_id, 1.0)
+
+    def _enter(self, group: _Class, flow: _Flow) -> None:
+        self._turns += 1
+        flow.turn = self._turns
+        heapq.heappush(group.order, (flow.virtual, flow.turn, flow.customer_id))
+        if len(group.order) > 2 * group.num_active + 64:
+            group.order = [entry for entry in group.order if self._is_entered(group, entry)]
+            heapq.heapify(group.order)
+
+    def _is_entered(self, group: _Class, entry: tuple[float, int, CustomerId]) -> bool:
+        flow = group.flows.get(entry[2])
+        return flow is not None and flow.turn == entry[1]
+
+    def _first(self, group: _Class) -> _Flow | None:
+        while group.order:
+            _, turn, customer_id = group.order[0]
+            flow = group.flows.get(customer_id)
+            if flow is not None and flow.turn == turn:
+                return flow
+            heapq.heappop(group.order)
+        return None
+
+    def _first_ticket(self, flow: _Flow) -> TicketId:
+        while flow.tickets[0][1] not in self._entries:
+            heapq.heappop(flow.tickets)
+        return flow.tickets[0][1]
+
+    def _leave(self, group: _Class, flow: _Flow, ticket: Ticket) -> None:
+        self._count(group, flow, ticket, -1)
+        if not flow.num_tickets:
+            flow.turn = -1
+            flow.tickets.clear()
+            group.active_weight -= flow.weight
+            group.num_active -= 1
+            heapq.heappush(group.idle, (flow.virtual, flow.customer_id))
+        elif flow.turn < 0:
+            self._enter(group, flow)
+        if not group.num_tickets:  # nobody waits, so nobody is owed anything
+            group.now = group.latest
+            group.flows.clear()
+            group.order.clear()
+            group.idle.clear()
+            group.active_weight, group.num_active = 0.0, 0
+        elif len(flow.tickets) > 2 * flow.num_tickets + 64:
+            flow.tickets = [entry for entry in flow.tickets if entry[1] in self._entries]
+            heapq.heapify(flow.tickets)
+        self._forget_idle(group)
+
+    def _forget_idle(self, group: _Class) -> None:
+        """Customers who wait for nothing, once virtual time has caught up with them."""
+        while group.idle and group.idle[0][0] <= group.now:
+            virtual, customer_id = heapq.heappop(group.idle)
+            flow = group.flows.get(customer_id)
+            if flow is not None and not flow.num_tickets and flow.virtual <= virtual:
+                del group.flows[customer_id]
+        if len(group.idle) > 2 * len(group.flows) + 64:
+            group.idle = [(flow.virtual, name) for name, flow in group.flows.items() if not flow.num_tickets]
+            heapq.heapify(group.idle)
+
+    def _count(self, group: _Class, flow: _Flow, ticket: Ticket, sign: int) -> None:
+        flow.num_tickets += sign
+        flow.cost += sign * ticket.cost
+        group.num_tickets += sign
+        group.cost += sign * ticket.cost
+        self.cost += sign * ticket.cost
+        self.num_rows += sign * ticket.num_rows
+
+
+def _virtual(group: _Class) -> float:
+    return group.virtual
