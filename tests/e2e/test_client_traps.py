@@ -1,6 +1,9 @@
 """What the public client does that a server must be ready for: each trap was observed, each is a test."""
 
+import asyncio
 import dataclasses
+import socket
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.support.cluster import Cluster, eventually
-from tests.support.models import SLEEP_S
+from tests.support.models import RAISE, SLEEP_S
 from tests.support.payloads import actions, npy, png
 from tests.support.video import decode
 
@@ -169,3 +172,78 @@ def _png(frame: np.ndarray) -> bytes:
     from tests.support.payloads import image_bytes
 
     return image_bytes(Image.fromarray(frame), "PNG")
+
+
+# The client's own way to open a socket has become a deprecated one.
+@pytest.mark.filterwarnings("ignore:connect.. must be used as a context manager:DeprecationWarning")
+class TestSessions:
+    """The public client's `sessions`, over Serve's own proxy."""
+
+    def test_it_streams_steers_and_is_charged_for_what_it_streamed(self, customer: dream.Client) -> None:
+        with customer.sessions.create(model="tiny-pusher", initial_frame=FRAME, seed=0) as session:
+            frames = list(session.submit_actions(actions()))
+            assert len(frames) == 49
+            assert [int(frame[0, 0, 0]) for frame in frames] == [128 + index for index in range(49)]
+            more = list(session.submit_actions(actions(12)))
+            assert [int(frame[0, 0, 0]) for frame in more] == [177 + index for index in range(12)]
+            assert session.envelope["frames_streamed"] == 61
+            assert session.envelope["billing"]["debited_mils"] == 61 * 5
+            assert session.envelope["billing"]["balance_mils"] == 10_000 - 61 * 5
+        eventually(lambda: sum(amounts(customer)) == 10_000 - 61 * 5)
+
+    def test_the_first_chunk_is_there_before_the_second_is_computed(self, customer: dream.Client) -> None:
+        """The second chunk raises: what arrived before it did not wait for it."""
+        poisoned = actions(24)
+        poisoned[12, RAISE] = 1
+        with customer.sessions.create(model="tiny-pusher", initial_frame=FRAME) as session:
+            stream = session.submit_actions(poisoned)
+            assert len([next(stream) for _ in range(13)]) == 13
+            with pytest.raises(RuntimeError, match="ENGINE_FAILED"):
+                next(stream)
+        eventually(lambda: sum(amounts(customer)) == 10_000 - 13 * 5)
+
+    def test_a_frame_whose_png_would_break_the_clients_1_mib_comes_as_jpeg(self, customer: dream.Client) -> None:
+        noise = np.random.default_rng(0).integers(0, 256, (480, 640, 3), dtype=np.uint8)
+        with customer.sessions.create(model="dreamdojo-2b-gr1", initial_frame=noise) as session:
+            frames = list(session.submit_actions(np.zeros((2, 384), np.float32)))
+        assert [frame.shape for frame in frames] == [(480, 640, 3)] * 3
+        assert np.abs(frames[0].astype(int) - noise).mean() < 60, "two such noises differ by 85"
+
+    def test_a_dropped_socket_settles(self, customer: dream.Client) -> None:
+        session = customer.sessions.create(model="tiny-pusher", initial_frame=FRAME)
+        stream = session.submit_actions(slow(0.05))
+        next(stream)
+        session._ws.socket.shutdown(socket.SHUT_RDWR)
+        eventually(lambda: len(amounts(customer)) == 3)
+        charged = 10_000 - sum(amounts(customer))
+        assert 5 <= charged < 49 * 5
+        stream.close()
+        session.close()
+        assert 10_000 - sum(amounts(customer)) == charged
+
+    def test_an_async_session_that_the_client_cannot_open_is_given_back(self, stand_in_cluster: Cluster) -> None:
+        """Client 0.5.0 fails before it connects, with websockets of today: the budget comes back with its DELETE."""
+        key = stand_in_cluster.new_customer()
+
+        async def attempt() -> None:
+            async with dream.AsyncClient(api_key=key, base_url=stand_in_cluster.base_url) as client:
+                session = await client.sessions.create(model="tiny-pusher", initial_frame=FRAME)
+                with pytest.raises((TypeError, ImportError, AttributeError)):
+                    async for _ in session.submit_actions(actions()):
+                        pass
+                await session.close()
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of the client's, about its websockets
+            asyncio.run(attempt())
+        with dream.Client(api_key=key, base_url=stand_in_cluster.base_url) as client:
+            rows = amounts(client)
+            assert (len(rows), sum(rows)) == (3, 10_000)
+
+    def test_a_session_without_credits_is_402_before_any_work(self, stand_in_cluster: Cluster) -> None:
+        key = stand_in_cluster.new_key("penniless", "0.0001")
+        with dream.Client(api_key=key, base_url=stand_in_cluster.base_url) as client:
+            with pytest.raises(Exception, match=r"402|balance") as refusal:
+                client.sessions.create(model="tiny-pusher", initial_frame=FRAME)
+            assert isinstance(refusal.value, dream.DreamError | httpx.HTTPStatusError)
+            assert amounts(client) == [1]
