@@ -101,6 +101,10 @@ class Api:
         body = (await request.body()).decode() if request.method == "POST" else request.url.query
         key = request.headers.get("idempotency-key", "") if request.method == "POST" else ""
         asked = f"{request.method} {request.url.path}\n{body}"
+        fault = self.faults.of_request(f"{request.method} {request.url.path}")
+        if fault in ("409", "429"):
+            kind = "rate_limit" if fault == "429" else "lock_timeout"
+            return _error(Refused(int(fault), "invalid_request_error", kind, "Not right now"))
         if key in self._in_flight:
             return _error(Refused(409, "idempotency_error", "idempotency_key_in_use", f"{key} is being used"))
         if key and key in self._answers:
@@ -109,10 +113,6 @@ class Api:
                 message = "Keys for idempotent requests can only be used with the parameters they were first used with."
                 return _error(Refused(400, "idempotency_error", "", message))
             return JSONResponse(answer, status, {"Idempotent-Replayed": "true"})
-        fault = self.faults.of_request(f"{request.method} {request.url.path}")
-        if fault in ("409", "429"):
-            kind = "rate_limit" if fault == "429" else "lock_timeout"
-            return _error(Refused(int(fault), "invalid_request_error", kind, "Not right now"))
         if key:
             self._in_flight.add(key)
         try:

@@ -70,7 +70,7 @@ async def running(
         state.on_event = webhooks.enqueue
         served = api.Api(state, faults, webhooks, SECRET_KEY)
         server = uvicorn.Server(
-            uvicorn.Config(served.app, log_level="error", lifespan="off", timeout_graceful_shutdown=1)
+            uvicorn.Config(served.app, log_level="critical", lifespan="off", timeout_graceful_shutdown=1)
         )
         server.install_signal_handlers = lambda: None  # type: ignore[method-assign]
         task = asyncio.create_task(server._serve([listening]))

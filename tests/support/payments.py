@@ -36,7 +36,7 @@ async def no_wait(_: float) -> None:
 
 
 def config(fake: FakeStripe, **changes: Any) -> PaymentsConfig:
-    made = PaymentsConfig(SECRET_KEY, (WEBHOOK_SECRET,), fake.url, request_timeout_s=0.3, first_wait_s=0.01)
+    made = PaymentsConfig(SECRET_KEY, (WEBHOOK_SECRET,), fake.url, request_timeout_s=0.6, first_wait_s=0.01)
     return replace(made, **changes)
 
 
