@@ -17,6 +17,7 @@ from deployments.payments.actor import PaymentsActor
 from deployments.payments.config import PaymentsConfig
 from deployments.scheduler import SchedulerLimits
 from deployments.scheduler_actor import SchedulerActor
+from deployments.session_directory import SessionDirectory
 from deployments.status import StatusActor
 
 NAMESPACE = "dream-engine"
@@ -51,6 +52,11 @@ def ledger_handle(database_url: str) -> Any:
 
 def start_status(directory: str, labels: Labels) -> Any:
     return _remote(StatusActor, _name("status", directory), labels).remote(directory)
+
+
+def start_session_directory(max_per_customer: int, max_sessions: int, labels: Labels) -> Any:
+    name = _name("sessions", str(max_per_customer), str(max_sessions))
+    return _remote(SessionDirectory, name, labels).remote(max_per_customer, max_sessions)
 
 
 def start_scheduler(model: str, limits: SchedulerLimits, labels: Labels) -> Any:

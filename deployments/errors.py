@@ -10,6 +10,10 @@ RolloutError
 ├── ResultExpired         it was delivered before and is no longer kept; nothing was reserved
 ├── ModelOverloaded       the queue is full, or nothing could run the work in time; refunded
 ├── DeadlinePassed        it was not, or could not have been, done by its deadline; refunded
+├── SessionLimit          the customer has as many sessions as it may; nothing was reserved
+├── SessionUnknown        no such session of this customer, or it has ended
+├── SessionBudgetSpent    the submission needs more frames than its session has left; it was not run
+├── SessionBusy           somebody is connected to it already
 ├── EngineFailed          the model or its replica failed; refunded
 └── LedgerUnavailable     nothing runs unless it is reserved first
 """
@@ -97,6 +101,36 @@ class DeadlinePassed(RolloutError):
 
     def __str__(self) -> str:
         return f"{self.model} cannot finish this by its deadline; allow more time or send less. Nothing was charged"
+
+
+class SessionLimit(RolloutError):
+    retry_after_s = 10
+
+    def __str__(self) -> str:
+        return "too many sessions are open; close one, or wait for one to end. Nothing was charged"
+
+
+class SessionUnknown(RolloutError):
+    def __str__(self) -> str:
+        return "there is no such session, or it has ended; create one with POST /v1/sessions"
+
+
+class SessionBudgetSpent(RolloutError):
+    def __init__(self, frames_left: int, frames_needed: int) -> None:
+        super().__init__(frames_left, frames_needed)
+        self.frames_left = frames_left
+        self.frames_needed = frames_needed
+
+    def __str__(self) -> str:
+        return (
+            f"actions: the session has {self.frames_left} frames of its budget left and this needs {self.frames_needed}"
+            "; send fewer actions, or create another session"
+        )
+
+
+class SessionBusy(RolloutError):
+    def __str__(self) -> str:
+        return "somebody is connected to this session already; each has one connection"
 
 
 class EngineFailed(RolloutError):

@@ -12,7 +12,7 @@ from fastapi import Depends, FastAPI
 from serve_app import errors
 from serve_app.context import Services, authenticate, charge_for, check_base
 from serve_app.middleware import RequestEnvelope
-from serve_app.routes import billing, catalog, frames, payments, predict, requests, rollouts, status, usage
+from serve_app.routes import billing, catalog, frames, payments, predict, requests, rollouts, sessions, status, usage
 from serve_app.schemas import ErrorBody
 
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
@@ -27,10 +27,13 @@ def create_api(parts: Services) -> FastAPI:
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         parts.ingress.start()
         parts.payments.start()
+        parts.sessions.start()
         sweeper = asyncio.get_running_loop().create_task(_sweep_results(parts))
         yield
         sweeper.cancel()
         parts.payments.stop()
+        await parts.sessions.drain()
+        await parts.sessions.stop()
         await parts.ingress.stop()
 
     api = FastAPI(
@@ -53,10 +56,12 @@ def create_api(parts: Services) -> FastAPI:
             (rollouts.paid, []),
             (predict.paid, []),
             (frames.router, known),
+            (sessions.router, []),
             (rollouts.router, known),
         ):
             api.include_router(router, prefix=base, include_in_schema=in_schema, dependencies=first, responses=ERRORS)
     api.include_router(status.pages, responses=ERRORS)
+    api.include_router(sessions.sockets)
     errors.install(api, charge_for)
     api.add_middleware(RequestEnvelope, max_body_bytes=parts.args.limits.max_body_bytes)
     return api

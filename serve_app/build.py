@@ -33,6 +33,7 @@ from deployments.reservations import Reservations
 from deployments.results import ResultStore
 from deployments.robot_commands import RobotCommands
 from deployments.scheduler import SchedulerLimits
+from deployments.sessions import SessionLimits, Sessions
 from deployments.status_client import StatusClient
 from serve_app.api import create_api
 from serve_app.catalog import CATALOG, PACKAGED_CHECKPOINTS, model_spec
@@ -60,6 +61,7 @@ class Gateway:
 
     async def drain(self, timeout_s: float) -> None:
         """Take no new work; return when what is running has been answered, or refunded after `timeout_s`."""
+        await self._sessions.drain()
         await self._ingress.drain(timeout_s)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -89,6 +91,11 @@ class Gateway:
         results = ResultStore(args.results, args.video_ttl_s)
         reservations = Reservations(ledger, reader)
         self._ingress = Ingress(ledger, reservations, models, results, status)
+        directory = actors.start_session_directory(
+            limits.max_sessions_per_customer, limits.max_sessions, args.control_labels
+        )
+        session_limits = SessionLimits(limits.session_frames, limits.session_idle_s)
+        self._sessions = Sessions(reservations, models, directory, status, session_limits)
         return create_api(
             Services(
                 args=args,
@@ -107,6 +114,7 @@ class Gateway:
                 prices=Prices(reader.prices, usage.frames_since),
                 buckets=TokenBuckets(time.monotonic, share=1 / args.ingress_replicas),
                 results=results,
+                sessions=self._sessions,
                 frames=FrameStore(open_file_groups(args.results)),
                 signer=LinkSigner(load_secret(args.data_dir / "link-secret")),
                 status=status,

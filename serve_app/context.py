@@ -10,6 +10,7 @@ from typing import Annotated, ParamSpec, TypeVar
 import structlog
 from fastapi import Depends, Request
 from sqlalchemy.exc import DBAPIError
+from starlette.requests import HTTPConnection
 
 from billing.keys import is_token_shaped, token_sha256
 from billing.reader import KeyRecord, LedgerReader
@@ -27,6 +28,7 @@ from deployments.pricing import Prices
 from deployments.replica_counts import BootingReplicas
 from deployments.results import ResultStore
 from deployments.robot_commands import RobotCommands
+from deployments.sessions import Sessions
 from deployments.status_client import StatusClient
 from serve_app.catalog import CATALOG
 from serve_app.errors import ModelNotFound, NotAuthenticated, RateLimited
@@ -60,6 +62,7 @@ class Services:
     buckets: TokenBuckets
     results: ResultStore
     frames: FrameStore
+    sessions: Sessions
     signer: LinkSigner
     status: StatusClient
     booting: BootingReplicas
@@ -85,13 +88,13 @@ class Services:
             raise LedgerUnavailable() from error
 
 
-def services(request: Request) -> Services:
+def services(request: HTTPConnection) -> Services:
     found = request.app.state.services
     assert isinstance(found, Services)
     return found
 
 
-async def authenticate(request: Request) -> KeyRecord:
+async def authenticate(request: HTTPConnection) -> KeyRecord:
     """The caller's key, after its bucket gave a token. Runs before the body is read."""
     parts = services(request)
     if parts.open_to:
@@ -110,7 +113,7 @@ async def authenticate(request: Request) -> KeyRecord:
     return key
 
 
-def _presented(request: Request) -> str:
+def _presented(request: HTTPConnection) -> str:
     """SHA-256 of the key that the request carries."""
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() != "bearer" or not token:

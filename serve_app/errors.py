@@ -38,6 +38,10 @@ from deployments.errors import (
     QuoteNotAccepted,
     ResultExpired,
     RolloutError,
+    SessionBudgetSpent,
+    SessionBusy,
+    SessionLimit,
+    SessionUnknown,
 )
 from deployments.payments.errors import (
     CardDeclined,
@@ -148,6 +152,10 @@ ROLLOUT_ERRORS: Mapping[type[RolloutError], tuple[int, str]] = {
     ModelOverloaded: (503, "OVERLOADED"),
     LedgerUnavailable: (503, "OVERLOADED"),
     DeadlinePassed: (504, "DEADLINE_EXCEEDED"),
+    SessionLimit: (429, "RATE_LIMITED"),
+    SessionBudgetSpent: (422, "INVALID_REQUEST"),
+    SessionUnknown: (404, "INVALID_REQUEST"),
+    SessionBusy: (409, "INVALID_REQUEST"),
     EngineFailed: (500, "ENGINE_FAILED"),
 }
 
@@ -199,7 +207,7 @@ def install(app: FastAPI, on_shortage: Callable[[Request, CreditsInsufficient], 
     async def rollout_error(request: Request, error: RolloutError) -> JSONResponse:
         status, code = ROLLOUT_ERRORS[type(error)]
         headers = {}
-        if isinstance(error, ModelOverloaded | LedgerUnavailable):
+        if isinstance(error, ModelOverloaded | LedgerUnavailable | SessionLimit):
             headers["Retry-After"] = str(error.retry_after_s)
         detail = None
         if isinstance(error, CreditsInsufficient):

@@ -85,6 +85,12 @@ class Limits(BaseModel):
     max_actions: int = 1200
     """Actions in one rollout."""
     max_candidates: int = 64
+    max_sessions_per_customer: int = Field(8, ge=1)
+    max_sessions: int = Field(200, ge=1)
+    """Of all customers together; each holds one of `max_ongoing_requests` of its ingress replica."""
+    session_frames: int = Field(1_201, ge=2)
+    """Reserved for a session that does not ask for fewer."""
+    session_idle_s: float = 120.0
     max_raw_bytes: int = 128 * 2**20
     """Raw frames in one answer."""
     max_queued_rows: int = 256

@@ -24,6 +24,10 @@ from deployments.errors import (
     QuoteNotAccepted,
     ResultExpired,
     RolloutError,
+    SessionBudgetSpent,
+    SessionBusy,
+    SessionLimit,
+    SessionUnknown,
 )
 from deployments.payments import errors as payment_errors
 from deployments.payments.errors import (
@@ -134,6 +138,31 @@ EXAMPLES: list[tuple[Exception, int, str, str]] = [
         "the ledger cannot be reached; nothing runs that is not paid for. Try again shortly",
     ),
     (
+        SessionLimit(),
+        429,
+        "RATE_LIMITED",
+        "too many sessions are open; close one, or wait for one to end. Nothing was charged",
+    ),
+    (
+        SessionBudgetSpent(5, 12),
+        422,
+        "INVALID_REQUEST",
+        "actions: the session has 5 frames of its budget left and this needs 12; send fewer actions, or create another"
+        " session",
+    ),
+    (
+        SessionUnknown(),
+        404,
+        "INVALID_REQUEST",
+        "there is no such session, or it has ended; create one with POST /v1/sessions",
+    ),
+    (
+        SessionBusy(),
+        409,
+        "INVALID_REQUEST",
+        "somebody is connected to this session already; each has one connection",
+    ),
+    (
         EngineFailed("tiny-pusher", "it raised"),
         500,
         "ENGINE_FAILED",
@@ -177,6 +206,7 @@ RETRY_AFTER = {
     RateLimited: "7",
     ModelOverloaded: "3",
     LedgerUnavailable: "2",
+    SessionLimit: "10",
     PaymentsDisabled: "3600",
     StripeUnavailable: "5",
     StripeFailed: "5",

@@ -45,6 +45,8 @@ from deployments.replica_counts import BootingReplicas
 from deployments.reservations import Reservations
 from deployments.results import ResultStore
 from deployments.scheduler import SchedulerStatus
+from deployments.session_directory import SessionDirectory
+from deployments.sessions import SessionLimits, Sessions
 from deployments.status import StatusActor
 from deployments.status_client import StatusClient
 from serve_app.api import create_api
@@ -208,13 +210,21 @@ async def running_app(
         status = StatusClient(LocalActor(StatusActor(str(data_dir / "status"))))
         ledger_client = LedgerClient(lambda commands: ledger_call.call(commands))
         reservations = Reservations(ledger_client, ledger.reader)
+        bounds = limits or Limits()
+        sessions = Sessions(
+            reservations,
+            {SLUG: local},  # type: ignore[dict-item]
+            LocalActor(SessionDirectory(bounds.max_sessions_per_customer, bounds.max_sessions)),
+            status,
+            SessionLimits(bounds.session_frames, bounds.session_idle_s),
+        )
         results = ResultStore(data_dir / "results", ttl_s=3600)
         services = Services(
             args=ClusterArgs(
                 data_dir=data_dir,
                 database_url="",
                 models=(ModelArgs(slug=SLUG, checkpoint=""),),
-                limits=limits or Limits(),
+                limits=bounds,
             ),
             ingress=Ingress(
                 ledger_client,
@@ -233,6 +243,7 @@ async def running_app(
             prices=Prices(ledger.reader.prices, UsageReader(ledger.database).frames_since),
             buckets=TokenBuckets(time.monotonic),
             results=results,
+            sessions=sessions,
             frames=FrameStore(open_file_groups(str(data_dir / "results"))),
             signer=LinkSigner(b"0" * 32),
             status=status,
