@@ -1,6 +1,6 @@
 """The ledger as a cluster has it: an actor that several processes call at once, and how soon a killed one is back.
 
-    python -m benchmarks.ledger_actor [--seconds 5] [--processes 4] [--waiting 128] [--kills 5] [--databases ...]
+    python -m benchmarks.ledger_actor [--seconds 5] [--processes 2 4] [--waiting 128] [--kills 5] [--databases ...]
 
 The physics. A call of an actor costs both sides some 400 us whatever is in it, so a call per command is bounded by the
 calls, at about 2,000/s, whatever the ledger could do. Commands that wait in one process are therefore sent as one call,
@@ -43,7 +43,7 @@ LEASE_S = 600.0
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
-    parser.add_argument("--processes", type=int, default=4)
+    parser.add_argument("--processes", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--waiting", type=int, default=128, help="callers, over all processes")
     parser.add_argument("--kills", type=int, default=5)
     parser.add_argument("--databases", nargs="+", default=["sqlite", "postgresql"], choices=["sqlite", "postgresql"])
@@ -69,11 +69,13 @@ def main() -> None:
                     "cores": os.cpu_count(),
                     "load_1m": round(os.getloadavg()[0], 1),
                     "flush_ms": flush_cost(directory),
-                    "callers": f"{arguments.waiting} in {arguments.processes} processes",
+                    "waiting_callers": arguments.waiting,
                     "coalesced": {
-                        f"{len(each)} wallets": throughput(url, each, arguments, coalesced=True) for each in (keys, hot)
+                        f"{len(each)} wallets, {processes} processes": throughput(url, each, processes, arguments)
+                        for processes in arguments.processes
+                        for each in (keys, hot)
                     },
-                    "a_call_each": throughput(url, keys, arguments, coalesced=False),
+                    "a_call_each": throughput(url, keys, arguments.processes[0], arguments, coalesced=False),
                 }
                 if arguments.kills:
                     result["back_after_s"] = asyncio.run(recovery(actor, keys, arguments.kills))
@@ -82,12 +84,14 @@ def main() -> None:
                 print(json.dumps(result), flush=True)
 
 
-def throughput(url: str, keys: Sequence[KeyId], arguments: argparse.Namespace, coalesced: bool) -> dict[str, Any]:
+def throughput(
+    url: str, keys: Sequence[KeyId], count: int, arguments: argparse.Namespace, coalesced: bool = True
+) -> dict[str, Any]:
     import ray
 
     remote = ray.remote(Callers).options(num_cpus=0)
-    processes = [remote.remote(url, keys, coalesced) for _ in range(arguments.processes)]
-    each = arguments.waiting // arguments.processes
+    processes = [remote.remote(url, keys, coalesced) for _ in range(count)]
+    each = arguments.waiting // count
     ray.get([process.ready.remote() for process in processes])
     writer = psutil.Process(_pid_of_actor())
     before, started = sum(writer.cpu_times()[:2]), time.perf_counter()

@@ -8,8 +8,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import structlog
 
@@ -26,8 +25,7 @@ MAX_BATCH = 256
 log = structlog.get_logger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class _Waiting:
+class _Waiting(NamedTuple):
     command: Command
     answer: asyncio.Future[Outcome]
     gives_up_at: float
@@ -39,8 +37,9 @@ class LedgerClient:
     def __init__(self, call: Callable[[list[Command]], Awaitable[list[Outcome]]]) -> None:
         self._call = call
         self._waiting: deque[_Waiting] = deque()
-        self._unanswered: set[asyncio.Future[Outcome]] = set()
+        self._num_unanswered = 0
         self._arrived = asyncio.Event()
+        self._idle = asyncio.Event()
         self._sender: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -49,8 +48,9 @@ class LedgerClient:
 
     async def flush(self) -> None:
         """Return once everything submitted so far has been answered."""
-        while self._unanswered:
-            await asyncio.wait(list(self._unanswered))
+        while self._num_unanswered:
+            self._idle.clear()
+            await self._idle.wait()
 
     async def stop(self) -> None:
         """Send what is waiting, then end."""
@@ -59,16 +59,15 @@ class LedgerClient:
             self._sender.cancel()
 
     def submit(self, command: Command) -> "asyncio.Future[Outcome]":
-        """The command's outcome to come. It is sent whether or not anybody waits.
+        """The command's outcome to come. It is sent whether or not anybody waits, even if the future is cancelled.
 
         Raises:
             LedgerUnavailable: too many commands are waiting already.
         """
-        if len(self._unanswered) >= MAX_WAITING:
+        if self._num_unanswered >= MAX_WAITING:
             raise LedgerUnavailable()
         answer: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        self._unanswered.add(answer)
-        answer.add_done_callback(self._unanswered.discard)
+        self._num_unanswered += 1
         self._waiting.append(_Waiting(command, answer, time.monotonic() + RETRY_FOR_S))
         self._arrived.set()
         return answer
@@ -79,7 +78,7 @@ class LedgerClient:
         Raises:
             LedgerUnavailable: the writer could not be reached in time; the command may or may not have been applied.
         """
-        return await asyncio.shield(self.submit(command))
+        return await self.submit(command)
 
     async def _send_forever(self) -> None:
         while True:
@@ -98,7 +97,9 @@ class LedgerClient:
                     await asyncio.sleep(RETRY_EVERY_S)
                 else:
                     for waiting, outcome in zip(batch, outcomes, strict=True):
-                        waiting.answer.set_result(outcome)
+                        if not waiting.answer.done():  # its caller may have been cancelled
+                            waiting.answer.set_result(outcome)
+                    self._answered(len(batch))
                     break
 
     def _give_up_on_the_late(self, commands: Iterable[_Waiting], error: Exception) -> list[_Waiting]:
@@ -111,9 +112,16 @@ class LedgerClient:
                 continue
             failure = LedgerUnavailable()
             failure.__cause__ = error
-            waiting.answer.set_exception(failure)
-            waiting.answer.exception()  # a command that nobody waits for is not an unhandled error
+            if not waiting.answer.done():
+                waiting.answer.set_exception(failure)
+                waiting.answer.exception()  # a command that nobody waits for is not an unhandled error
+            self._answered(1)
         return left
+
+    def _answered(self, count: int) -> None:
+        self._num_unanswered -= count
+        if not self._num_unanswered:
+            self._idle.set()
 
 
 def connect(actor: Any) -> LedgerClient:

@@ -108,3 +108,28 @@ async def test_flush_returns_once_everything_submitted_is_answered(client: Ledge
     answers = [client.submit(settle(name)) for name in "abc"]
     await client.flush()
     assert all(answer.done() for answer in answers)
+
+
+async def test_flush_waits_for_commands_whose_callers_left(client: LedgerClient, ledger: Ledger) -> None:
+    ledger.go.clear()
+    caller = asyncio.create_task(client.apply(settle("a")))
+    await asyncio.sleep(0)
+    caller.cancel()
+    flushing = asyncio.create_task(client.flush())
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert not flushing.done()
+    ledger.go.set()
+    await flushing
+    assert ledger.calls == [["a"]]
+
+
+async def test_callers_that_left_make_room_for_others_once_they_are_answered(
+    client: LedgerClient, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deployments.ledger_client, "MAX_WAITING", 1)
+    client.submit(settle("a")).cancel()
+    with pytest.raises(LedgerUnavailable):
+        client.submit(settle("b"))
+    await client.flush()
+    assert await client.apply(settle("c")) == HeartbeatDone(1)
