@@ -30,6 +30,8 @@ class RequestRecord:
     key_label: str
     state: RequestState
     frames: int
+    frames_delivered: int | None
+    """None while it is open."""
     amount_mils: Mils
     """Debited when it was reserved."""
     refunded_mils: Mils
@@ -90,6 +92,7 @@ _DETAILS: Select[Any] = (
         func.coalesce(key_terms.c.label, "").label("label"),
         _STATE.label("state"),
         reservation.c.frames,
+        reservation.c.frames_delivered,
         reservation.c.amount,
         reservation.c.refunded,
         reservation.c.reason,

@@ -26,6 +26,8 @@ class UsageRow:
     key_id: str | None
     requests: int
     frames: int
+    """That were asked for."""
+    frames_delivered: int
     reserved_mils: Mils
     refunded_mils: Mils
 
@@ -84,6 +86,7 @@ class UsageReader:
                 *(columns[each] if each in by else literal_column("NULL") for each in columns),
                 func.count(),
                 func.sum(reservation.c.frames),
+                func.sum(reservation.c.frames_delivered),
                 func.sum(reservation.c.amount),
                 func.sum(reservation.c.refunded),
             )

@@ -244,6 +244,8 @@ class Balance(BaseModel):
     balance_mils: int
     balance_cents: int
     balance_usd: float
+    spendable_mils: int = Field(description="The balance, and whatever credit was granted beyond it")
+    debt_mils: int = Field(description="Of payments that were taken back; whatever comes in repays it first")
     model: str = Field(description="The active model, whose price the next two are at")
     rollouts_left: int = Field(description="Of 49 frames, one candidate")
     mpc_hours_left: float = Field(description="Of 10 decisions a second with 8 candidates of 49 frames each")

@@ -16,7 +16,8 @@ class LoggedRequest(BaseModel):
     key_last4: str
     key_label: str
     state: RequestState = Field(description="Of its money: held, kept, kept in part, given back")
-    frames: int
+    frames: int = Field(description="That were asked for")
+    frames_delivered: int | None = Field(description="Null while it is open")
     reserved_mils: int
     refunded_mils: int
     cost_mils: int
@@ -39,7 +40,8 @@ class UsageLine(BaseModel):
     model: str | None
     key_id: str | None
     requests: int
-    frames: int
+    frames: int = Field(description="That were asked for")
+    frames_delivered: int
     reserved_mils: int
     refunded_mils: int
     cost_mils: int
@@ -54,6 +56,7 @@ class Usage(BaseModel):
     data: list[UsageLine]
     requests: int
     frames: int
+    frames_delivered: int
     cost_mils: int
     cost_usd: float
 

@@ -14,7 +14,7 @@ def give_quote(book: Book, command: Quote) -> Outcome:
     per_frames = command.per_frames
     quote = book.quotes.get(command.quote_id)
     if quote is None:
-        balance = book.wallets[key.customer_id].balance
+        balance = book.wallets[key.customer_id].spendable
         quote = QuoteRow(command.quote_id, *work, balance, book.ts, book.ts + command.valid_s, per_frames)
         book.quotes[quote.quote_id] = quote
         book.new_quotes.append(quote)

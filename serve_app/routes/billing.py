@@ -22,10 +22,12 @@ router = APIRouter(prefix="/v1/billing", tags=["billing"])
 
 @router.get("/balance")
 async def get_balance(parts: Parts, caller: Caller, active: ActiveSlug) -> Balance:
-    balance = await parts.ask(parts.reader.balance, caller.customer_id)
+    customer = await parts.ask(parts.reader.customer, caller.customer_id)
+    assert customer is not None, "a key has a customer"
+    balance, spendable = customer.balance_mils, Mils(max(0, customer.balance_mils - customer.floor_mils))
     spent = await parts.ask(parts.usage.spent_since, caller.customer_id, time.time() - SPENDING_WINDOW_S)
     per_hour = Mils(round(spent * HOUR_S / SPENDING_WINDOW_S))
-    model, spendable = model_spec(CATALOG[active]), max(0, balance)
+    model = model_spec(CATALOG[active])
     rollout = await parts.prices.price(model, STANDARD_FRAMES, caller.customer_id)
     mpc_hour = await parts.prices.price(model, MPC_FRAMES_PER_HOUR, caller.customer_id)
     return Balance(
@@ -33,6 +35,8 @@ async def get_balance(parts: Parts, caller: Caller, active: ActiveSlug) -> Balan
         balance_mils=balance,
         balance_cents=cents(balance),
         balance_usd=usd(balance),
+        spendable_mils=spendable,
+        debt_mils=customer.debt_mils,
         model=active,
         rollouts_left=spendable // rollout.total_mils,
         mpc_hours_left=round(spendable / mpc_hour.total_mils, 4),

@@ -132,6 +132,7 @@ def _logged(record: RequestRecord) -> LoggedRequest:
         key_label=record.key_label,
         state=record.state,
         frames=record.frames,
+        frames_delivered=record.frames_delivered,
         reserved_mils=record.amount_mils,
         refunded_mils=record.refunded_mils,
         cost_mils=record.cost_mils,

@@ -69,6 +69,7 @@ async def get_usage(
         data=lines,
         requests=sum(row.requests for row in rows),
         frames=sum(row.frames for row in rows),
+        frames_delivered=sum(row.frames_delivered for row in rows),
         cost_mils=cost,
         cost_usd=usd(cost),
     )
@@ -156,6 +157,7 @@ def _usage_line(row: UsageRow) -> UsageLine:
         key_id=row.key_id,
         requests=row.requests,
         frames=row.frames,
+        frames_delivered=row.frames_delivered,
         reserved_mils=row.reserved_mils,
         refunded_mils=row.refunded_mils,
         cost_mils=row.cost_mils,

@@ -31,16 +31,16 @@ class TestUsage:
         key, other_key = account.key.key_id, other.key.key_id
         assert sorted(rows, key=str) == sorted(
             [
-                UsageRow(today, "a", key, 2, 20, Mils(100), Mils(30)),
-                UsageRow(today, "a", other_key, 1, 2, Mils(10), Mils(0)),
-                UsageRow(today, "b", key, 1, 1, Mils(5), Mils(0)),
-                UsageRow(today + 1, "a", key, 1, 3, Mils(15), Mils(0)),
+                UsageRow(today, "a", key, 2, 20, 14, Mils(100), Mils(30)),
+                UsageRow(today, "a", other_key, 1, 2, 2, Mils(10), Mils(0)),
+                UsageRow(today, "b", key, 1, 1, 1, Mils(5), Mils(0)),
+                UsageRow(today + 1, "a", key, 1, 3, 3, Mils(15), Mils(0)),
             ],
             key=str,
         )
         assert read(account.customer_id, since, until, ["day"]) == [
-            UsageRow(today, None, None, 4, 23, Mils(115), Mils(30)),
-            UsageRow(today + 1, None, None, 1, 3, Mils(15), Mils(0)),
+            UsageRow(today, None, None, 4, 23, 17, Mils(115), Mils(30)),
+            UsageRow(today + 1, None, None, 1, 3, 3, Mils(15), Mils(0)),
         ]
         assert [(row.model, row.cost_mils) for row in read(account.customer_id, since, until, ["model"])] == [
             ("a", 95),

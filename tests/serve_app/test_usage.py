@@ -111,7 +111,8 @@ class TestAccess:
 class TestBalance:
     async def test_it_is_said_in_rollouts_and_hours_too(self, customer: Customer) -> None:
         said = await customer.get("/v1/billing/balance")
-        assert (said["balance_mils"], said["model"], said["rollouts_left"]) == (10_000, "tiny-pusher", 40)
+        assert (said["balance_mils"], said["spendable_mils"], said["debt_mils"]) == (10_000, 10_000, 0)
+        assert (said["model"], said["rollouts_left"]) == ("tiny-pusher", 40)
         assert said["mpc_hours_left"] == round(10_000 / 70_560_000, 4)  # $7,056 an hour
         assert (said["spending_mils_per_hour"], said["hours_left"]) == (0, None)
 
@@ -140,6 +141,7 @@ class TestRequests:
             "key_label": "",
             "state": "partial",
             "frames": 49,
+            "frames_delivered": 12,
             "reserved_mils": 245,
             "refunded_mils": 185,
             "cost_mils": 60,
@@ -215,7 +217,8 @@ class TestUsage:
         customer.ran(frames=10, delivered=4)
         customer.ran(frames=3, model="other")
         said = await customer.get("/v1/billing/usage")
-        assert (said["requests"], said["frames"], said["cost_mils"], said["cost_usd"]) == (3, 23, 85, 0.0085)
+        assert (said["requests"], said["frames"], said["frames_delivered"]) == (3, 23, 17)
+        assert (said["cost_mils"], said["cost_usd"]) == (85, 0.0085)
         assert said["cost_mils"] == 10_000 - (await customer.get("/v1/billing/balance"))["balance_mils"]
         assert said["group_by"] == ["day", "model", "key"]
         today = time.strftime("%Y-%m-%d", time.gmtime())
@@ -225,6 +228,7 @@ class TestUsage:
             "key_id": customer.key_id,
             "requests": 1,
             "frames": 3,
+            "frames_delivered": 3,
             "reserved_mils": 15,
             "refunded_mils": 0,
             "cost_mils": 15,
