@@ -83,7 +83,7 @@ _STATE = case(
     (reservation.c.captured > 0, "partial"),
     else_="refunded",
 )
-_DETAILS: Select[Any] = (
+DETAILS: Select[Any] = (
     select(
         reservation.c.request_id,
         reservation.c.model,
@@ -139,7 +139,7 @@ class RequestLog:
         towards_newer = before is not None
         with self._engine.connect() as connection:
             ids, end = _ids(connection, customer_id, where, limit, cursor, towards_newer)
-            rows = connection.execute(_DETAILS.where(reservation.c.request_id.in_(ids)))
+            rows = connection.execute(DETAILS.where(reservation.c.request_id.in_(ids)))
             found = {row.request_id: RequestRecord(*row) for row in rows}
         if towards_newer:
             ids.reverse()
@@ -150,7 +150,7 @@ class RequestLog:
 
     def request(self, customer_id: CustomerId, request_id: str) -> RequestRecord | None:
         """One request, or None if this customer has none of that id."""
-        statement = _DETAILS.where(reservation.c.request_id == request_id, reservation.c.customer_id == customer_id)
+        statement = DETAILS.where(reservation.c.request_id == request_id, reservation.c.customer_id == customer_id)
         with self._engine.connect() as connection:
             row = connection.execute(statement).first()
         return None if row is None else RequestRecord(*row)
