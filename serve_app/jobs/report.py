@@ -1,0 +1,176 @@
+"""An evaluation's results as files: a parquet table, the unusable episodes, a summary, and a page with plots and clips."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serve_app.jobs.records import Record
+
+CLIPS = 9
+"""Shown of each: the worst, the middle, the best."""
+WIDTH, HEIGHT = 640, 220
+BOOTSTRAPS = 2_000
+COLOURS = ("#3465a4", "#c4562a", "#5b8a3c")
+
+STYLE = """
+body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1d2330}
+table{border-collapse:collapse}th,td{text-align:right;padding:.15rem .7rem;font-variant-numeric:tabular-nums}
+th{border-bottom:1px solid #ccd}td:first-child,th:first-child{text-align:left}
+figure{display:inline-block;margin:.3rem}video{width:256px;image-rendering:pixelated}figcaption{font-size:.8rem}
+"""
+
+
+def write_report(out: Path, found: Mapping[str, Sequence[Record]], model: str) -> Path:
+    """`found` has one set of records, or two to compare; returns the page's path."""
+    import pyarrow
+    from pyarrow import parquet
+
+    out.mkdir(parents=True, exist_ok=True)
+    rows = [{"policy": name, **asdict(record)} for name, records in found.items() for record in records]
+    good = [row for row in rows if row["status"] == "ok"]
+    schema = None if good else pyarrow.schema([("policy", pyarrow.string()), ("episode_id", pyarrow.string())])
+    parquet.write_table(pyarrow.Table.from_pylist(good, schema=schema), out / "episodes.parquet")
+    bad = [{key: row[key] for key in ("policy", "episode_id", "reason")} for row in rows if row["status"] == "bad"]
+    (out / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in bad))
+    summary = summarise(found)
+    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    page = out / "report.html"
+    page.write_text(_page(found, summary, bad, model))
+    return page
+
+
+def summarise(found: Mapping[str, Sequence[Record]]) -> dict[str, Any]:
+    """Means over episodes of each episode's mean over frames; at horizons, over the frames up to there."""
+    summary: dict[str, Any] = {}
+    for name, records in found.items():
+        good = [record for record in records if record.status == "ok"]
+        figures: dict[str, Any] = {
+            "episodes": len(good),
+            "bad": sum(record.status == "bad" for record in records),
+            "frames": sum(record.num_frames for record in good),
+            "cost_usd": round(sum(record.cost_usd for record in good), 4),
+        }
+        for metric in ("psnr_db", "copy_first_psnr_db", "ssim", "lpips"):
+            values = [np.mean(each) for record in good if (each := getattr(record, metric))]
+            if values:
+                figures[metric] = _mean_and_error(np.array(values))
+        scores = [record.score for record in good if record.score is not None]
+        if scores:
+            figures["score"] = _mean_and_error(np.array(scores))
+        summary[name or "dataset"] = figures
+    if len(found) == 2:
+        summary["comparison"] = compare(*found.values())
+    return summary
+
+
+def compare(first: Sequence[Record], second: Sequence[Record]) -> dict[str, Any]:
+    """Paired over the episodes that both have; the interval is a percentile bootstrap over episodes."""
+    others = {record.episode_id: record.score for record in second if record.score is not None}
+    pairs = [
+        (each.score, others[each.episode_id]) for each in first if each.score is not None and each.episode_id in others
+    ]
+    if not pairs:
+        return {"episodes": 0}
+    differences = np.array([a - b for a, b in pairs])
+    draws = np.random.default_rng(0).integers(0, len(pairs), (BOOTSTRAPS, len(pairs)))
+    low, high = np.percentile(differences[draws].mean(1), (2.5, 97.5))
+    return {
+        "episodes": len(pairs),
+        "mean_difference": round(float(differences.mean()), 5),
+        "interval_95": [round(float(low), 5), round(float(high), 5)],
+        "first_higher": int((differences > 0).sum()),
+        "second_higher": int((differences < 0).sum()),
+    }
+
+
+def _mean_and_error(values: NDArray[np.float64]) -> dict[str, float]:
+    error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else 0.0
+    return {"mean": round(float(values.mean()), 4), "standard_error": round(float(error), 4)}
+
+
+def _page(found: Mapping[str, Sequence[Record]], summary: Mapping[str, Any], bad: Sequence[Any], model: str) -> str:
+    plots = "".join(
+        f"<h2>{title}</h2>{_plot({name: _by_frame(records, metric) for name, records in found.items()})}"
+        for metric, title in (
+            ("psnr_db", "PSNR by frame, dB (dashed: the start frame shown all the time)"),
+            ("ssim", "SSIM by frame"),
+            ("lpips", "LPIPS by frame"),
+        )
+        if any(record.status == "ok" and getattr(record, metric) for records in found.values() for record in records)
+    )
+    unusable = "".join(f"<li>{escape(row['episode_id'])}: {escape(row['reason'])}</li>" for row in bad[:100])
+    return (
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>Evaluation of {escape(model)}</title>"
+        f"<style>{STYLE}</style><h1>Evaluation of {escape(model)}</h1>{_table(summary)}{plots}"
+        f"<h2>Clips: recorded beside generated</h2>{''.join(_clips(name, records) for name, records in found.items())}"
+        f"<h2>Episodes that could not be used: {len(bad)}</h2><ul>{unusable}</ul></html>"
+    )
+
+
+def _table(summary: Mapping[str, Any]) -> str:
+    rows = []
+    for name, figures in summary.items():
+        for key, value in figures.items():
+            shown = f"{value['mean']} ± {value['standard_error']}" if isinstance(value, dict) else str(value)
+            rows.append(f"<tr><td>{escape(name)}<td>{escape(key)}<td>{escape(shown)}</tr>")
+    return f"<table><tr><th><th>figure<th>value (mean ± standard error)</tr>{''.join(rows)}</table>"
+
+
+def _by_frame(records: Sequence[Record], metric: str) -> tuple[list[float], list[float]]:
+    """Means by frame over the episodes that are so long; and, for PSNR, of the start frame shown all the time."""
+    good = [record for record in records if record.status == "ok"]
+    lines = []
+    for each in (metric, f"copy_first_{metric}"):
+        values = [series for record in good if (series := getattr(record, each, None))]
+        longest = max(map(len, values), default=0)
+        lines.append([float(np.mean([v[frame] for v in values if len(v) > frame])) for frame in range(longest)])
+    return lines[0], lines[1]
+
+
+def _plot(series: Mapping[str, tuple[list[float], list[float]]]) -> str:
+    values = [value for lines in series.values() for line in lines for value in line]
+    low, high = min(values), max(values)
+    longest = max(len(line) for lines in series.values() for line in lines)
+    span = high - low or 1.0
+
+    def points(line: Sequence[float]) -> str:
+        return " ".join(
+            f"{40 + index * (WIDTH - 50) / max(longest - 1, 1):.1f},{HEIGHT - 20 - (value - low) / span * (HEIGHT - 40):.1f}"
+            for index, value in enumerate(line)
+        )
+
+    drawn = ""
+    for (name, (line, baseline)), colour in zip(series.items(), COLOURS, strict=False):
+        drawn += f'<polyline points="{points(line)}" fill="none" stroke="{colour}" stroke-width="2"/>'
+        drawn += f'<polyline points="{points(baseline)}" fill="none" stroke="{colour}" stroke-dasharray="4"/>'
+        drawn += (
+            f'<text x="{WIDTH - 120}" y="{15 + 15 * list(series).index(name)}" fill="{colour}">{escape(name)}</text>'
+        )
+    axes = f'<text x="0" y="20">{high:.2f}</text><text x="0" y="{HEIGHT - 20}">{low:.2f}</text>'
+    axes += (
+        f'<text x="40" y="{HEIGHT - 2}">frame 1</text><text x="{WIDTH - 70}" y="{HEIGHT - 2}">frame {longest}</text>'
+    )
+    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" font-size="11">{drawn}{axes}</svg>'
+
+
+def _clips(name: str, records: Sequence[Record]) -> str:
+    good = sorted((record for record in records if record.clip), key=lambda record: float(np.mean(record.psnr_db)))
+    third, middle = CLIPS // 3, len(good) // 2
+    shown = {
+        "worst": good[:third],
+        "middle": good[max(0, middle - third // 2) : middle - third // 2 + third],
+        "best": good[-third:],
+    }
+    prefix = f"{escape(name)}/" if name else ""
+    return "".join(
+        f'<figure><video src="{prefix}{escape(record.clip)}" controls loop muted></video>'
+        f"<figcaption>{escape(name)} {which}: {escape(record.episode_id)}, {np.mean(record.psnr_db):.1f} dB</figcaption></figure>"
+        for which, chosen in shown.items()
+        for record in chosen
+    )
