@@ -3,13 +3,13 @@
 Four layouts, each on a local path or any URL that fsspec reads:
 
 - a directory of `NAME.npz` with `frames` and `actions`, or of `NAME.mp4` with `NAME.actions.npy`;
-- a `.jsonl` file whose rows have `id`, `video` (an mp4) or `frames` (a .npy), and `actions` (numbers, or a .npy); paths are
-  relative to the file;
+- a `.jsonl` file whose rows have `id`, `video` (an mp4) or `frames` (a .npy), and `actions` (numbers, or a .npy); paths
+  are relative to the file;
 - a `.parquet` file with columns `id`, `frames` (lists of PNG or JPEG) and `actions` (lists of lists);
 - a LeRobot v3 data set: `meta/info.json`, `meta/episodes/**.parquet`, `data/**.parquet`, `videos/**.mp4`.
 
-T actions go with 1 + T frames. A recording with as many frames as actions, as LeRobot's are, has seen no frame after its
-last action; that action is left out.
+T actions go with 1 + T frames. A recording with as many frames as actions, as LeRobot's are, has seen no frame after
+its last action; that action is left out.
 
 Shapes: T actions, A action features, H and W pixels.
 """

@@ -2,17 +2,18 @@
 
     ray job submit --working-dir . -- python -m serve_app.jobs.evaluate --dataset EPISODES --model tiny-pusher --out DIR
 
-Each recorded episode's first frame and actions go through the model; every generated frame is compared with the recorded
-one. With `--model` the rollouts run on the cluster at `--url`, paid for by the key in `DREAM_API_KEY`: the price of all
-that is left is asked for first (`--dry-run` stops there), and `--max-cost` refuses to begin above it. With `--checkpoint`
-they run on actors of this job instead. Ray Data spreads the episodes over `--workers`.
+Each recorded episode's first frame and actions go through the model; every generated frame is compared with the
+recorded one. With `--model` the rollouts run on the cluster at `--url`, paid for by the key in `DREAM_API_KEY`: the
+price of all that is left is asked for first (`--dry-run` stops there), and `--max-cost` refuses to begin above it. With
+`--checkpoint` they run on actors of this job instead. Ray Data spreads the episodes over `--workers`.
 
-A job that was killed goes on where it was when it is started again with the same arguments: finished episodes have a file
-each in DIR, and a rollout that was paid for but not written is asked for under the same idempotency key, which gives it
-again without a second charge. Episodes that cannot be used are listed with the reason.
+A job that was killed goes on where it was when it is started again with the same arguments: finished episodes have a
+file each in DIR, and a rollout that was paid for but not written is asked for under the same idempotency key, which
+gives it again without a second charge. Episodes that cannot be used are listed with the reason.
 
-With `--policy NAME=DATASET` twice, both policies' actions start from the same recorded frames, `--score module:function`
-gives each rollout (frames, uint8 (1 + T, H, W, 3)) a number, and the report compares them episode by episode.
+With `--policy NAME=DATASET` twice, both policies' actions start from the same recorded frames, `--score
+module:function` gives each rollout (frames, uint8 (1 + T, H, W, 3)) a number, and the report compares them episode by
+episode.
 
 DIR gets `episodes.parquet`, `bad.jsonl`, `summary.json`, `report.html`, `clips/`.
 """
@@ -139,7 +140,7 @@ class Evaluator:
 
     def _compare(self, episode: Episode, generated: Frames) -> Record:
         truth, made = episode.frames[1:], generated[1:]
-        first = np.broadcast_to(episode.frames[:1], truth.shape)
+        first = np.repeat(episode.frames[:1], len(truth), axis=0)
         pairs = list(zip(made, truth, strict=True))
         lpips = None if self._lpips is None else [round(self._lpips(a[None], b[None]), 5) for a, b in pairs]
         return Record(
@@ -274,6 +275,7 @@ def evaluate_all(args: argparse.Namespace, sources: dict[str, str]) -> str:
     if args.model and not key:
         raise CannotGoOn(f"{KEY_VARIABLE} is not set; rollouts on a cluster are paid for by a key")
     first = next(iter(sources.values()))
+    settings = (args.seed, args.num_steps, args.max_actions)
     work: list[tuple[str, Plan, list[EpisodeRef]]] = []
     for name, url in sources.items():
         out = args.out / name if name else args.out
@@ -281,7 +283,7 @@ def evaluate_all(args: argparse.Namespace, sources: dict[str, str]) -> str:
         if not refs:
             raise BadDataset(f"{url} has no episodes")
         plan = Plan(
-            run=f"{name or 'dataset'} {url} {args.model or args.checkpoint} {args.seed} {args.num_steps} {args.max_actions}",
+            run=" ".join(map(str, (name or "dataset", url, args.model or args.checkpoint, *settings))),
             out=str(out),
             url=args.url,
             model=args.model,

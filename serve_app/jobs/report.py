@@ -1,4 +1,4 @@
-"""An evaluation's results as files: a parquet table, the unusable episodes, a summary, and a page with plots and clips."""
+"""An evaluation's results as files: a parquet table, the unusable episodes, a summary, a page with plots and clips."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -139,10 +139,11 @@ def _plot(series: Mapping[str, tuple[list[float], list[float]]]) -> str:
     longest = max(len(line) for lines in series.values() for line in lines)
     span = high - low or 1.0
 
+    across, up = (WIDTH - 50) / max(longest - 1, 1), (HEIGHT - 40) / span
+
     def points(line: Sequence[float]) -> str:
         return " ".join(
-            f"{40 + index * (WIDTH - 50) / max(longest - 1, 1):.1f},{HEIGHT - 20 - (value - low) / span * (HEIGHT - 40):.1f}"
-            for index, value in enumerate(line)
+            f"{40 + index * across:.1f},{HEIGHT - 20 - (value - low) * up:.1f}" for index, value in enumerate(line)
         )
 
     drawn = ""
@@ -169,8 +170,8 @@ def _clips(name: str, records: Sequence[Record]) -> str:
     }
     prefix = f"{escape(name)}/" if name else ""
     return "".join(
-        f'<figure><video src="{prefix}{escape(record.clip)}" controls loop muted></video>'
-        f"<figcaption>{escape(name)} {which}: {escape(record.episode_id)}, {np.mean(record.psnr_db):.1f} dB</figcaption></figure>"
+        f'<figure><video src="{prefix}{escape(record.clip)}" controls loop muted></video><figcaption>'
+        f"{escape(name)} {which}: {escape(record.episode_id)}, {np.mean(record.psnr_db):.1f} dB</figcaption></figure>"
         for which, chosen in shown.items()
         for record in chosen
     )
