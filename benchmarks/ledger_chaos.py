@@ -6,7 +6,8 @@ Each round forks a writer that takes over, sends again what its predecessor may 
 batches of reserves, then their settlements, an acknowledgement through a pipe after each. It dies at a random moment,
 or at a point with a name: at some statement inside the transaction, just before COMMIT, after COMMIT before the answer.
 In some rounds it is frozen after a commit instead, its successor takes over, and when it wakes up it must find itself
-fenced.
+fenced. In a few it is frozen inside a transaction, holding the fence while its successor tries to take over: PostgreSQL
+ends it after 5 s and the successor goes on; SQLite's lock is its process's, so that is killed.
 
 After each death all that was acknowledged is looked up; the audits run every 100 rounds and at the end, when the
 balance must be what the acknowledged settlements leave. Prints one JSON line per database; on failure the seed.
@@ -30,7 +31,7 @@ from sqlalchemy import Engine, event
 from benchmarks.ledger import database, make_wallets, version
 from billing.commands import CustomerId, KeyId, RequestId, Reserve, Reserved, Settle, Settled
 from billing.database import open_database
-from billing.errors import Fenced
+from billing.errors import Fenced, LedgerUnavailable
 from billing.invariants import audit
 from billing.ledger import Ledger
 from billing.money import Mils
@@ -38,8 +39,9 @@ from billing.reader import LedgerReader
 
 BATCH = 8
 FRAMES, RATE = 49, Mils(5)
-POINTS = ("any moment", "statement", "before commit", "after commit", "frozen")
-FENCED = 3
+POINTS = {"any moment": 10, "statement": 10, "before commit": 10, "after commit": 10, "frozen": 10, "frozen inside": 1}
+"""And how often each is chosen."""
+FENCED, ENDED = 3, 4
 AUDIT_EVERY = 100
 
 
@@ -78,6 +80,8 @@ def write_until_killed(url: str, key_id: KeyId, done: Progress, point: str, coun
             batch += 1
     except Fenced:
         os._exit(FENCED)
+    except LedgerUnavailable:  # the database has ended its transaction
+        os._exit(ENDED)
 
 
 def arm(engine: Engine, point: str, countdown: int) -> None:
@@ -98,8 +102,9 @@ def arm(engine: Engine, point: str, countdown: int) -> None:
         if point == "frozen":
             strike(signal.SIGSTOP)
 
-    if point == "statement":
-        event.listen(engine, "after_cursor_execute", lambda *_: strike())
+    if point in ("statement", "frozen inside"):
+        kind = signal.SIGKILL if point == "statement" else signal.SIGSTOP
+        event.listen(engine, "after_cursor_execute", lambda *_: strike(kind))
     else:
         engine.dialect.do_commit = around  # type: ignore[method-assign]
 
@@ -117,7 +122,7 @@ class Chaos:
         self.killed: Counter[str] = Counter()
 
     def round(self) -> None:
-        point = self.draw.choice(POINTS)
+        (point,) = self.draw.choices(list(POINTS), list(POINTS.values()))
         child, pipe = self.start(point)
         if point == "any moment":
             time.sleep(self.draw.random() * 0.15)
@@ -125,11 +130,19 @@ class Chaos:
         _, status = os.waitpid(child, os.WUNTRACED)
         if os.WIFSTOPPED(status):
             successor, its_pipe = self.start("after commit")
+            holds_lock = point == "frozen inside" and self.engine.dialect.name == "sqlite"
+            if holds_lock:
+                time.sleep(0.2)
+                assert os.waitpid(successor, os.WNOHANG) == (0, 0), "the successor did not wait for the lock"
+                os.kill(child, signal.SIGKILL)
             os.waitpid(successor, 0)
             os.kill(child, signal.SIGCONT)
             _, status = os.waitpid(child, 0)
-            assert os.WIFEXITED(status), status
-            assert os.WEXITSTATUS(status) == FENCED, status
+            if holds_lock:
+                assert os.WIFSIGNALED(status), status
+            else:
+                assert os.WIFEXITED(status), status
+                assert os.WEXITSTATUS(status) == (FENCED if point == "frozen" else ENDED), status
             self.collect(its_pipe)
         else:
             assert os.WIFSIGNALED(status), status
@@ -139,7 +152,7 @@ class Chaos:
 
     def start(self, point: str) -> tuple[int, int]:
         reading, writing = os.pipe()
-        countdown = self.draw.randint(1, 40 if point == "statement" else 12)
+        countdown = self.draw.randint(1, 40 if point in ("statement", "frozen inside") else 12)
         self.engine.dispose()  # a child must not share connections
         child = os.fork()
         if child == 0:
