@@ -30,6 +30,7 @@ simulate-ledger:
 
 chaos-ledger:
 	$(BIN)/python -m benchmarks.ledger_chaos --kills 1000
+	$(BIN)/python -m benchmarks.ledger_outages --outages 20
 
 mutate-ledger:
 	$(BIN)/python -m benchmarks.ledger_mutations
