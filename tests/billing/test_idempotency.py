@@ -264,6 +264,15 @@ class TestPayloads:
         desk.clock.advance(WINDOW_S + 0.001)
         assert isinstance(desk.do(again(first)), Reserved)
 
+    def test_each_command_of_a_batch_has_its_own_window(self, desk: Desk):
+        account = desk.account(10_000)
+        first = unkeyed(desk, account)
+        desk.ledger.apply([first, Settle(first.request_id, 49, "")])
+        desk.clock.advance(WINDOW_S / 2)
+        short = unkeyed(desk, account, window_s=WINDOW_S / 4)
+        answers = desk.ledger.apply([short, unkeyed(desk, account, OTHER_WORK)])
+        assert [type(answer) for answer in answers] == [Reserved, Reserved]
+
     def test_without_a_window_it_is_new_work(self, desk: Desk):
         account = desk.account(1000)
         desk.do(unkeyed(desk, account))
