@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from billing.commands import CustomerId, KeyId, RequestId
-from billing.money import Mils
+from billing.money import Mils, part_of_rate
 from deployments.logs import configure_logs
 from deployments.messages import Frame
 
@@ -38,7 +38,12 @@ class SessionRecord:
     guidance: float
     budget_frames: int
     mils_per_frame: Mils
+    per_frames: int
+    """The rate is `mils_per_frame` for so many frames."""
     created_at: float
+
+    def cost(self, frames: int) -> Mils:
+        return part_of_rate(frames, self.mils_per_frame, self.per_frames)
 
 
 @dataclass(slots=True)

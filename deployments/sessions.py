@@ -11,7 +11,7 @@ import contextvars
 import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 from uuid import uuid4
 
@@ -20,6 +20,7 @@ from ray.exceptions import RayActorError
 
 from billing.commands import CustomerId, KeyId, RequestId, Reserve, Reserved
 from billing.money import Mils
+from billing.prices import Priced
 from deployments.chunk_loop import ChunkPlan, finished_chunks
 from deployments.errors import (
     EngineFailed,
@@ -71,6 +72,8 @@ class SessionRequest:
     num_steps: int
     guidance: float
     budget_frames: int
+    price: Priced
+    """Of the whole budget."""
     quote_id: str = ""
 
 
@@ -266,7 +269,6 @@ class Sessions:
         """
         if self._draining:
             raise ModelOverloaded(model, RESTART_S)
-        rate = self._models[model].spec.mils_per_frame
         record = SessionRecord(
             request_id=request.request_id,
             customer_id=request.customer_id,
@@ -277,7 +279,8 @@ class Sessions:
             num_steps=request.num_steps,
             guidance=request.guidance,
             budget_frames=request.budget_frames,
-            mils_per_frame=rate,
+            mils_per_frame=request.price.mils_per_frame,
+            per_frames=request.price.per_frames,
             created_at=time.time(),
         )
         if await self._directory.create.remote(record) == "too many":
@@ -288,7 +291,8 @@ class Sessions:
                     request_id=request.request_id,
                     key_id=request.key_id,
                     frames=request.budget_frames,
-                    mils_per_frame=rate,
+                    mils_per_frame=record.mils_per_frame,
+                    per_frames=record.per_frames,
                     detail=f"session · {model} · up to {request.budget_frames} frames",
                     lease_s=LEASE_S,
                     model=model,
@@ -308,12 +312,16 @@ class Sessions:
         Raises:
             SessionUnknown, SessionBusy: it cannot be connected to, or no longer.
         """
+        reserved = await self._reservations.record(request_id)
+        if reserved is None:
+            raise SessionUnknown()
         claimed = await self._directory.claim.remote(request_id, customer_id, self._owner)
         if claimed == "unknown" or self._draining:
             raise SessionUnknown()
         if claimed == "connected":
             raise SessionBusy()
-        record: SessionRecord = claimed
+        # The rate that was reserved is a quote's, if there was one.
+        record: SessionRecord = replace(claimed, mils_per_frame=reserved.mils_per_frame, per_frames=reserved.per_frames)
         self._reservations.take_over(request_id)
         session = Session(self._models[record.model], record, self._status, self.limits.idle_s)
         self._connected[request_id] = session
@@ -329,7 +337,7 @@ class Sessions:
         settling = self._reservations.settle_later(record.request_id, session.frames_streamed, f"session {reason}")
         self._spawn(self._leave(record.request_id, settling))
         await asyncio.wait([settling], timeout=END_WITHIN_S)
-        return Mils(session.frames_streamed * record.mils_per_frame)
+        return record.cost(session.frames_streamed)
 
     async def close(self, request_id: RequestId) -> bool:
         """End the session wherever it is, and settle it; False if there is none (it may have ended before)."""

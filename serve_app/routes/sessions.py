@@ -22,9 +22,10 @@ from pydantic import ValidationError as PydanticError
 
 from billing.commands import RequestId
 from billing.money import usd
+from billing.prices import Priced
 from billing.reader import KeyRecord
 from deployments.errors import ModelOverloaded, RolloutError, SessionUnknown
-from deployments.messages import Frame, ModelSpec, RolloutRequest
+from deployments.messages import Frame, ModelSpec, RolloutRequest, ServiceClass
 from deployments.session_directory import SessionRecord
 from deployments.sessions import (
     ChunkStreamed,
@@ -46,6 +47,7 @@ from serve_app.routes.quotes import DryRun, estimate, presented_quote
 from serve_app.schemas import MAX_GUIDANCE, MAX_NUM_STEPS, MAX_SEED, Estimate
 from serve_app.uploads import decode_start_frame
 
+SERVICE_CLASS: ServiceClass = "interactive"
 SEND_TIMEOUT_S = 20.0
 MAX_MESSAGE_BYTES = 16 * 2**20
 """Of a client's message: 1,200 actions of 384 values as JSON have about 10 MB."""
@@ -140,10 +142,12 @@ async def create_session(
     budget = params.max_frames or parts.sessions.limits.budget_frames
     if not params.max_frames:
         balance = await parts.ask(parts.reader.balance, caller.customer_id)
-        budget = max(1 + spec.chunk_size, min(budget, balance // spec.mils_per_frame))
+        price = await parts.prices.price(spec, budget, caller.customer_id, SERVICE_CLASS)
+        budget = max(1 + spec.chunk_size, min(budget, balance * price.per_frames // price.mils_per_frame))
     budget = min(budget, parts.sessions.limits.budget_frames)
+    price = await parts.prices.price(spec, budget, caller.customer_id, SERVICE_CLASS)
     if dry_run:
-        return await estimate(parts, caller, _as_rollout(request, caller, spec, start_frame, budget))
+        return await estimate(parts, caller, _as_rollout(request, caller, spec, start_frame, budget, price))
     session = SessionRequest(
         request_id=request.state.request_id,
         customer_id=caller.customer_id,
@@ -153,6 +157,7 @@ async def create_session(
         num_steps=num_steps,
         guidance=spec.default_guidance if params.guidance is None else params.guidance,
         budget_frames=budget,
+        price=price,
         quote_id=presented_quote(request),
     )
     record, reserved = await parts.sessions.create(session, spec.slug)
@@ -331,7 +336,7 @@ class Conversation:
             raise RateLimited(retry_after_s)
 
     async def _billing(self) -> dict[str, Any]:
-        cost = self._session.frames_streamed * self._session.record.mils_per_frame
+        cost = self._session.record.cost(self._session.frames_streamed)
         return await _billing(self._parts, self._session, cost, settled=False)
 
     async def _send(self, **message: Any) -> None:
@@ -344,7 +349,7 @@ async def _billing(parts: Services, session: Session, cost_mils: int, settled: b
     """What the session has cost, and what its customer could spend if it ended now."""
     record = session.record
     balance = await parts.ask(parts.reader.balance, record.customer_id)
-    held = 0 if settled else record.budget_frames * record.mils_per_frame - cost_mils
+    held = 0 if settled else record.cost(record.budget_frames) - cost_mils
     return {
         "type": "billing",
         "frames_streamed": session.frames_streamed,
@@ -397,7 +402,7 @@ async def _envelope(request: Request, parts: Services, caller: KeyRecord, reques
         created=int(reservation.created_at),
         state=state,
         ws_url=_ws_url(request, parts, request_id),
-        frames_streamed=reservation.captured_mils // reservation.mils_per_frame if settled else None,
+        frames_streamed=reservation.frames_delivered,
         frames_reserved=reservation.frames,
         reserved_mils=reservation.amount_mils,
         cost_mils=cost,
@@ -406,7 +411,7 @@ async def _envelope(request: Request, parts: Services, caller: KeyRecord, reques
 
 
 def _as_rollout(
-    request: Request, caller: KeyRecord, spec: ModelSpec, start_frame: Frame, budget: int
+    request: Request, caller: KeyRecord, spec: ModelSpec, start_frame: Frame, budget: int, price: Priced
 ) -> RolloutRequest:
     """What the budget would cost, in the terms of a quote."""
     return RolloutRequest(
@@ -420,6 +425,7 @@ def _as_rollout(
         guidance=0.0,
         payload_sha256="",
         quote_id=presented_quote(request),
+        price=price,
     )
 
 

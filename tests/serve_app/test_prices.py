@@ -10,7 +10,7 @@ import pytest
 import pytest_asyncio
 from sqlalchemy.exc import OperationalError
 
-from billing.commands import AddPrice, CustomerId, PriceAdded
+from billing.commands import AddPrice, CustomerId, PriceAdded, RequestId
 from billing.money import cents
 from billing.price_terms import terms_of
 from billing.prices import NANO_PER_USD, PriceVersion, Rate, Tier
@@ -103,6 +103,22 @@ async def test_what_was_not_made_is_not_charged_below_a_mil_either(app: App) -> 
     kept = 100_000 - (await app.http.get("/v1/billing/balance", headers=headers)).json()["balance_mils"]
     assert kept == -(-frames * 11 // 100)
     assert answer.headers["X-DreamEngine-Estimated-Charge-USD"] == f"{kept / 10_000:.4f}"
+
+
+async def test_a_sessions_budget_and_what_it_costs_are_at_the_books_price_or_the_quotes(app: App) -> None:
+    headers, customer = app.key(100_000)
+    add(app, per_frame("0.000011"))
+    form = {"model": (None, MODEL), "max_frames": (None, "40"), "initial_frame": png()}
+    quote = (await app.http.post("/v1/sessions", headers=headers, params={"dryRun": "true"}, files=form)).json()
+    assert quote["cost_mils"] == 5  # 4.4
+    add(app, per_frame("0.0009"))
+    dear = (await app.http.post("/v1/sessions", headers=headers, files=form)).json()
+    quoted = headers | {"X-DreamEngine-Quote-Id": quote["quote_id"]}
+    cheap = (await app.http.post("/v1/sessions", headers=quoted, files=form)).json()
+    assert (dear["reserved_mils"], cheap["reserved_mils"]) == (360, 5)
+    session = await app.services.sessions.connect(RequestId(f"req_{cheap['id'].removeprefix('session_')}"), customer)
+    assert session.record.cost(40) == 5
+    assert await app.services.sessions.finish(session, "closed") == 0
 
 
 async def test_a_customers_own_price_is_its_own(app: App) -> None:
