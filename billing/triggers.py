@@ -178,6 +178,12 @@ BEGIN SELECT RAISE(ABORT, 'tr_price_update: another price is another version'); 
 CREATE TRIGGER tr_price_delete BEFORE DELETE ON price
 BEGIN SELECT RAISE(ABORT, 'tr_price_delete: prices are never deleted'); END
 """,
+    """
+CREATE TRIGGER tr_rollout_job_update BEFORE UPDATE ON rollout_job
+WHEN OLD.finished_at IS NOT NULL OR NEW.request_id <> OLD.request_id OR NEW.customer_id <> OLD.customer_id
+  OR NEW.amount <> OLD.amount OR NEW.frames <> OLD.frames
+BEGIN SELECT RAISE(ABORT, 'tr_rollout_job_update: a job ends once and never becomes another'); END
+""",
 )
 
 POSTGRESQL = (
@@ -406,5 +412,11 @@ FOR EACH ROW EXECUTE FUNCTION billing_refuse('another price is another version')
     """
 CREATE TRIGGER tr_price_delete BEFORE DELETE ON price
 FOR EACH ROW EXECUTE FUNCTION billing_refuse('prices are never deleted')
+""",
+    """
+CREATE TRIGGER tr_rollout_job_update BEFORE UPDATE ON rollout_job FOR EACH ROW
+WHEN (OLD.finished_at IS NOT NULL OR NEW.request_id <> OLD.request_id OR NEW.customer_id <> OLD.customer_id
+  OR NEW.amount <> OLD.amount OR NEW.frames <> OLD.frames)
+EXECUTE FUNCTION billing_refuse('a job ends once and never becomes another')
 """,
 )

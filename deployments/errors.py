@@ -8,6 +8,8 @@ RolloutError
 ├── QuoteNotAccepted      the quote is unknown, for other work, or has expired; nothing was reserved
 ├── IdempotencyKeyReused  the idempotency key already names other work; nothing was reserved
 ├── ResultExpired         it was delivered before and is no longer kept; nothing was reserved
+├── RolloutCanceled       it was sent before and canceled half done; nothing was reserved
+├── TooManyJobs           this customer has as many jobs waiting as it may; nothing was reserved
 ├── ModelOverloaded       the queue is full, or nothing could run the work in time; refunded
 ├── DeadlinePassed        it was not, or could not have been, done by its deadline; refunded
 ├── SessionLimit          the customer has as many sessions as it may; nothing was reserved
@@ -82,6 +84,21 @@ class IdempotencyKeyReused(RolloutError):
 class ResultExpired(RolloutError):
     def __str__(self) -> str:
         return "this was delivered before, and its video has expired; send it as new work to run it again"
+
+
+class RolloutCanceled(RolloutError):
+    def __str__(self) -> str:
+        return "this was sent before and then canceled; use a new Idempotency-Key, or send it again in a minute"
+
+
+class TooManyJobs(RolloutError):
+    def __init__(self, limit: int, retry_after_s: int) -> None:
+        super().__init__(limit, retry_after_s)
+        self.limit = limit
+        self.retry_after_s = retry_after_s
+
+    def __str__(self) -> str:
+        return f"{self.limit} of your jobs are waiting or running, and no more may; try again in {self.retry_after_s} s"
 
 
 class ModelOverloaded(RolloutError):

@@ -37,20 +37,32 @@ class Gathered:
 
 async def roll_out(model: ModelClient, request: RolloutRequest, terms: TicketTerms) -> Gathered:
     """All chunks of all candidates that are not pruned on the way. Raises what `finished_chunks` does."""
+    finished: list[FinishedChunk] = []
+    await run_chunks(model, request, terms, finished)
+    return await gather(model, request, finished)
+
+
+async def run_chunks(
+    model: ModelClient, request: RolloutRequest, terms: TicketTerms, finished: list[FinishedChunk]
+) -> None:
+    """Append each chunk to `finished`, which so holds what was made even if this raises or is cancelled."""
     plan = plan_of(request, terms)
     extras = request.extras
     survivors: Survivors = everyone if extras.keep == 1 else lambda chunk: nearest(chunk, extras.keep)
-    done: list[list[ChunkDone]] = [[] for _ in request.candidates]
-    queue_ms = infer_ms = 0.0
     async with AsyncExitStack() as stack:
         references = await _references(stack, model, request, plan)
         chunks = await stack.enter_async_context(aclosing(finished_chunks(model, plan, survivors, references)))
         async for chunk in chunks:
-            queue_ms += chunk.timing.queue_ms
-            infer_ms += chunk.timing.infer_ms
-            for candidate, outcome in chunk.outcomes.items():
-                done[candidate].append(outcome)
-    size = model.spec.chunk_size
+            finished.append(chunk)
+
+
+async def gather(model: ModelClient, request: RolloutRequest, finished: Sequence[FinishedChunk]) -> Gathered:
+    """What the request asked for of one chunk or more, of all of them or of those before an end."""
+    extras, size = request.extras, model.spec.chunk_size
+    done: list[list[ChunkDone]] = [[] for _ in request.candidates]
+    for chunk in finished:
+        for candidate, outcome in chunk.outcomes.items():
+            done[candidate].append(outcome)
     frames = tuple(
         1 + min(len(actions), size * len(parts)) for actions, parts in zip(request.candidates, done, strict=True)
     )
@@ -60,8 +72,8 @@ async def roll_out(model: ModelClient, request: RolloutRequest, terms: TicketTer
         candidate_frames=frames,
         distances=distances,
         closeness=_mean_closeness(done, frames, size) if extras.score else None,
-        queue_ms=queue_ms,
-        infer_ms=infer_ms,
+        queue_ms=sum(chunk.timing.queue_ms for chunk in finished),
+        infer_ms=sum(chunk.timing.infer_ms for chunk in finished),
     )
 
 

@@ -26,6 +26,7 @@ from deployments.errors import (
     LedgerUnavailable,
     ModelOverloaded,
     ResultExpired,
+    RolloutCanceled,
     RolloutError,
 )
 from deployments.gather import roll_out
@@ -108,7 +109,7 @@ class Ingress:
         Raises:
             CreditsInsufficient, KeyNotAccepted, KeyNotAllowed, BudgetUsedUp, QuoteNotAccepted, LedgerUnavailable:
                 nothing ran and nothing was charged.
-            IdempotencyKeyReused, ResultExpired: nothing ran, the first request stands.
+            IdempotencyKeyReused, ResultExpired, RolloutCanceled: nothing ran, the first request stands.
             ModelOverloaded, DeadlinePassed, EngineFailed, OSError: what was reserved has been refunded.
             asyncio.CancelledError: the client left; what was reserved is being refunded.
         """
@@ -125,6 +126,8 @@ class Ingress:
                     return await self._run(request, reserved, lasting or bool(request.idempotency_key), started)
                 first = await self.first_result(reserved)
                 if first is not None:
+                    if first.num_frames != request.num_frames and request.extras.keep == 1:
+                        raise RolloutCanceled()
                     return first
         except asyncio.CancelledError:
             if task not in self._stopped:
@@ -178,6 +181,7 @@ class Ingress:
                 candidate_frames=gathered.candidate_frames,
                 distances=gathered.distances,
                 closeness=gathered.closeness,
+                seed=request.seed,
             )
             await asyncio.to_thread(self._results.put, result, lasting)
         except BaseException as failure:

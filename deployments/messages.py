@@ -174,6 +174,7 @@ class RolloutResult:
     """From each candidate's last frame to the goal; empty without one."""
     closeness: Closeness | None = None
     """Of all frames, where a score was asked for."""
+    seed: int = 0
 
     @property
     def best(self) -> int:

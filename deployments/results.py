@@ -19,6 +19,8 @@ from deployments.messages import Closeness, RolloutResult
 
 RECENT_TTL_S = 90.0
 """Longer than the window in which the same payload counts as sent again."""
+MP4_MARK = b"ftyp"
+"""What an mp4 says of itself; a batch may have asked for pictures instead."""
 LASTING, RECENT = "lasting", "recent"
 RECORD = "result.json"
 _REQUEST_ID = re.compile(r"req_[0-9a-f]{32}")
@@ -62,6 +64,16 @@ class ResultStore:
                 continue
             return _result(record | {"videos": videos})
         return None
+
+    def linked(self, request_id: RequestId) -> RolloutResult | None:
+        """The result of one rollout that a link leads to, without its video; None if there is none."""
+        name = _name(LASTING, request_id)
+        try:
+            record = json.loads(self._groups.read(name, RECORD))
+        except FileNotFoundError:
+            return None
+        is_video = record.pop("num_videos") == 1 and self._groups.read(name, "000.mp4")[4:8] == MP4_MARK
+        return _result(record | {"videos": ()}) if is_video else None
 
     def video(self, request_id: RequestId) -> Path | bytes | None:
         """A lasting result's first video: its file if that is on this machine, else its bytes; None if not there."""

@@ -12,7 +12,20 @@ from fastapi import Depends, FastAPI
 from serve_app import errors
 from serve_app.context import Services, authenticate, charge_for, check_base
 from serve_app.middleware import RequestEnvelope
-from serve_app.routes import billing, catalog, frames, payments, predict, requests, rollouts, sessions, status, usage
+from serve_app.routes import (
+    billing,
+    catalog,
+    frames,
+    jobs,
+    payments,
+    predict,
+    requests,
+    rollouts,
+    sessions,
+    status,
+    usage,
+    webhooks,
+)
 from serve_app.schemas import ErrorBody
 
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
@@ -28,12 +41,14 @@ def create_api(parts: Services) -> FastAPI:
         parts.ingress.start()
         parts.payments.start()
         parts.sessions.start()
+        parts.jobs.start()
         sweeper = asyncio.get_running_loop().create_task(_sweep_results(parts))
         yield
         sweeper.cancel()
         parts.payments.stop()
         await parts.sessions.drain()
         await parts.sessions.stop()
+        await parts.jobs.stop()
         await parts.ingress.stop()
 
     api = FastAPI(
@@ -58,6 +73,8 @@ def create_api(parts: Services) -> FastAPI:
             (frames.router, known),
             (sessions.router, []),
             (rollouts.router, known),
+            (jobs.router, known),
+            (webhooks.router, known),
         ):
             api.include_router(router, prefix=base, include_in_schema=in_schema, dependencies=first, responses=ERRORS)
     api.include_router(status.pages, responses=ERRORS)

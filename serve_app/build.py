@@ -1,5 +1,6 @@
 """The only place that turns plain classes into Serve deployments and binds them."""
 
+import asyncio
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +39,8 @@ from deployments.status_client import StatusClient
 from serve_app.api import create_api
 from serve_app.catalog import CATALOG, PACKAGED_CHECKPOINTS, model_spec
 from serve_app.context import Services
+from serve_app.envelopes import Envelopes
+from serve_app.job_services import job_services
 from serve_app.rate_limit import TokenBuckets
 from serve_app.settings import ClusterArgs, ModelArgs
 from serve_app.signing import LinkSigner, load_secret
@@ -60,9 +63,10 @@ class Gateway:
         self._replicas = replicas
 
     async def drain(self, timeout_s: float) -> None:
-        """Take no new work; return when what is running has been answered, or refunded after `timeout_s`."""
+        """Take no new work; return when what is running has been answered, or refunded after `timeout_s`; jobs that
+        were not done by then wait for the next start."""
         await self._sessions.drain()
-        await self._ingress.drain(timeout_s)
+        await asyncio.gather(self._ingress.drain(timeout_s), self._jobs.jobs.drain(timeout_s))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         args, limits = self._args, self._args.limits
@@ -90,12 +94,17 @@ class Gateway:
             )
         results = ResultStore(args.results, args.video_ttl_s)
         reservations = Reservations(ledger, reader)
+        signer = LinkSigner(load_secret(args.data_dir / "link-secret"))
+        envelopes = Envelopes(signer, args.video_ttl_s)
         self._ingress = Ingress(ledger, reservations, models, results, status)
         directory = actors.start_session_directory(
             limits.max_sessions_per_customer, limits.max_sessions, args.control_labels
         )
         session_limits = SessionLimits(limits.session_frames, limits.session_idle_s)
         self._sessions = Sessions(reservations, models, directory, status, session_limits)
+        self._jobs = job_services(
+            args, database, self._ingress, ledger, reservations, models, results, status, envelopes
+        )
         return create_api(
             Services(
                 args=args,
@@ -116,7 +125,9 @@ class Gateway:
                 results=results,
                 sessions=self._sessions,
                 frames=FrameStore(open_file_groups(args.results)),
-                signer=LinkSigner(load_secret(args.data_dir / "link-secret")),
+                jobs=self._jobs,
+                envelopes=envelopes,
+                signer=signer,
                 status=status,
                 booting=BootingReplicas(_booting_by_model),
                 audits=AuditsClient(ledger_actor),

@@ -31,7 +31,9 @@ from deployments.robot_commands import RobotCommands
 from deployments.sessions import Sessions
 from deployments.status_client import StatusClient
 from serve_app.catalog import CATALOG
+from serve_app.envelopes import Envelopes
 from serve_app.errors import ModelNotFound, NotAuthenticated, RateLimited
+from serve_app.job_services import JobServices
 from serve_app.no_auth import refuse_strangers
 from serve_app.rate_limit import TokenBuckets
 from serve_app.settings import ClusterArgs
@@ -63,6 +65,8 @@ class Services:
     results: ResultStore
     frames: FrameStore
     sessions: Sessions
+    jobs: JobServices
+    envelopes: Envelopes
     signer: LinkSigner
     status: StatusClient
     booting: BootingReplicas
@@ -92,6 +96,11 @@ def services(request: HTTPConnection) -> Services:
     found = request.app.state.services
     assert isinstance(found, Services)
     return found
+
+
+def base_url(request: Request, parts: Services) -> str:
+    """Of the links in answers."""
+    return parts.args.public_url.rstrip("/") or str(request.base_url).rstrip("/")
 
 
 async def authenticate(request: HTTPConnection) -> KeyRecord:

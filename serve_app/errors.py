@@ -37,11 +37,13 @@ from deployments.errors import (
     ModelOverloaded,
     QuoteNotAccepted,
     ResultExpired,
+    RolloutCanceled,
     RolloutError,
     SessionBudgetSpent,
     SessionBusy,
     SessionLimit,
     SessionUnknown,
+    TooManyJobs,
 )
 from deployments.payments.errors import (
     CardDeclined,
@@ -149,6 +151,8 @@ ROLLOUT_ERRORS: Mapping[type[RolloutError], tuple[int, str]] = {
     QuoteNotAccepted: (422, "INVALID_REQUEST"),
     IdempotencyKeyReused: (422, "IDEMPOTENCY_CONFLICT"),
     ResultExpired: (410, "INVALID_REQUEST"),
+    RolloutCanceled: (409, "INVALID_REQUEST"),
+    TooManyJobs: (429, "RATE_LIMITED"),
     ModelOverloaded: (503, "OVERLOADED"),
     LedgerUnavailable: (503, "OVERLOADED"),
     DeadlinePassed: (504, "DEADLINE_EXCEEDED"),
@@ -207,7 +211,7 @@ def install(app: FastAPI, on_shortage: Callable[[Request, CreditsInsufficient], 
     async def rollout_error(request: Request, error: RolloutError) -> JSONResponse:
         status, code = ROLLOUT_ERRORS[type(error)]
         headers = {}
-        if isinstance(error, ModelOverloaded | LedgerUnavailable | SessionLimit):
+        if isinstance(error, ModelOverloaded | TooManyJobs | LedgerUnavailable | SessionLimit):
             headers["Retry-After"] = str(error.retry_after_s)
         detail = None
         if isinstance(error, CreditsInsufficient):

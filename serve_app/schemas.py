@@ -147,8 +147,15 @@ class RolloutMetadata(BaseModel):
     provider_name: str
     executed_model: str
     upstream_id: str
-    cost: float = Field(description="USD, exact to the mil")
-    start_frame_resized: bool
+    cost: float | None = Field(None, description="USD, exact to the mil; once it has ended")
+    cost_estimate: float | None = Field(None, description="USD, what is reserved for it; until it has ended")
+    frames_requested: int | None = Field(None, description="Of a rollout of mode=async")
+    start_frame_resized: bool | None = None
+
+
+class RolloutFailure(BaseModel):
+    code: str
+    message: str
 
 
 class RolloutEnvelope(BaseModel):
@@ -156,17 +163,18 @@ class RolloutEnvelope(BaseModel):
     object: Literal["rollout"] = "rollout"
     model: str
     created: int
-    status: Literal["succeeded"]
-    frames: int
+    status: Literal["queued", "running", "succeeded", "failed", "canceled"]
+    frames: int = Field(description="In its video; 0 until there is one")
     resolution: tuple[int, int] = Field(description="[H, W]")
     engine_wall_ms: float
     psnr_db: float | None = None
     ssim: float | None = None
     lpips: float | None = None
     cost_usd: float
-    video_url: str
-    video_url_expires_at: int
+    video_url: str | None = Field(None, description="Once there is a video")
+    video_url_expires_at: int | None = None
     seed: int
+    error: RolloutFailure | None = Field(None, description="Why it failed")
     metadata: RolloutMetadata
 
     @model_serializer(mode="wrap")
@@ -207,6 +215,45 @@ class UploadedFrame(BaseModel):
     resolution: tuple[int, int] = Field(description="[H, W]")
     resized: bool
     expires_at: int
+
+
+class RolloutList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[RolloutEnvelope]
+    first_id: str | None = None
+    last_id: str | None = None
+    has_more: bool = Field(description="Whether there are more on the side that was asked for")
+
+
+class DeliveryAttempt(BaseModel):
+    attempt: int
+    ts: float
+    took_ms: float
+    status: int | None = Field(None, description="What the receiver answered, if it did")
+    problem: str | None = Field(None, description="Absent when it was delivered")
+
+
+class WebhookDelivery(BaseModel):
+    id: str = Field(description="The `webhook-id` of every attempt")
+    url: str
+    state: Literal["pending", "delivered", "failed"]
+    created: float
+    next_attempt_at: float | None = None
+    attempts: list[DeliveryAttempt]
+
+
+class Deliveries(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[WebhookDelivery]
+
+
+class WebhookSecret(BaseModel):
+    secret: str = Field(description="`whsec_` and base64, as Standard Webhooks writes it")
+    created: float
+
+
+class WebhookSecrets(BaseModel):
+    secrets: list[WebhookSecret] = Field(description="Any of them verifies a webhook; the newest comes first")
 
 
 class EstimateComponent(BaseModel):

@@ -102,6 +102,14 @@ class Limits(BaseModel):
     """Customers whose fair share of a busy model is not 1."""
     queue_timeout_s: float = 60.0
     chunk_timeout_s: float = 120.0
+    running_jobs: int = Field(16, ge=1)
+    """Async rollouts that one ingress replica runs at a time."""
+    max_live_jobs: int = Field(10_000, ge=1)
+    """Async rollouts that wait or run, of all customers; beyond them new ones are answered 503."""
+    max_live_jobs_per_customer: int = Field(1_000, ge=1)
+    """Beyond them this customer's new ones are answered 429."""
+    job_timeout_s: float = Field(24 * 3600.0, gt=0)
+    """An async rollout that could not be run for this long is refunded."""
     max_ongoing_requests: int = 400
     """Requests that one ingress replica holds at a time: more than may queue for a model, so that the model's own bound
     is the one that is met, with its Retry-After."""
@@ -167,6 +175,8 @@ class ClusterArgs(BaseModel):
     """Where results and the inputs of queued jobs are kept: a path, or an fsspec URL such as `s3://bucket/prefix`;
     empty means below the data directory."""
     video_ttl_s: float = Field(24 * 3600.0, ge=RECENT_TTL_S)
+    webhook_loopback: bool = False
+    """For development: webhooks may go to http on this machine as well as to https anywhere."""
     limits: Limits = Limits()
     payments: PaymentsArgs = PaymentsArgs()
 
@@ -227,6 +237,7 @@ class Settings(BaseSettings):
     """Empty means that payments are off."""
     stripe_webhook_secrets: SecretStr = SecretStr("")
     stripe_api_base: str = ""
+    webhook_loopback: bool = False
     ray_address: str = ""
     """For `dream-admin` beside a cluster of `serve deploy`; one of `make serve` is found by itself."""
 
@@ -258,6 +269,7 @@ class Settings(BaseSettings):
             public_url=self.public_url,
             payments=self.payments,
             results_url=self.results_url if "://" in self.results_url else self._absolute(self.results_url),
+            webhook_loopback=self.webhook_loopback,
             models=tuple(
                 ModelArgs(
                     slug=slug,

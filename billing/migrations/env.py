@@ -2,7 +2,7 @@
 
 from alembic import context
 
-from billing.tables import billing_metadata
+from billing.job_tables import billing_metadata
 
 context.configure(connection=context.config.attributes["connection"], target_metadata=billing_metadata)
 with context.begin_transaction():

@@ -104,6 +104,7 @@ async def assemble(
         payload_sha256="",
         idempotency_key=_idempotency_key(request),
         quote_id=presented_quote(request),
+        service_class="batch" if isinstance(params, RolloutParams) and params.mode == "async" else "standard",
         deadline_s=_deadline_s(request, model, params),
         extras=Extras(
             returns=batch.returns,

@@ -14,11 +14,11 @@ from deployments.errors import KeyNotAllowed
 from deployments.messages import RolloutRequest
 from deployments.scheduler import SchedulerStatus
 from serve_app.context import Services
+from serve_app.envelopes import PROVIDER
 from serve_app.errors import InvalidRequest
 from serve_app.routes.status import queue_status
 from serve_app.schemas import Estimate, EstimateComponent
 
-PROVIDER = "dream-engine-cluster"
 QUOTE_HEADER = "X-DreamEngine-Quote-Id"
 MICROS_PER_MIL = 100
 

@@ -8,18 +8,17 @@ from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import FileResponse
 
 from billing.commands import RequestId
-from billing.money import usd
 from billing.reader import KeyRecord
-from deployments.messages import ModelSpec, RolloutRequest
-from serve_app.context import ActiveSlug, Caller, Parts, Services, authenticate
+from deployments.messages import ModelSpec, RolloutRequest, RolloutResult
+from deployments.webhooks import check_url
+from serve_app.context import ActiveSlug, Caller, Parts, Services, authenticate, base_url
 from serve_app.errors import ApiError, Forbidden, Gone, InvalidRequest, ModelRefused, NotFound
 from serve_app.forms import read_form, validate
-from serve_app.routes.answers import MP4, result_headers, scores_of
+from serve_app.middleware import REQUEST_ID_HEADER
+from serve_app.routes.answers import MP4, result_headers
 from serve_app.routes.inputs import FILE, Inputs, assemble, multipart
-from serve_app.routes.quotes import PROVIDER, DryRun, estimate
-from serve_app.schemas import Estimate, RolloutEnvelope, RolloutMetadata, RolloutParams
-
-PROVIDER_NAME = "Dream Engine Cluster"
+from serve_app.routes.quotes import DryRun, as_json, estimate
+from serve_app.schemas import Estimate, RolloutEnvelope, RolloutParams
 
 log = structlog.get_logger(__name__)
 
@@ -30,6 +29,9 @@ paid = APIRouter(tags=["rollouts"], dependencies=[Depends(authenticate)])
 
 @paid.post(
     "/v1/rollouts",
+    response_model=RolloutEnvelope | Estimate,
+    response_model_exclude_none=True,
+    responses={202: {"model": RolloutEnvelope}},
     openapi_extra=multipart(
         ["start_frame", "actions", "params"],
         start_frame=FILE,
@@ -40,45 +42,62 @@ paid = APIRouter(tags=["rollouts"], dependencies=[Depends(authenticate)])
 )
 async def create_rollout(
     request: Request, response: Response, parts: Parts, caller: Caller, active: ActiveSlug, dry_run: DryRun = False
-) -> RolloutEnvelope | Estimate:
-    """One rollout; the answer links to its video. `params` is JSON text with the fields of `RolloutParams`."""
-    rollout, resized = await _read_rollout(request, parts, caller, active)
+) -> RolloutEnvelope | Response:
+    """One rollout; the answer links to its video. `params` is JSON text with the fields of `RolloutParams`; with
+    `"mode": "async"` the answer is 202 as soon as it is paid for and queued."""
+    rollout, resized, params = await _read_rollout(request, parts, caller, active)
     if dry_run:
-        return await estimate(parts, caller, rollout)
+        return as_json(await estimate(parts, caller, rollout))
+    if params.mode == "async":
+        return await _queue(rollout, resized, params.webhook_url or "", request, response, parts, caller)
     result = await parts.ingress.run(rollout, lasting=True)
+    return await _linked(result, rollout, resized, request, response, parts, caller)
+
+
+async def _linked(
+    result: RolloutResult,
+    rollout: RolloutRequest,
+    resized: bool,
+    request: Request,
+    response: Response,
+    parts: Services,
+    caller: KeyRecord,
+) -> RolloutEnvelope:
     if result.request_id != rollout.request_id:  # perhaps another route's: then it was kept only for a repetition
         try:
             await asyncio.to_thread(parts.results.put, result, True)
         except OSError as error:
             log.error("link_not_stored", request_id=result.request_id, error=type(error).__name__)
             raise ApiError("the rollout was delivered before, but a link to it cannot be stored now") from error
-    rollout_id = _rollout_id(result.request_id)
     response.headers.update(result_headers(result, caller))
-    created = int(result.created_at)
-    expires_at = created + int(parts.results.ttl_s)
-    cost_usd = usd(result.cost_mils)
-    return RolloutEnvelope(
-        id=rollout_id,
-        model=result.model,
-        created=created,
-        status="succeeded",
-        frames=result.num_frames,
-        resolution=parts.models[result.model].spec.resolution,
-        engine_wall_ms=round(result.infer_ms, 3),
-        **scores_of(result),
-        cost_usd=cost_usd,
-        video_url=_video_url(request, parts, rollout_id, expires_at),
-        video_url_expires_at=expires_at,
-        seed=rollout.seed,
-        metadata=RolloutMetadata(
-            provider=PROVIDER,
-            provider_name=PROVIDER_NAME,
-            executed_model=result.model,
-            upstream_id=result.request_id,
-            cost=cost_usd,
-            start_frame_resized=resized,
-        ),
+    return parts.envelopes.of_result(result, rollout.seed, resized, base_url(request, parts))
+
+
+async def _queue(
+    rollout: RolloutRequest,
+    resized: bool,
+    webhook_url: str,
+    request: Request,
+    response: Response,
+    parts: Services,
+    caller: KeyRecord,
+) -> RolloutEnvelope:
+    """202 until it has ended, however often it is sent."""
+    base = base_url(request, parts)
+    queued = await parts.jobs.jobs.submit(rollout, caller.customer_id, resized, base, webhook_url)
+    if isinstance(queued, RolloutResult):  # it was sent before without mode=async
+        return await _linked(queued, rollout, resized, request, response, parts, caller)
+    envelope = parts.envelopes.of_job(queued)
+    response.status_code = 202 if queued.finished_at is None else 200
+    response.headers.update(
+        {
+            REQUEST_ID_HEADER: queued.request_id,
+            "X-DreamEngine-Customer-Id": caller.customer_id,
+            "X-DreamEngine-Model": queued.model,
+            "Location": f"{base}/v1/rollouts/{envelope.id}",
+        }
     )
+    return envelope
 
 
 @router.get("/v1/rollouts/{rollout_id}/video", response_class=FileResponse, responses=MP4)
@@ -100,16 +119,19 @@ async def get_video(rollout_id: str, expires: int, signature: str, parts: Parts)
 
 async def _read_rollout(
     request: Request, parts: Services, caller: KeyRecord, active: str
-) -> tuple[RolloutRequest, bool]:
+) -> tuple[RolloutRequest, bool, RolloutParams]:
     """The validated request of `POST /v1/rollouts`, and whether its start frame had to be resized."""
     form = await read_form(request, 8, parts.args.limits.body_timeout_s)
     form.only(files=("start_frame", "actions", "ground_truth"), fields=("params",))
     params = validate(RolloutParams, form.field("params"), "params")
     model = _named_model(request, parts, active, params.model)
-    if params.mode == "async":
-        raise InvalidRequest("params.mode", "async rollouts are not offered by this version; sync is accepted")
     if params.webhook_url is not None:
-        raise InvalidRequest("params.webhook_url", "webhooks are not offered by this version; nothing was run")
+        if params.mode != "async":
+            raise InvalidRequest("params.webhook_url", 'is for "mode": "async"; the answer to this request tells all')
+        try:
+            check_url(params.webhook_url, parts.args.webhook_loopback)
+        except ValueError as error:
+            raise InvalidRequest("params.webhook_url", str(error)) from None
     inputs = Inputs(
         "start_frame",
         form.file("start_frame"),
@@ -117,7 +139,8 @@ async def _read_rollout(
         params.actions_format,
         ground_truth=form.optional_file("ground_truth"),
     )
-    return await assemble(request, parts, caller, model, inputs, params, "params.")
+    rollout, resized = await assemble(request, parts, caller, model, inputs, params, "params.")
+    return rollout, resized, params
 
 
 def _named_model(request: Request, parts: Services, active: str, slug: str) -> ModelSpec:
@@ -128,13 +151,3 @@ def _named_model(request: Request, parts: Services, active: str, slug: str) -> M
     if "base_model" in request.path_params and slug != active:
         raise ModelRefused("params.model", f"{slug!r} is not active under this base URL; {active!r} is")
     return model.spec
-
-
-def _rollout_id(request_id: RequestId) -> str:
-    return f"rollout_{request_id.removeprefix('req_')}"
-
-
-def _video_url(request: Request, parts: Services, rollout_id: str, expires_at: int) -> str:
-    base = parts.args.public_url.rstrip("/") or str(request.base_url).rstrip("/")
-    signature = parts.signer.sign(rollout_id, expires_at)
-    return f"{base}/v1/rollouts/{rollout_id}/video?expires={expires_at}&signature={signature}"

@@ -11,9 +11,9 @@ from sqlalchemy import Engine, text
 from billing import database
 from billing.database import migrate, open_database, writer
 from billing.errors import DatabaseUnusable
+from billing.job_tables import billing_metadata
 from billing.migrations import versions
 from billing.payments.tables import payments_metadata
-from billing.tables import billing_metadata
 from billing.triggers import POSTGRESQL, SQLITE
 from tests.billing.conftest import Clock, Databases, Desk
 

@@ -148,11 +148,18 @@ def test_a_402_fills_both_shapes_that_clients_parse(stand_in_cluster: Cluster) -
     assert answer.json()["error"]["code"] == "INSUFFICIENT_BALANCE"
 
 
-def test_an_async_rollout_is_refused_where_the_client_would_show_one_without_frames(customer: dream.Client) -> None:
-    model = customer.models.get("tiny-pusher")
-    with pytest.raises(dream.ValidationError, match="async"):
-        model.predict(start_frame=FRAME, actions=actions(), mode="async")
-    assert amounts(customer) == [10_000]
+def test_an_async_rollout_of_the_client_shows_no_frames_and_is_found_by_its_id(customer: dream.Client) -> None:
+    """The client has no method to ask for it; its id is what a caller polls with."""
+    queued = customer.models.get("tiny-pusher").predict(start_frame=FRAME, actions=actions(seed=8), mode="async")
+    assert (queued.frames, queued.cost_usd, queued.video_url) == (0, 0.0, "")
+
+    def rollout() -> dream.Rollout:
+        return dream.Rollout.from_json_envelope(customer._http.get(f"/v1/rollouts/{queued.id}").json())
+
+    eventually(lambda: bool(rollout().video_url))
+    assert rollout().frames == 49
+    assert len(decode(rollout().mp4_bytes())) == 49
+    assert amounts(customer) == [10_000, -245]
 
 
 def test_calls_that_name_no_model_say_which_one_ran(stand_in_cluster: Cluster) -> None:

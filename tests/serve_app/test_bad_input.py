@@ -410,10 +410,12 @@ class TestRolloutParams:
     @pytest.mark.parametrize(
         ("knobs", "message"),
         [
-            ({"mode": "async"}, "params.mode: async rollouts are not offered by this version; sync is accepted"),
-            ({"webhook_url": "https://example.com/hook"}, "params.webhook_url: webhooks are not offered"),
-            ({"webhook_url": ""}, "params.webhook_url: webhooks are not offered"),
-            ({"mode": "async", "webhook_url": "https://example.com/hook"}, "params.mode: async rollouts are not"),
+            ({"webhook_url": "https://example.com/hook"}, 'params.webhook_url: is for "mode": "async"'),
+            ({"webhook_url": ""}, 'params.webhook_url: is for "mode": "async"'),
+            ({"mode": "async", "webhook_url": ""}, "params.webhook_url: is not accepted; https://host/path without"),
+            ({"mode": "async", "webhook_url": "http://example.com/"}, "params.webhook_url: is not accepted; https://"),
+            ({"mode": "async", "webhook_url": "https://10.0.0.1/"}, "params.webhook_url: is not accepted: its address"),
+            ({"mode": "async", "webhook_url": "https://example.com:22/"}, "params.webhook_url: names port 22; 443 and"),
         ],
     )
     async def test_what_is_not_offered_is_refused_and_nothing_runs(

@@ -23,11 +23,13 @@ from deployments.errors import (
     ModelOverloaded,
     QuoteNotAccepted,
     ResultExpired,
+    RolloutCanceled,
     RolloutError,
     SessionBudgetSpent,
     SessionBusy,
     SessionLimit,
     SessionUnknown,
+    TooManyJobs,
 )
 from deployments.payments import errors as payment_errors
 from deployments.payments.errors import (
@@ -126,6 +128,18 @@ EXAMPLES: list[tuple[Exception, int, str, str]] = [
         " 1800000000 (POSIX seconds)",
     ),
     (
+        RolloutCanceled(),
+        409,
+        "INVALID_REQUEST",
+        "this was sent before and then canceled; use a new Idempotency-Key, or send it again in a minute",
+    ),
+    (
+        TooManyJobs(1_000, 9),
+        429,
+        "RATE_LIMITED",
+        "1000 of your jobs are waiting or running, and no more may; try again in 9 s",
+    ),
+    (
         ModelOverloaded("tiny-pusher", 3),
         503,
         "OVERLOADED",
@@ -204,6 +218,7 @@ EXAMPLES: list[tuple[Exception, int, str, str]] = [
 ]
 RETRY_AFTER = {
     RateLimited: "7",
+    TooManyJobs: "9",
     ModelOverloaded: "3",
     LedgerUnavailable: "2",
     SessionLimit: "10",

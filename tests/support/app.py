@@ -52,6 +52,8 @@ from deployments.status_client import StatusClient
 from serve_app.api import create_api
 from serve_app.catalog import CATALOG, model_spec
 from serve_app.context import Services
+from serve_app.envelopes import Envelopes
+from serve_app.job_services import job_services
 from serve_app.rate_limit import TokenBuckets
 from serve_app.settings import ClusterArgs, Limits, ModelArgs
 from serve_app.signing import LinkSigner
@@ -219,21 +221,21 @@ async def running_app(
             SessionLimits(bounds.session_frames, bounds.session_idle_s),
         )
         results = ResultStore(data_dir / "results", ttl_s=3600)
+        args = ClusterArgs(
+            data_dir=data_dir,
+            database_url="",
+            models=(ModelArgs(slug=SLUG, checkpoint=""),),
+            webhook_loopback=True,
+            limits=bounds,
+        )
+        models: dict[str, Any] = {SLUG: local}
+        ingress = Ingress(ledger_client, reservations, models, results, status)
+        signer = LinkSigner(b"0" * 32)
+        envelopes = Envelopes(signer, results.ttl_s)
         services = Services(
-            args=ClusterArgs(
-                data_dir=data_dir,
-                database_url="",
-                models=(ModelArgs(slug=SLUG, checkpoint=""),),
-                limits=bounds,
-            ),
-            ingress=Ingress(
-                ledger_client,
-                reservations,
-                {SLUG: local},  # type: ignore[dict-item]
-                results,
-                status,
-            ),
-            models={SLUG: local},  # type: ignore[dict-item]
+            args=args,
+            ingress=ingress,
+            models=models,
             commands={},
             max_row_steps={SLUG: 1024},
             reader=ledger.reader,
@@ -245,7 +247,11 @@ async def running_app(
             results=results,
             sessions=sessions,
             frames=FrameStore(open_file_groups(str(data_dir / "results"))),
-            signer=LinkSigner(b"0" * 32),
+            jobs=job_services(
+                args, ledger.database, ingress, ledger_client, reservations, models, results, status, envelopes
+            ),
+            envelopes=envelopes,
+            signer=signer,
             status=status,
             booting=BootingReplicas(lambda: {SLUG: 0}),
             audits=AuditsClient(LocalActor(ledger_call)),
