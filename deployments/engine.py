@@ -247,10 +247,12 @@ class Engine:
         ):
             if isinstance(frames, Exception):
                 self._settle(active.job, active.index, ChunkFailed(_reason(frames)))
+            elif _shows_nothing(active.job.rows[active.index]):
+                self._present(active, frames)
             else:
-                self._encoders.submit(self._encode, active, frames)
+                self._encoders.submit(self._present, active, frames)
 
-    def _encode(self, active: _Active, frames: Frame) -> None:
+    def _present(self, active: _Active, frames: Frame) -> None:
         try:
             outcome: ChunkOutcome = self._presenter.present(active.job.rows[active.index], frames)
         except Exception as error:
@@ -291,6 +293,10 @@ class Engine:
             return function(items)
         finally:
             del self._calls[thread]
+
+
+def _shows_nothing(row: ChunkRow) -> bool:
+    return row.form == "none" and row.goal is None and row.reference is None
 
 
 def _urgency(job: _Job) -> tuple[int, float, int]:

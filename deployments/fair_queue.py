@@ -128,7 +128,8 @@ class FairQueue:
 
     def head(self) -> Waiting | None:
         """The next in fair order, of those whose customers are not held back."""
-        for group in sorted((group for group in self._classes.values() if group.num_tickets), key=_virtual):
+        waiting = [group for group in self._classes.values() if group.num_tickets]
+        for group in sorted(waiting, key=_virtual) if len(waiting) > 1 else waiting:
             flow = self._first(group)
             if flow is not None:
                 return self._entries[self._first_ticket(flow)]

@@ -117,10 +117,8 @@ class _Replica:
     compatibility: str = ""
     turn: int = 0
     """Names its one valid entry in the order of room."""
-
-    @property
-    def cost_per_s(self) -> float:
-        return 0.0 if self.profile is None else self.profile.rows_per_s(self.capacity_rows)
+    cost_per_s: float = 0.0
+    """In full batches; 0 without a profile."""
 
     def present_batch_s(self, now: float) -> float:
         """What is left of the batch that runs."""
@@ -244,14 +242,13 @@ class Scheduler:
         now = self._clock()
         replica = self._replicas.get(replica_id)
         if replica is None:
-            replica = _Replica(replica_id, capacity_rows, now, attention, profile, now)
+            replica = _Replica(replica_id, 0, now, attention, None, now)
             self._replicas[replica_id] = replica
             self._count(replica, 1)
-            self._place(replica)
-            self._promise()
-        elif (replica.capacity_rows, replica.profile) != (capacity_rows, profile):
+        if (replica.capacity_rows, replica.profile) != (capacity_rows, profile):
             self._count(replica, -1)
             replica.capacity_rows, replica.profile = capacity_rows, profile
+            replica.cost_per_s = 0.0 if profile is None else profile.rows_per_s(capacity_rows)
             self._count(replica, 1)
             self._place(replica)
             self._promise()
@@ -339,14 +336,11 @@ class Scheduler:
 
     def _start(self, ticket: Ticket, replica: _Replica) -> None:
         now, replica_id = self._clock(), replica.replica_id
-        self._count(replica, -1)
         if not replica.running:
             replica.progress_at, replica.compatibility = now, ticket.compatibility
+            self._count_busy(replica, 1)
         replica.running.add(ticket.ticket_id)
-        replica.rows += ticket.num_rows
-        replica.cost += ticket.cost
-        self._count(replica, 1)
-        self._place(replica)
+        self._add(replica, ticket.num_rows, ticket.cost)
         self._running[ticket.ticket_id] = _Running(ticket, replica_id, now)
         customer_id = ticket.terms.customer_id
         self._rows_of[customer_id] = self._rows_of.get(customer_id, 0) + ticket.num_rows
@@ -361,13 +355,12 @@ class Scheduler:
         if running is None:
             return None
         ticket, replica = running.ticket, self._replicas[running.replica_id]
-        self._count(replica, -1)
+        self._count_busy(replica, -1)
         replica.running.remove(ticket_id)
-        replica.rows -= ticket.num_rows
-        replica.cost -= ticket.cost
         replica.progress_at = self._clock()
-        self._count(replica, 1)
-        self._place(replica)
+        if replica.running:
+            self._count_busy(replica, 1)
+        self._add(replica, -ticket.num_rows, -ticket.cost)
         customer_id = ticket.terms.customer_id
         self._rows_of[customer_id] -= ticket.num_rows
         if not self._rows_of[customer_id]:
@@ -382,8 +375,20 @@ class Scheduler:
         self._running_cost += sign * replica.cost
         self._num_full += sign * (replica.rows >= replica.capacity_rows)
         if replica.running:
-            self._busy_cost_per_s += sign * replica.cost_per_s
-            self._busy_since += sign * replica.cost_per_s * replica.progress_at
+            self._count_busy(replica, sign)
+
+    def _count_busy(self, replica: _Replica, sign: int) -> None:
+        self._busy_cost_per_s += sign * replica.cost_per_s
+        self._busy_since += sign * replica.cost_per_s * replica.progress_at
+
+    def _add(self, replica: _Replica, rows: int, cost: int) -> None:
+        was_full = replica.rows >= replica.capacity_rows
+        replica.rows += rows
+        replica.cost += cost
+        self._running_rows += rows
+        self._running_cost += cost
+        self._num_full += (replica.rows >= replica.capacity_rows) - was_full
+        self._place(replica)
 
     def _place(self, replica: _Replica) -> None:
         """Enter it into the order of room anew."""
