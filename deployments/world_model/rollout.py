@@ -29,6 +29,7 @@ from deployments.world_model.config import MAX_GUIDANCE, MAX_NUM_STEPS, WorldMod
 from deployments.world_model.denoiser import predict_guided
 from deployments.world_model.dit import DiT
 from deployments.world_model.errors import InvalidInputError, WorldModelError
+from deployments.world_model.latent_cache import LatentCache
 from deployments.world_model.sampler import SamplerState, advance, sigma
 from deployments.world_model.tokenizer import Tokenizer, build_tokenizer
 
@@ -65,7 +66,7 @@ class Row:
 
 
 class WorldModel:
-    """A tokenizer and a denoiser on one device. Stateless between calls: rows hold all progress."""
+    """A tokenizer and a denoiser on one device. Stateless between calls but for a cache: rows hold all progress."""
 
     def __init__(
         self,
@@ -80,6 +81,7 @@ class WorldModel:
         self.device = torch.device(device)
         self.dit = dit
         self.tokenizer = tokenizer
+        self.latent_cache = LatentCache()
         weight = dit.final_layer.linear.weight
         with torch.inference_mode():
             if context_LE is None:
@@ -108,19 +110,25 @@ class WorldModel:
 
     @torch.inference_mode()
     def start(self, inputs: Sequence[ChunkInput]) -> list[Row]:
-        """Rows ready to step. Each distinct start frame is encoded once. Raises InvalidInputError naming the field."""
+        """Rows ready to step. Each distinct start frame is encoded once, and a rollout's first one is remembered.
+
+        Raises InvalidInputError naming the field.
+        """
         for chunk_input in inputs:
             check_chunk_input(self.config, chunk_input)
-        distinct = {chunk_input.start_frame.tobytes(): chunk_input.start_frame for chunk_input in inputs}
-        conditions = dict(zip(distinct, self._encode(list(distinct.values())), strict=True)) if distinct else {}
+        conditions = self.latent_cache.get_or_encode(
+            [chunk_input.start_frame for chunk_input in inputs],
+            self._encode,
+            keep=[chunk_input.chunk == 0 for chunk_input in inputs],  # later chunks start where nobody was before
+        )
         return [
             Row(
                 chunk_input,
-                condition_CHW=conditions[chunk_input.start_frame.tobytes()],
+                condition_CHW=condition_CHW,
                 actions_FA=self._actions(chunk_input.actions),
                 state=SamplerState.start(torch.from_numpy(noise(self.config, chunk_input)).to(self.device)),
             )
-            for chunk_input in inputs
+            for chunk_input, condition_CHW in zip(inputs, conditions, strict=True)
         ]
 
     @torch.inference_mode()

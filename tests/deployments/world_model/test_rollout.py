@@ -17,6 +17,7 @@ from deployments.world_model import (
     WorldModelError,
     rollout,
 )
+from deployments.world_model.latent_cache import LatentCache
 from deployments.world_model.rollout import Frames, Row, noise
 
 Make = Callable[..., ChunkInput]
@@ -155,6 +156,7 @@ def test_each_distinct_start_frame_is_encoded_once(
     encoded: list[int] = []
     encode = small_model.tokenizer.encode
     monkeypatch.setattr(small_model.tokenizer, "encode", lambda video: encoded.append(len(video)) or encode(video))
+    monkeypatch.setattr(small_model, "latent_cache", LatentCache())
     shared = chunk_input(0).start_frame
     small_model.start([chunk_input(i, start_frame=shared.copy()) for i in range(8)] + [chunk_input(9)])
     assert encoded == [2]
