@@ -76,13 +76,14 @@ def measure(engine: Engine, kind: str, directory: Path, seconds: float, keyed: b
         "load_1m": round(os.getloadavg()[0], 1),
         "flush_ms": flush_cost(directory),
         "keyed": keyed,
-        "rollouts_per_s": {
-            f"{len(keys)} wallets": {
-                str(batch): round(throughput(ledger, keys, batch, seconds, keyed)) for batch in BATCHES
-            }
-            for keys in (wallets, hot)
-        },
+        "rollouts_per_s": {},
+        "own_cpu_us_per_rollout": {},
     }
+    for keys in (wallets, hot):
+        measured = {str(batch): throughput(ledger, keys, batch, seconds, keyed) for batch in BATCHES}
+        name = f"{len(keys)} wallets"
+        result["rollouts_per_s"][name] = {batch: round(rate) for batch, (rate, _) in measured.items()}
+        result["own_cpu_us_per_rollout"][name] = {batch: round(cpu, 1) for batch, (_, cpu) in measured.items()}
     owner = dict(wallets)
     naive = {"1 connection": round(naive_throughput(engine, owner, 1, seconds))}
     if kind == "postgresql":
@@ -109,24 +110,26 @@ def make_wallets(ledger: Ledger, count: int) -> list[tuple[KeyId, CustomerId]]:
 
 def throughput(
     ledger: Ledger, keys: Sequence[tuple[KeyId, CustomerId]], batch: int, seconds: float, keyed: bool
-) -> float:
-    """Rollouts per second, of commits that settle `batch` rollouts and reserve as many."""
+) -> tuple[float, float]:
+    """Rollouts per second, of commits that settle `batch` rollouts and reserve as many; and the microseconds of a core
+    that each cost this process, which other work on the machine hardly changes."""
     draw = random.Random(batch)
     before = reserves(keys, batch, draw, keyed)
     ledger.apply(before)
-    spent, rollouts = 0.0, 0
+    spent, cpu, rollouts = 0.0, 0.0, 0
     while spent < seconds:
         now = reserves(keys, batch, draw, keyed)
         commands = [*(Settle(each.request_id, FRAMES, "") for each in before), *now]
-        started = time.perf_counter()
+        started, cpu_before = time.perf_counter(), time.thread_time()
         outcomes = ledger.apply(commands)
         spent += time.perf_counter() - started
+        cpu += time.thread_time() - cpu_before
         assert isinstance(outcomes[0], Settled)
         assert isinstance(outcomes[-1], Reserved)
         rollouts += batch
         before = now
     ledger.apply([Settle(each.request_id, FRAMES, "") for each in before])
-    return rollouts / spent
+    return rollouts / spent, cpu / rollouts * 1e6
 
 
 def reserves(keys: Sequence[tuple[KeyId, CustomerId]], count: int, draw: random.Random, keyed: bool) -> list[Reserve]:

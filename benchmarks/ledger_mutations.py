@@ -121,7 +121,12 @@ EDITS = {
         "False",
         "test_quotes.py",
     ),
-    "same quote, same work": Edit("billing.core.quotes", "elif quote[1:6] != work:", "elif False:", "test_quotes.py"),
+    "same quote, same work": Edit(
+        "billing.core.quotes",
+        "elif (*quote[1:6], quote.per_frames) != (*work, per_frames):",
+        "elif False:",
+        "test_quotes.py",
+    ),
     "one credit per payment": Edit("billing.core.payments", "if payment is not None:", "if False:", "test_payments.py"),
     "malformed commands": Edit("billing.ledger", "malformed(command) for", "None for", "test_ledger.py"),
     "durable SQLite": Edit("billing.database", "synchronous = FULL", "synchronous = NORMAL", "test_database.py"),
