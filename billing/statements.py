@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, Engine, func, select
+from sqlalchemy import Connection, Engine, bindparam, func, select
 
 from billing.commands import CustomerId
 from billing.errors import UnknownWallet
@@ -16,6 +16,9 @@ from billing.money import Mils
 from billing.reader import SHOWN_AS, EntryRecord, shown
 from billing.tables import entry, wallet
 
+_ENTRY = select(entry.c.ts, entry.c.balance_after).where(
+    entry.c.customer_id == bindparam("customer"), entry.c.seq == bindparam("number")
+)
 _MONTH = re.compile(r"([1-8][0-9]{3})-(0[1-9]|1[0-2])")
 
 
@@ -137,8 +140,7 @@ def _last_before(connection: Connection, customer_id: CustomerId, last: int, ts:
 
 
 def _entry(connection: Connection, customer_id: CustomerId, seq: int) -> Any:
-    statement = select(entry.c.ts, entry.c.balance_after).where(entry.c.customer_id == customer_id, entry.c.seq == seq)
-    return connection.execute(statement).one()
+    return connection.execute(_ENTRY, {"customer": customer_id, "number": seq}).one()
 
 
 def _statement(connection: Connection, customer_id: CustomerId, month: Month, from_seq: int, to_seq: int) -> Statement:
