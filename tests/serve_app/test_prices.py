@@ -153,6 +153,21 @@ async def test_volume_counts_from_the_customers_own_month_and_a_boundary_is_a_li
     assert (await post(app, headers, dryRun="true"))["cost_usd"] == 0.0245
 
 
+async def test_work_that_nobody_waits_for_is_priced_as_its_class(app: App) -> None:
+    headers, customer = app.key(100_000)
+    add(app, per_frame("0.001"), customer, latency_classes=(("batch", Fraction(1, 2)),))
+    assert (await post(app, headers, dryRun="true"))["cost_mils"] == 490
+    files = {"start_frame": png(), "actions": npy(actions(48))}
+    params = {"params": json.dumps({"model": MODEL, "mode": "async"})}
+    query = {"dryRun": "true"}
+    said = (await app.http.post("/v1/rollouts", headers=headers, params=query, files=files, data=params)).json()
+    assert (said["cost_mils"], said["components"][0]["unit_price"]) == (245, 0.0005)
+    queued = await app.http.post("/v1/rollouts", headers=headers, files=files, data=params)
+    assert queued.status_code == 202
+    assert queued.json()["metadata"]["cost_estimate"] == 0.0245
+    assert app.ledger.rows(customer)[-1] == ("debit", -245)
+
+
 async def test_the_last_book_stands_while_the_database_is_away(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
     add(app, per_frame("0.0006"))
     spec = model_spec(CATALOG[MODEL])
