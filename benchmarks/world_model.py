@@ -1,8 +1,9 @@
 """What a rollout costs, without server and network: `python -m benchmarks.world_model [--device cuda]`.
 
-On a CPU: the shipped tiny-pusher, 49 frames at batch 1, 8 and 16. A row in a batch costs less than a row alone as far
-as a forward of one row is overhead, launching some 300 small operations, and not arithmetic: 0.24 GFLOP per denoising
-step and row, about half of the time that one takes alone.
+On a CPU: the shipped tiny-pusher, 49 frames at batch 1, 8 and 16 in turn, round by round. A row in a batch costs less
+than a row alone as far as a forward of one row is overhead, launching some 300 small operations, and not arithmetic:
+0.24 GFLOP per denoising step and row, about half of the time that one takes alone. Its time of CPU is beside the time
+by the clock, which on a machine that does other work says more of that work.
 
 On a GPU: the 2B at 480x640, randomly initialised, since timing does not depend on the weights. A denoising step is 21.6
 TFLOP per row, so it is arithmetic alone that counts: the floor is its matrix products at the rate measured here for one
@@ -54,7 +55,8 @@ def median_ms(run: Callable[[], object], repeats: int, device: torch.device) -> 
     return statistics.median(times[1:])
 
 
-def rollout_ms(model: WorldModel, batch: int, repeats: int) -> float:
+def rollouts_of(model: WorldModel, batch: int) -> Callable[[], object]:
+    """That many rollouts side by side, always the same ones."""
     config = model.config
     random = np.random.default_rng(0)
     if config.resolution == (pusher.SIZE, pusher.SIZE):
@@ -62,27 +64,41 @@ def rollout_ms(model: WorldModel, batch: int, repeats: int) -> float:
     else:
         frames = list(random.integers(0, 256, (batch, *config.resolution, 3), dtype=np.uint8))
     actions = list(random.uniform(-1, 1, (batch, NUM_ACTIONS, config.action_dim)).astype(np.float32))
-    return median_ms(lambda: rollouts(model, frames, actions, range(batch), [0] * batch), repeats, model.device)
+    return lambda: rollouts(model, frames, actions, range(batch), [0] * batch)
 
 
 def on_cpu(repeats: int) -> dict[str, Any]:
     model = WorldModel.load(PACKAGED_CHECKPOINTS["tiny-pusher"])
+    runs = {batch: rollouts_of(model, batch) for batch in CPU_BATCHES}
+    peak_rss_mib = {}
+    for batch, run in runs.items():  # rising, so that the peak of memory so far is the peak of this batch
+        run()
+        peak_rss_mib[batch] = _peak_rss_mib()
+    rounds = [{batch: _timed(run) for batch, run in runs.items()} for _ in range(repeats)]
     by_batch = {}
-    for batch in CPU_BATCHES:  # rising, so that the peak of memory so far is the peak of this batch
-        took_ms = rollout_ms(model, batch, repeats)
+    for batch in CPU_BATCHES:
+        wall_ms, cpu_ms = (statistics.median(took[batch][clock] for took in rounds) for clock in (0, 1))
         by_batch[batch] = {
-            "rollout_ms": round(took_ms, 1),
-            "rollouts_per_s": round(1e3 * batch / took_ms, 3),
-            "peak_rss_mib": round(_peak_rss_mib(), 1),
+            "rollout_ms": round(wall_ms, 1),
+            "cpu_ms": round(cpu_ms, 1),
+            "rollouts_per_s": round(1e3 * batch / wall_ms, 3),
+            "peak_rss_mib": round(peak_rss_mib[batch], 1),
         }
-    throughput = {batch: figures["rollouts_per_s"] for batch, figures in by_batch.items()}
     return {
         "model": model.config.name,
         "num_steps": model.config.default_num_steps,
         "batch": by_batch,
-        "throughput_8_to_1": round(throughput[8] / throughput[1], 2),
+        "throughput_8_to_1": round(statistics.median(8 * took[1][0] / took[8][0] for took in rounds), 2),
+        "rounds": repeats,
         "threads": torch.get_num_threads(),
     }
+
+
+def _timed(run: Callable[[], object]) -> tuple[float, float]:
+    """Milliseconds by the clock, and of CPU over all threads."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    run()
+    return 1e3 * (time.perf_counter() - wall), 1e3 * (time.process_time() - cpu)
 
 
 def random_model(config: WorldModelConfig, device: torch.device) -> WorldModel:
@@ -148,7 +164,7 @@ def against_floor(config: WorldModelConfig, device: torch.device, side: int, rep
     for batch in GPU_BATCHES:
         forward = partial(forward_once, config, model.dit, model.context, batch, device)
         forward_ms = median_ms(forward, 10 * repeats, device)
-        took_ms = rollout_ms(model, batch, repeats)
+        took_ms = median_ms(rollouts_of(model, batch), repeats, device)
         chunks_ms = NUM_ACTIONS // config.chunk_size * config.default_num_steps * batch * row_floor_ms
         by_batch[batch] = {
             "forward_ms": round(forward_ms, 3),
@@ -209,6 +225,10 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error(
+            f"--device {device}: torch {torch.__version__} finds no GPU here; --smoke --device cpu runs its path"
+        )
     if arguments.smoke:
         result = against_floor(small(PRESETS["dreamdojo-2b"]), device, side=256, repeats=1)
     elif device.type == "cpu":
