@@ -56,13 +56,15 @@ def test_its_rollouts_are_3_5_db_above_holding_the_first_frame_still(
 
 
 def test_its_agent_goes_where_the_actions_say(measured: Accuracy) -> None:
-    assert measured.agent_error_px_1_12 < 1.0
-    assert measured.agent_error_px < 3.2
+    assert measured.agent_error_px_1_12 < 0.7
+    assert measured.agent_error_px < 3.0
 
 
 def test_its_pucks_are_where_they_truly_are_in_the_first_chunk_and_mostly_at_the_end(measured: Accuracy) -> None:
-    assert measured.puck_error_px_1_12 < 0.9
-    assert measured.goal_distance_pearson > 0.75  # 0.85 is the goal, and not reached
+    assert measured.puck_error_px_1_12 < 0.65
+    assert measured.puck_error_px < 4.2
+    # 0.85 is the goal, and not reached: `benchmarks/predictability.py` tells what stands in the way.
+    assert measured.goal_distance_pearson > 0.78
 
 
 def test_actions_of_another_episode_or_none_predict_clearly_worse(shipped_model: WorldModel) -> None:
