@@ -6,6 +6,7 @@ Every way out after the reservation ends in a settlement: all frames delivered, 
 import asyncio
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 
 import structlog
 
@@ -37,6 +38,7 @@ from deployments.reservations import LEASE_S, Reservations
 from deployments.results import ResultStore
 from deployments.status import Outcome, Sample
 from deployments.status_client import StatusClient
+from deployments.streaming import RolloutStream, StreamForm
 
 REFUND_WAIT_S = 15.0
 """How long the answer to a failure waits for its refund; the refund itself is tried for longer."""
@@ -138,6 +140,32 @@ class Ingress:
             self._running.discard(task)
             self._stopped.discard(task)
 
+    async def stream(self, request: RolloutRequest, form: StreamForm) -> RolloutStream:
+        """Reserve the price of one candidate, to be sent as it is made. Its own run, whatever ran before: no frame that
+        was streamed is kept. Whoever reads it finishes it.
+
+        Raises:
+            CreditsInsufficient, KeyNotAccepted, KeyNotAllowed, BudgetUsedUp, QuoteNotAccepted, LedgerUnavailable:
+                nothing ran and nothing was charged.
+        """
+        if self._draining:
+            raise ModelOverloaded(request.model, RESTART_S)
+        request = replace(request, payload_sha256="")
+        reserved = await self.reserve(request)
+        assert isinstance(reserved, Reserved), reserved
+        task = asyncio.current_task()
+        assert task is not None
+        self._running.add(task)
+        return RolloutStream(
+            self._models[request.model],
+            request,
+            reserved,
+            form,
+            self._reservations,
+            self._status,
+            on_finish=lambda: self._running.discard(task),
+        )
+
     async def quote(self, request: RolloutRequest) -> Quoted:
         """Promise what `request` costs now for `QUOTE_VALID_S`. Nothing runs and nothing is reserved.
 
@@ -237,7 +265,7 @@ class Ingress:
                     lease_s=lease_s,
                     idempotency_key=request.idempotency_key,
                     payload_sha256=request.payload_sha256,
-                    dedupe_window_s=DEDUPE_WINDOW_S,
+                    dedupe_window_s=DEDUPE_WINDOW_S if request.payload_sha256 else 0.0,
                     model=request.model,
                     quote_id=request.quote_id,
                 )

@@ -16,6 +16,11 @@ from deployments.messages import Frame
 ENCODER_OPTIONS = {"preset": "veryfast", "tune": "zerolatency", "crf": "12", "profile": "baseline", "threads": "1"}
 """Baseline and zerolatency: no B-frames, so decode order is display order and chunks join; crf 12 is about 42 dB."""
 
+MOV_FLAGS = "frag_custom+empty_moov+default_base_moof+skip_trailer"
+"""Fragments that stand alone, and need no index at the end."""
+UNITS_PER_FRAME = 1000
+"""Of the time that fragments are counted in."""
+
 
 def encode_chunk(frames: Iterable[Frame], resolution: tuple[int, int], fps: int) -> bytes:
     """H.264 Annex B of `frames`, uint8 (H, W, 3) each: one key frame, then its differences."""
@@ -61,3 +66,48 @@ def join_chunks(chunks: Sequence[bytes], fps: int, num_frames: int) -> bytes:
     if muxed != num_frames:
         raise ValueError(f"the chunks hold {muxed} frames, not {num_frames}")
     return output.getvalue()
+
+
+def fragment(chunk: bytes, fps: int, first_frame: int, index: int) -> bytes:
+    """One chunk, as `encode_chunk` made it, as the next piece of a fragmented mp4: what has been sent can be played.
+
+    `first_frame` is the number of frames before it, `index` that of fragments; the first carries the file's header.
+    """
+    output = io.BytesIO()
+    options = {
+        "movflags": MOV_FLAGS,
+        "fragment_index": str(index + 1),
+        "video_track_timescale": str(fps * UNITS_PER_FRAME),
+    }
+    with (
+        av.open(io.BytesIO(chunk), "r", format="h264") as source,
+        av.open(output, "w", format="mp4", options=options) as target,
+    ):
+        stream_in = source.streams.video[0]
+        stream_out = target.add_stream_from_template(stream_in)
+        stream_out.time_base = Fraction(1, fps)
+        packets = [packet for packet in source.demux(stream_in) if packet.size]
+        for position, packet in enumerate(packets):
+            packet.stream = stream_out
+            packet.time_base = Fraction(1, fps)
+            packet.pts = packet.dts = position
+            packet.is_keyframe = position == 0
+            packet.duration = 1
+            target.mux(packet)
+    whole = output.getvalue()
+    if index == 0:
+        return whole
+    piece = bytearray(whole[_find_box(whole, b"moof") :])
+    # The muxer counts from the start of its own output. A tfdt box is its size, its name, version 0 or 1, the time.
+    time_at = piece.index(b"tfdt") + 8
+    time_bytes = 8 if piece[time_at - 4] else 4
+    piece[time_at : time_at + time_bytes] = (first_frame * UNITS_PER_FRAME).to_bytes(time_bytes, "big")
+    return bytes(piece)
+
+
+def _find_box(content: bytes, kind: bytes) -> int:
+    """Where the first box of that kind begins, on the top level."""
+    at = 0
+    while content[at + 4 : at + 8] != kind:
+        at += int.from_bytes(content[at : at + 4], "big")
+    return at

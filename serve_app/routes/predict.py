@@ -1,17 +1,20 @@
 """`/v1/predict` and `/v1/predict/batch`: rollouts on the active model, answered with their bytes."""
 
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Depends, Query, Request, Response
 
 from billing.reader import KeyRecord
 from deployments.messages import ModelSpec, RolloutRequest
+from deployments.streaming import StreamForm
 from serve_app.context import ActiveModel, Caller, Parts, Services, authenticate
+from serve_app.errors import InvalidRequest
 from serve_app.forms import Form, read_form
 from serve_app.routes.answers import BATCH, MP4, batch_answer, result_headers
 from serve_app.routes.frames import uploaded
 from serve_app.routes.inputs import FILE, Inputs, assemble, multipart
 from serve_app.routes.quotes import DryRun, as_json, estimate
+from serve_app.routes.streams import asked_form, streamed
 from serve_app.schemas import BatchParams, PredictParams
 
 paid = APIRouter(tags=["rollouts"], dependencies=[Depends(authenticate)])
@@ -29,7 +32,12 @@ def knobs(schema: type[PredictParams]) -> dict[str, Any]:
     openapi_extra=multipart(["actions"], frame=FILE, actions=FILE, ground_truth=FILE, **knobs(PredictParams)),
 )
 async def predict(
-    request: Request, parts: Parts, caller: Caller, model: ActiveModel, dry_run: DryRun = False
+    request: Request,
+    parts: Parts,
+    caller: Caller,
+    model: ActiveModel,
+    dry_run: DryRun = False,
+    stream: Annotated[StreamForm | None, Query(description="Send frames as they are made")] = None,
 ) -> Response:
     """One rollout on the active model; the answer is its mp4."""
     form = await read_form(request, 8, parts.args.limits.body_timeout_s)
@@ -38,6 +46,9 @@ async def predict(
     rollout = await _read(request, parts, caller, model, form, params, max_candidates=1)
     if dry_run:
         return as_json(await estimate(parts, caller, rollout))
+    form_asked = asked_form(request, stream)
+    if form_asked is not None:
+        return await streamed(parts, rollout, form_asked)
     result = await parts.ingress.run(rollout)
     return Response(result.videos[0], media_type="video/mp4", headers=result_headers(result, caller))
 
@@ -59,6 +70,8 @@ async def predict_batch(
     request: Request, parts: Parts, caller: Caller, model: ActiveModel, dry_run: DryRun = False
 ) -> Response:
     """K rollouts that share a start frame, reserved and charged as one; the answer is a tar of K mp4s in order."""
+    if asked_form(request, "mp4" if "stream" in request.query_params else None) is not None:
+        raise InvalidRequest("stream", "is of one rollout; /v1/predict streams")
     most = parts.args.limits.max_candidates
     form = await read_form(request, most + 8, parts.args.limits.body_timeout_s)
     form.only(files=("frame", "actions", "goal_frame", "ground_truth"), fields=_names(BatchParams))

@@ -145,3 +145,50 @@ def test_a_killed_scheduler_is_back_and_running_rollouts_finish(stand_in_cluster
         assert running.result(60).status_code == 200
     assert predict(http, actions(seed=4)).status_code == 200
     assert sum(amounts(http)) == 10_000 - 2 * 245
+
+
+def test_a_client_that_leaves_a_stream_pays_for_the_frames_that_were_sent(http: httpx.Client) -> None:
+    """The first chunk is sent while the second is made, which takes seconds; over Serve's own proxy."""
+    values = actions(48)
+    values[12:, SLEEP_S] = 0.3
+    with http.stream(
+        "POST", "/v1/predict", params={"stream": "jpeg"}, files={"frame": png(), "actions": npy(values)}
+    ) as answer:
+        received = b""
+        for part in answer.iter_bytes():
+            received += part
+            if received.count(b"X-DreamEngine-Frame: ") == 13:
+                break
+    eventually(lambda: len(amounts(http)) == 3)
+    assert amounts(http) == [10_000, -245, 245 - 13 * 5]
+
+
+def test_a_lost_replica_costs_a_session_nothing_but_time(stand_in_cluster: Cluster) -> None:
+    """The chunk runs again from the last frame; the same pixels arrive."""
+    import base64
+    import io
+    import json
+
+    from PIL import Image
+    from websockets.sync.client import connect
+
+    key = stand_in_cluster.new_customer()
+    headers = {"Authorization": f"Bearer {key}"}
+    with httpx.Client(base_url=stand_in_cluster.base_url, headers=headers, timeout=60) as http:
+        envelope = http.post("/v1/sessions", files={"initial_frame": png()}, data={"model": "tiny-pusher"}).json()
+        values = actions(24)
+        values[12:, SLEEP_S] = 0.5
+        levels = []
+        with connect(envelope["ws_url"], additional_headers=headers) as socket:
+            assert json.loads(socket.recv())["type"] == "session_started"
+            socket.send(json.dumps({"type": "submit_actions", "actions": values.tolist()}))
+            while (message := json.loads(socket.recv(timeout=60)))["type"] != "rollout_complete":
+                assert message["type"] in ("frame", "billing"), message
+                if message["type"] == "frame":
+                    picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(message["data"]))))
+                    levels.append(int(picture[0, 0, 0]))
+                if message["type"] == "frame" and message["index"] == 12:
+                    (replica,) = stand_in_cluster.processes("model-tiny-pusher")
+                    replica.kill()
+        assert [(level - levels[0]) % 256 for level in levels] == list(range(25))
+        eventually(lambda: sum(amounts(http)) == 10_000 - 25 * 5)
