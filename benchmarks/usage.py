@@ -129,14 +129,21 @@ def questions(engine: Engine, customer: CustomerId, middle: str | None) -> dict[
 
 def by_offset(engine: Engine, customer: CustomerId, middle: str) -> list[Any]:
     """As a log without cursors would do it; counting the rows before is not on its bill."""
-    rows = "SELECT request_id FROM reservation WHERE customer_id = :customer ORDER BY created_at DESC, debit_seq DESC"
+    if middle not in _offsets:
+        newer = (
+            "SELECT COUNT(*) FROM reservation WHERE customer_id = :customer AND (created_at, debit_seq) >="
+            " (SELECT created_at, debit_seq FROM reservation WHERE request_id = :middle)"
+        )
+        with engine.connect() as connection:
+            values = {"customer": customer, "middle": middle}
+            _offsets[middle] = connection.execute(text(newer), values).scalar_one()
+    rows = (
+        "SELECT request_id FROM reservation WHERE customer_id = :customer"
+        " ORDER BY created_at DESC, debit_seq DESC LIMIT 50 OFFSET :offset"
+    )
     with engine.connect() as connection:
-        if middle not in _offsets:
-            ids = connection.execute(text(rows), {"customer": customer}).scalars().all()
-            _offsets[middle] = ids.index(middle) + 1
-        values = {"customer": customer, "offset": _offsets[middle]}
-        ids = connection.execute(text(f"{rows} LIMIT 50 OFFSET :offset"), values).scalars().all()
-        return list(connection.execute(DETAILS.where(reservation.c.request_id.in_(ids))))
+        found = connection.execute(text(rows), {"customer": customer, "offset": _offsets[middle]})
+        return list(connection.execute(DETAILS.where(reservation.c.request_id.in_(found.scalars().all()))))
 
 
 _offsets: dict[str, int] = {}
