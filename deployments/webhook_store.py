@@ -1,6 +1,7 @@
 """The rows of webhooks: what is to be delivered, what became of each attempt, and what customers verify them with."""
 
 import base64
+import contextlib
 import secrets
 import time
 from collections.abc import Callable, Mapping
@@ -139,24 +140,30 @@ class WebhookStore:
 
     def secrets(self, customer_id: CustomerId) -> list[SigningSecret]:
         """What this customer's webhooks are signed with now, the newest first; made when first asked for."""
-        return self._valid(customer_id) or self.rotate(customer_id)
+        valid = self._valid(customer_id)
+        if not valid:
+            with contextlib.suppress(IntegrityError):  # another process made the first one just now
+                self._mint(customer_id, first=True)
+            valid = self._valid(customer_id)
+        return valid
 
     def rotate(self, customer_id: CustomerId) -> list[SigningSecret]:
         """Make a new secret; the one before it stays valid for `ROTATION_OVERLAP_S`."""
-        newest = select(func.max(webhook_secret.c.version)).where(webhook_secret.c.customer_id == customer_id)
-        minted = f"whsec_{base64.b64encode(secrets.token_bytes(SECRET_BYTES)).decode()}"
-        try:
-            with self._writer.begin() as connection:
-                version = (connection.execute(newest).scalar_one() or 0) + 1
-                connection.execute(
-                    insert(webhook_secret).values(
-                        customer_id=customer_id, version=version, secret=minted, created_at=self._clock()
-                    )
-                )
-        except IntegrityError:  # another process made that version just now, and it is as good
-            if not self._valid(customer_id):
-                raise
+        with contextlib.suppress(IntegrityError):  # another process did so just now, and its secret is as new
+            self._mint(customer_id, first=False)
         return self._valid(customer_id)
+
+    def _mint(self, customer_id: CustomerId, first: bool) -> None:
+        newest = select(func.max(webhook_secret.c.version)).where(webhook_secret.c.customer_id == customer_id)
+        with self._writer.begin() as connection:
+            connection.execute(
+                insert(webhook_secret).values(
+                    customer_id=customer_id,
+                    version=1 if first else (connection.execute(newest).scalar_one() or 0) + 1,
+                    secret=f"whsec_{base64.b64encode(secrets.token_bytes(SECRET_BYTES)).decode()}",
+                    created_at=self._clock(),
+                )
+            )
 
     def _valid(self, customer_id: CustomerId) -> list[SigningSecret]:
         newest = (

@@ -46,10 +46,15 @@ PORTS = (443, 8443)
 LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "::1")
 
 PUBLIC_IPV6 = ipaddress.IPv6Network("2000::/3")
-EMBEDDED_IPV4 = tuple(ipaddress.IPv6Network(network) for network in ("2001::/32", "2002::/16"))
-"""Teredo and 6to4 carry an IPv4 address, which may be any."""
-METADATA = frozenset({ipaddress.IPv4Address("168.63.129.16")})
-"""Answers with secrets to whoever asks from within its cloud, at an address that looks public."""
+NOT_FOR_US: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...] = (
+    ipaddress.IPv4Network("192.0.0.0/24"),  # of protocols; a cloud keeps its metadata there
+    ipaddress.IPv4Network("192.88.99.0/24"),  # relays to 6to4
+    ipaddress.IPv4Network("168.63.129.16/32"),  # looks public, and answers with secrets within its cloud
+    ipaddress.IPv6Network("2001::/23"),  # of protocols; Teredo carries an IPv4 address, which may be any
+    ipaddress.IPv6Network("2002::/16"),  # 6to4 does so too
+    ipaddress.IPv6Network("3fff::/20"),  # documentation
+)
+"""What Python's tables, which differ by version, may take for public."""
 NOT_PUBLIC = "its address is not a public one"
 
 log = structlog.get_logger(__name__)
@@ -80,11 +85,12 @@ def check_url(url: str, allow_loopback: bool) -> None:
 
 def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
     """Whether anybody on the Internet could reach it, and nobody inside this cluster gave it a meaning of its own."""
+    if any(address in network for network in NOT_FOR_US if network.version == address.version):
+        return False
     if isinstance(address, ipaddress.IPv6Address):
         # Outside of 2000::/3 lie the local ones, multicast, and both ways to write an IPv4 address (::ffff:, NAT64).
-        embedded = any(address in network for network in EMBEDDED_IPV4)
-        return address in PUBLIC_IPV6 and address.is_global and not embedded
-    return address.is_global and not address.is_multicast and not address.is_reserved and address not in METADATA
+        return address in PUBLIC_IPV6 and address.is_global
+    return address.is_global and not address.is_multicast and not address.is_reserved
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +161,7 @@ def _why_not(status: int) -> str:
 
 def _why_no_answer(error: Exception) -> str:
     """In words that say nothing of what our name server or network knows."""
-    if NOT_PUBLIC in str(error):
+    if isinstance(error, aiohttp.ClientConnectorError) and NOT_PUBLIC in str(error.os_error):
         return NOT_PUBLIC
     match error:
         case aiohttp.ClientConnectorDNSError():
