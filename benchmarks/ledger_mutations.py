@@ -142,6 +142,7 @@ ENTRY_CHECKS = {
     "tr_entry_floor": "balance_after < 0",
     "tr_entry_reversal": "kind IN ('reversal'",
     "tr_entry_repayment": "kind = 'repayment'",
+    "tr_entry_transfer": "kind IN ('transfer_out'",
 }
 
 
@@ -157,6 +158,8 @@ def schema_rules() -> list[str]:
         "uq_reversal_to",
         "uq_debt_after",
         "uq_price_effective",
+        "uq_statement_end",
+        "ck_wallet_floor",  # its credit line has the same rule
     }
     rules = set()
     for table in billing_metadata.sorted_tables:

@@ -4,9 +4,11 @@ Callers are our own processes, so a malformed command is a bug; it is refused al
 """
 
 import math
+import re
 
 from billing.commands import (
     AddPrice,
+    CloseStatement,
     Command,
     CreateKey,
     Credit,
@@ -20,8 +22,11 @@ from billing.commands import (
     Reverse,
     RevokeKey,
     RotateKey,
+    SetCreditLine,
     SetKeyTerms,
+    SetMember,
     Settle,
+    Transfer,
 )
 from billing.money import MAX_EXACT, MAX_MILS, part_of_rate
 from billing.payments.checks import wrong_value
@@ -35,6 +40,9 @@ MAX_MODELS = 100
 MAX_EVENTS = 100
 MAX_DEDUPE_WINDOW_S = 86_400
 """As long as payloads are remembered."""
+
+
+_PERIOD = re.compile(r"[0-9]{4}-(0[1-9]|1[0-2])")
 
 
 def printable(text: str) -> str:
@@ -119,6 +127,31 @@ def malformed(command: Command) -> str | None:
             )
         case RevokeKey():
             return _not_id("key_id", command.key_id)
+        case SetMember():
+            return (
+                _not_id("customer_id", command.customer_id)
+                or _not_id("name", command.name)
+                or _not_id("parent_id", command.parent_id)
+                or _not_cap(command)
+            )
+        case Transfer():
+            return (
+                _not_id("transfer_id", command.transfer_id)
+                or _not_id("from_id", command.from_id)
+                or _not_id("to_id", command.to_id)
+                or _not_whole("amount_mils", command.amount_mils, 1)
+                or _not_text("detail", command.detail)
+            )
+        case SetCreditLine():
+            return (
+                _not_id("customer_id", command.customer_id)
+                or _not_whole("limit_mils", command.limit_mils, 0)
+                or (None if type(command.overdue) is bool else "overdue must be true or false")
+            )
+        case CloseStatement():
+            if not (isinstance(command.period, str) and _PERIOD.fullmatch(command.period)):
+                return "period must be a month such as 2027-01"
+            return _not_id("customer_id", command.customer_id)
         case AddPrice():
             return _not_price(command)
         case ExpireLeases():
@@ -157,6 +190,14 @@ def _not_priced(command: Reserve | Quote) -> str | None:
     if command.frames * command.mils_per_frame + command.per_frames > MAX_EXACT:
         return f"frames x mils_per_frame must be at most {MAX_EXACT}, or a database could not compute it"
     return _not_whole("the price", part_of_rate(command.frames, command.mils_per_frame, command.per_frames), 1)
+
+
+def _not_cap(command: SetMember) -> str | None:
+    if command.cap_mils is None and command.cap_period is None:
+        return None
+    if command.cap_period not in ("day", "month"):
+        return "cap_period must be 'day' or 'month', with a cap"
+    return _not_whole("cap_mils", command.cap_mils, 0)
 
 
 def _not_price(command: AddPrice) -> str | None:

@@ -15,6 +15,10 @@ caller chose, so the same command again gives the same answer and no second row.
     RevokeKey     -> KeyRevoked | UnknownKey
     SetKeyTerms   -> KeyTermsSet | UnknownKey
     RotateKey     -> KeyRotated | UnknownKey | KeyRefused
+    SetMember     -> MemberSet | UnknownCustomer
+    Transfer      -> Transferred | InsufficientCredits | UnknownCustomer
+    SetCreditLine -> CreditLineSet | UnknownCustomer
+    CloseStatement -> StatementClosed | UnknownCustomer
     AddPrice      -> PriceAdded | UnknownCustomer
     ExpireLeases  -> LeasesExpired
     PaymentCommand -> PaymentOutcome, see billing.payments.commands
@@ -112,7 +116,7 @@ class ScopeRefused:
 
 @dataclass(frozen=True, slots=True)
 class BudgetExceeded:
-    """The key's own budget would not cover the request, whatever the wallet holds."""
+    """The key's own budget, or its customer's share of the team's, would not cover it, whatever the wallet holds."""
 
     limit_mils: Mils
     spent_mils: Mils
@@ -377,6 +381,99 @@ class LeasesExpired:
 
 
 @dataclass(frozen=True, slots=True)
+class SetMember:
+    """Put a customer into another one's team, or change its terms there; it is made if there is none of that name.
+
+    Without a cap it spends what is transferred to it. With one it spends its parent's money, up to the cap in each
+    period, once its own is used up; what is refunded goes back to the parent.
+    """
+
+    customer_id: CustomerId
+    """The id to use if the customer has to be created."""
+    name: str
+    parent_id: CustomerId
+    cap_mils: Mils | None = None
+    cap_period: Literal["day", "month"] | None = None
+    """Of UTC; given with a cap."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemberSet:
+    customer_id: CustomerId
+    parent_id: CustomerId
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """Move money between a parent and one of its members, in either direction: both entries in one commit."""
+
+    transfer_id: str
+    """The id of both rows; makes it idempotent."""
+    from_id: CustomerId
+    to_id: CustomerId
+    amount_mils: Mils
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Transferred:
+    transfer_id: str
+    amount_mils: Mils
+    from_balance_after_mils: Mils
+    to_balance_after_mils: Mils
+
+
+@dataclass(frozen=True, slots=True)
+class SetCreditLine:
+    """Let a customer spend down to minus `limit_mils`, or not below zero while an invoice is overdue."""
+
+    customer_id: CustomerId
+    limit_mils: Mils
+    """At least what is owed already: to end the spending of a customer that owes, say that it is overdue."""
+    overdue: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class CreditLineSet:
+    customer_id: CustomerId
+    limit_mils: Mils
+    floor_mils: Mils
+
+
+@dataclass(frozen=True, slots=True)
+class CloseStatement:
+    """Close a month of a wallet with its newest entry: once, and after the months before it."""
+
+    customer_id: CustomerId
+    period: str
+    """`YYYY-MM`, this month or one before it. Entries that come later belong to the next statement."""
+
+
+@dataclass(frozen=True, slots=True)
+class StatementClosed:
+    """The entries after `from_seq` up to `to_seq`; the next statement begins there.
+
+    `opening + usage + payments + transfers == closing`, all in mils.
+    """
+
+    customer_id: CustomerId
+    number: int
+    period: str
+    from_seq: int
+    to_seq: int
+    opening_mils: Mils
+    usage_mils: Mils
+    """Debits less refunds: negative."""
+    payments_mils: Mils
+    """Credits less what was taken back of them."""
+    transfers_mils: Mils
+    """Within the team."""
+    closing_mils: Mils
+    """What is owed, if negative."""
+    closed_at: float
+
+
+@dataclass(frozen=True, slots=True)
 class AddPrice:
     """Add the next version of a model's price. What was reserved or quoted keeps its own."""
 
@@ -432,6 +529,10 @@ Command = (
     | RevokeKey
     | SetKeyTerms
     | RotateKey
+    | SetMember
+    | Transfer
+    | SetCreditLine
+    | CloseStatement
     | AddPrice
     | ExpireLeases
     | PaymentCommand
@@ -459,6 +560,10 @@ Outcome = (
     | KeyTermsSet
     | KeyRotated
     | UnknownKey
+    | MemberSet
+    | Transferred
+    | CreditLineSet
+    | StatementClosed
     | PriceAdded
     | LeasesExpired
     | PaymentOutcome

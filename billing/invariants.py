@@ -66,12 +66,13 @@ AUDITS = (
     ),
     Audit(
         "no_negative_balance",
-        "No wallet is below its floor, and no prepaid one ever was below zero.",
+        "No wallet is below its credit limit, and nobody ever spent below the line that was drawn last.",
         """
         SELECT customer_id, NULL AS seq, balance_mils FROM wallet WHERE balance_mils < -credit_limit_mils
-        UNION ALL SELECT entry.customer_id, entry.seq, balance_after
-        FROM entry JOIN wallet ON wallet.customer_id = entry.customer_id
-        WHERE balance_after < 0 AND credit_limit_mils = 0
+        UNION ALL SELECT entry.customer_id, entry.seq, balance_after FROM entry
+        WHERE balance_after < 0 AND amount < 0 AND balance_after < COALESCE((SELECT floor_mils FROM credit_line
+          WHERE credit_line.customer_id = entry.customer_id AND entry_seq < entry.seq
+          ORDER BY credit_line.seq DESC LIMIT 1), 0)
         """,
     ),
     Audit(
@@ -210,6 +211,83 @@ AUDITS = (
         WHERE debt_mils <> COALESCE(chain.total, 0) OR COALESCE(debt_seq, 0) <> COALESCE(chain.seq, 0)
           OR debt_mils <> COALESCE(owing.mils, 0) + COALESCE(repaid.mils, 0)
           OR (debt_mils > 0 AND balance_mils > floor_mils)
+        """,
+    ),
+    Audit(
+        "line_is_the_newest",
+        "A wallet's credit limit and floor are those of its newest credit line, and lines are numbered without a gap.",
+        """
+        SELECT wallet.customer_id, credit_limit_mils, wallet.floor_mils, limit_mils, lines.times
+        FROM wallet LEFT JOIN (SELECT customer_id, MAX(seq) AS newest, COUNT(*) AS times FROM credit_line
+          GROUP BY customer_id) AS lines ON lines.customer_id = wallet.customer_id
+        LEFT JOIN credit_line ON credit_line.customer_id = wallet.customer_id AND credit_line.seq = newest
+        WHERE credit_limit_mils <> COALESCE(limit_mils, 0) OR wallet.floor_mils <> COALESCE(credit_line.floor_mils, 0)
+          OR lines.newest <> lines.times
+        """,
+    ),
+    Audit(
+        "teams_have_two_levels",
+        "No parent of a team is a member of one.",
+        """
+        SELECT member.customer_id, member.parent_id, parent.parent_id AS grandparent_id
+        FROM membership AS member JOIN membership AS parent ON parent.customer_id = member.parent_id
+        """,
+    ),
+    Audit(
+        "transfer_is_two_entries",
+        "What moved within a team left one wallet and arrived in the other, between a parent and its member.",
+        """
+        SELECT transfer_id, transfer.amount, sent.amount AS sent, received.amount AS received FROM transfer
+        LEFT JOIN entry AS sent ON sent.customer_id = from_id AND sent.seq = from_seq
+          AND sent.kind = 'transfer_out' AND sent.public_id = transfer_id
+        LEFT JOIN entry AS received ON received.customer_id = to_id AND received.seq = to_seq
+          AND received.kind = 'transfer_in' AND received.public_id = transfer_id
+        LEFT JOIN membership ON (membership.customer_id = from_id AND parent_id = to_id)
+          OR (membership.customer_id = to_id AND parent_id = from_id)
+        WHERE sent.seq IS NULL OR received.seq IS NULL OR sent.amount <> -transfer.amount
+          OR received.amount <> transfer.amount OR membership.customer_id IS NULL
+        UNION ALL SELECT public_id, amount, NULL, NULL FROM entry
+        WHERE kind IN ('transfer_in', 'transfer_out')
+          AND NOT EXISTS (SELECT 1 FROM transfer WHERE transfer_id = public_id)
+        """,
+    ),
+    Audit(
+        "draw_is_a_transfer",
+        "What a capped member's request drew came from its parent, and of what was refunded that much went back.",
+        """
+        SELECT draw.request_id, drawn, refunded, brought.amount AS brought, returned.amount AS returned
+        FROM draw JOIN reservation ON reservation.request_id = draw.request_id
+        LEFT JOIN transfer AS brought ON brought.transfer_id = draw.request_id || '.draw'
+          AND brought.to_id = draw.customer_id
+        LEFT JOIN transfer AS returned ON returned.transfer_id = draw.request_id || '.back'
+          AND returned.from_id = draw.customer_id
+        WHERE COALESCE(brought.amount, 0) <> drawn OR drawn > reservation.amount
+          OR draw.customer_id <> reservation.customer_id
+          OR COALESCE(returned.amount, 0) <> CASE WHEN refunded < drawn THEN refunded ELSE drawn END
+        """,
+    ),
+    Audit(
+        "statements_tile",
+        "A customer's statements follow each other entry by entry, and say what those entries add up to.",
+        """
+        SELECT chain.customer_id, number, from_seq, to_seq, opening_mils, closing_mils, usage_mils, payments_mils,
+          transfers_mils
+        FROM (SELECT statement.*,
+            LAG(to_seq) OVER (PARTITION BY customer_id ORDER BY number) AS to_seq_before,
+            LAG(closing_mils) OVER (PARTITION BY customer_id ORDER BY number) AS closing_before,
+            LAG(period) OVER (PARTITION BY customer_id ORDER BY number) AS period_before
+          FROM statement) AS chain
+        WHERE from_seq <> COALESCE(to_seq_before, 0) OR opening_mils <> COALESCE(closing_before, 0)
+          OR period <= period_before
+          OR closing_mils <> (SELECT balance_after FROM entry
+            WHERE entry.customer_id = chain.customer_id AND seq = to_seq)
+          OR usage_mils <> (SELECT COALESCE(SUM(amount), 0) FROM entry
+            WHERE entry.customer_id = chain.customer_id AND seq > from_seq AND seq <= to_seq
+              AND kind IN ('debit', 'refund'))
+          OR transfers_mils <> (SELECT COALESCE(SUM(amount), 0) FROM entry
+            WHERE entry.customer_id = chain.customer_id AND seq > from_seq AND seq <= to_seq
+              AND kind IN ('transfer_in', 'transfer_out'))
+          OR closing_mils <> opening_mils + usage_mils + payments_mils + transfers_mils
         """,
     ),
     Audit(

@@ -26,6 +26,8 @@ SHOWN_AS: dict[str, EntryKind] = {
     "reversal": "debit",
     "reinstatement": "credit",
     "repayment": "debit",
+    "transfer_out": "debit",
+    "transfer_in": "credit",
 }
 """Customers see three kinds of entries."""
 

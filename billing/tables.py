@@ -396,8 +396,8 @@ class EntryTable(Table, table=True):
         ),
         CheckConstraint(
             "(kind = 'opening' AND amount = 0 AND reserved IS NULL)"
-            " OR (kind IN ('credit', 'reinstatement') AND amount > 0 AND reserved IS NULL)"
-            " OR (kind IN ('reversal', 'repayment') AND amount < 0 AND reserved IS NULL)"
+            " OR (kind IN ('credit', 'reinstatement', 'transfer_in') AND amount > 0 AND reserved IS NULL)"
+            " OR (kind IN ('reversal', 'repayment', 'transfer_out') AND amount < 0 AND reserved IS NULL)"
             " OR (kind = 'debit' AND amount < 0 AND reserved IS NOT NULL AND amount = -reserved)"
             " OR (kind = 'refund' AND amount > 0 AND reserved IS NOT NULL AND amount <= reserved)",
             name="ck_entry_kind",
@@ -441,6 +441,151 @@ class EntryTable(Table, table=True):
     detail: str = Field(sa_column=Column(Text, nullable=False))
     epoch: int = Field(sa_column=Column(INT64, nullable=False))
     """Which writer wrote it."""
+
+
+class CreditLineTable(Table, table=True):
+    """How far down a customer may spend from one entry on. Written once, never touched again."""
+
+    __tablename__ = "credit_line"
+    __table_args__ = (
+        PrimaryKeyConstraint("customer_id", "seq", name="pk_credit_line"),
+        CheckConstraint("limit_mils >= 0 AND floor_mils IN (0, -limit_mils)", name="ck_credit_line_floor"),
+        ForeignKeyConstraint(
+            ["customer_id", "entry_seq"], ["entry.customer_id", "entry.seq"], name="fk_credit_line_entry", **AT_COMMIT
+        ),
+        Index("ix_credit_line_entry", "customer_id", "entry_seq"),
+        STRICT,
+    )
+
+    customer_id: str = Field(sa_column=Column(Text, nullable=False))
+    seq: int = Field(sa_column=Column(INT64, nullable=False, autoincrement=False))
+    limit_mils: int = Field(sa_column=Column(INT64, nullable=False))
+    floor_mils: int = Field(sa_column=Column(INT64, nullable=False))
+    entry_seq: int = Field(sa_column=Column(INT64, nullable=False))
+    """The wallet's last entry when it was drawn."""
+    ts: float = Field(sa_column=Column(SECONDS, nullable=False))
+
+
+class StatementTable(Table, table=True):
+    """A closed period of a wallet: the entries after `from_seq` up to `to_seq`.
+
+    It points at its predecessor's end and at the entry it ends with, so that every entry is in exactly one.
+    """
+
+    __tablename__ = "statement"
+    __table_args__ = (
+        PrimaryKeyConstraint("customer_id", "number", name="pk_statement"),
+        UniqueConstraint("customer_id", "period", name="uq_statement_period"),
+        UniqueConstraint("customer_id", "number", "to_seq", "closing_mils", name="uq_statement_end"),
+        CheckConstraint(
+            "(number = 1 AND prev_number IS NULL AND from_seq = 0 AND opening_mils = 0)"
+            " OR (number > 1 AND prev_number IS NOT NULL AND prev_number = number - 1)",
+            name="ck_statement_chain",
+        ),
+        CheckConstraint(
+            "to_seq >= from_seq AND closing_mils = opening_mils + usage_mils + payments_mils + transfers_mils",
+            name="ck_statement_sum",
+        ),
+        ForeignKeyConstraint(
+            ["customer_id", "prev_number", "from_seq", "opening_mils"],
+            ["statement.customer_id", "statement.number", "statement.to_seq", "statement.closing_mils"],
+            name="fk_statement_previous",
+        ),
+        ForeignKeyConstraint(
+            ["customer_id", "to_seq", "closing_mils"],
+            ["entry.customer_id", "entry.seq", "entry.balance_after"],
+            name="fk_statement_entry",
+        ),
+        STRICT,
+    )
+
+    customer_id: str = Field(sa_column=Column(Text, nullable=False))
+    number: int = Field(sa_column=Column(INT64, nullable=False, autoincrement=False))
+    prev_number: int | None = Field(default=None, sa_column=Column(INT64, nullable=True))
+    period: str = Field(sa_column=Column(Text, nullable=False))
+    """`YYYY-MM`."""
+    from_seq: int = Field(sa_column=Column(INT64, nullable=False))
+    to_seq: int = Field(sa_column=Column(INT64, nullable=False))
+    opening_mils: int = Field(sa_column=Column(INT64, nullable=False))
+    usage_mils: int = Field(sa_column=Column(INT64, nullable=False))
+    """Debits less refunds: negative."""
+    payments_mils: int = Field(sa_column=Column(INT64, nullable=False))
+    """Credits less what was taken back of them."""
+    transfers_mils: int = Field(sa_column=Column(INT64, nullable=False))
+    """Within the team."""
+    closing_mils: int = Field(sa_column=Column(INT64, nullable=False))
+    closed_at: float = Field(sa_column=Column(SECONDS, nullable=False))
+
+
+class MembershipTable(Table, table=True):
+    """A customer that belongs to another one's team: with money of its own, or with a cap on the parent's."""
+
+    __tablename__ = "membership"
+    __table_args__ = (
+        PrimaryKeyConstraint("customer_id", name="pk_membership"),
+        CheckConstraint("customer_id <> parent_id", name="ck_membership_parent"),
+        CheckConstraint(
+            "(cap_mils IS NULL AND cap_period IS NULL)"
+            " OR (cap_mils IS NOT NULL AND cap_mils >= 0"
+            " AND cap_period IS NOT NULL AND cap_period IN ('day', 'month'))",
+            name="ck_membership_cap",
+        ),
+        ForeignKeyConstraint(["customer_id"], ["wallet.customer_id"], name="fk_membership_customer"),
+        ForeignKeyConstraint(["parent_id"], ["wallet.customer_id"], name="fk_membership_parent"),
+        Index("ix_membership_parent", "parent_id"),
+        STRICT,
+    )
+
+    customer_id: str = Field(sa_column=Column(Text, nullable=False))
+    parent_id: str = Field(sa_column=Column(Text, nullable=False))
+    cap_mils: int | None = Field(default=None, sa_column=Column(INT64, nullable=True))
+    cap_period: str | None = Field(default=None, sa_column=Column(Text, nullable=True))
+
+
+class TransferTable(Table, table=True):
+    """Money that moved within a team: both entries in one commit."""
+
+    __tablename__ = "transfer"
+    __table_args__ = (
+        PrimaryKeyConstraint("transfer_id", name="pk_transfer"),
+        CheckConstraint("amount > 0", name="ck_transfer_amount"),
+        ForeignKeyConstraint(
+            ["from_id", "from_seq"], ["entry.customer_id", "entry.seq"], name="fk_transfer_from", **AT_COMMIT
+        ),
+        ForeignKeyConstraint(
+            ["to_id", "to_seq"], ["entry.customer_id", "entry.seq"], name="fk_transfer_to", **AT_COMMIT
+        ),
+        Index("ix_transfer_from", "from_id", "from_seq"),
+        Index("ix_transfer_to", "to_id", "to_seq"),
+        STRICT,
+    )
+
+    transfer_id: str = Field(sa_column=Column(Text, nullable=False))
+    from_id: str = Field(sa_column=Column(Text, nullable=False))
+    to_id: str = Field(sa_column=Column(Text, nullable=False))
+    amount: int = Field(sa_column=Column(INT64, nullable=False))
+    from_seq: int = Field(sa_column=Column(INT64, nullable=False))
+    to_seq: int = Field(sa_column=Column(INT64, nullable=False))
+
+
+class DrawTable(Table, table=True):
+    """What a capped member's request took of its parent's wallet; what is left of the cap is summed over these."""
+
+    __tablename__ = "draw"
+    __table_args__ = (
+        PrimaryKeyConstraint("request_id", name="pk_draw"),
+        CheckConstraint("drawn > 0", name="ck_draw_drawn"),
+        ForeignKeyConstraint(["request_id"], ["reservation.request_id"], name="fk_draw_reservation"),
+        ForeignKeyConstraint(["customer_id"], ["membership.customer_id"], name="fk_draw_member"),
+        Index("ix_draw_day", "customer_id", "day"),
+        STRICT,
+    )
+
+    request_id: str = Field(sa_column=Column(Text, nullable=False))
+    customer_id: str = Field(sa_column=Column(Text, nullable=False))
+    day: int = Field(sa_column=Column(INT64, nullable=False))
+    """Of the reservation, in days of UTC since 1970."""
+    drawn: int = Field(sa_column=Column(INT64, nullable=False))
 
 
 class PaymentTable(Table, table=True):
@@ -598,3 +743,8 @@ reversal = billing_metadata.tables["reversal"]
 debt = billing_metadata.tables["debt"]
 payment_event = billing_metadata.tables["payment_event"]
 price = billing_metadata.tables["price"]
+credit_line = billing_metadata.tables["credit_line"]
+statement = billing_metadata.tables["statement"]
+membership = billing_metadata.tables["membership"]
+transfer = billing_metadata.tables["transfer"]
+draw = billing_metadata.tables["draw"]

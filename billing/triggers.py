@@ -184,6 +184,79 @@ WHEN OLD.finished_at IS NOT NULL OR NEW.request_id <> OLD.request_id OR NEW.cust
   OR NEW.amount <> OLD.amount OR NEW.frames <> OLD.frames
 BEGIN SELECT RAISE(ABORT, 'tr_rollout_job_update: a job ends once and never becomes another'); END
 """,
+    """
+CREATE TRIGGER tr_entry_transfer BEFORE INSERT ON entry
+WHEN NEW.kind IN ('transfer_out', 'transfer_in') AND NOT EXISTS (SELECT 1 FROM transfer
+  WHERE transfer_id = NEW.public_id AND amount = ABS(NEW.amount)
+    AND ((NEW.kind = 'transfer_out' AND from_id = NEW.customer_id AND from_seq = NEW.seq)
+      OR (NEW.kind = 'transfer_in' AND to_id = NEW.customer_id AND to_seq = NEW.seq)))
+BEGIN SELECT RAISE(ABORT, 'tr_entry_transfer: nothing was transferred by this'); END
+""",
+    """
+CREATE TRIGGER tr_wallet_insert BEFORE INSERT ON wallet
+WHEN NEW.credit_limit_mils <> 0 OR NEW.floor_mils <> 0
+BEGIN SELECT RAISE(ABORT, 'tr_wallet_insert: a wallet begins prepaid'); END
+""",
+    """
+CREATE TRIGGER tr_wallet_line BEFORE UPDATE ON wallet
+WHEN (NEW.credit_limit_mils <> OLD.credit_limit_mils OR NEW.floor_mils <> OLD.floor_mils) AND NOT EXISTS (
+  SELECT 1 FROM credit_line WHERE customer_id = NEW.customer_id AND limit_mils = NEW.credit_limit_mils
+    AND floor_mils = NEW.floor_mils
+    AND seq = (SELECT MAX(seq) FROM credit_line WHERE customer_id = NEW.customer_id))
+BEGIN SELECT RAISE(ABORT, 'tr_wallet_line: the newest credit line says otherwise'); END
+""",
+    """
+CREATE TRIGGER tr_membership_insert BEFORE INSERT ON membership
+WHEN EXISTS (SELECT 1 FROM membership WHERE customer_id = NEW.parent_id OR parent_id = NEW.customer_id)
+BEGIN SELECT RAISE(ABORT, 'tr_membership_insert: teams have two levels'); END
+""",
+    """
+CREATE TRIGGER tr_membership_update BEFORE UPDATE ON membership
+WHEN NEW.customer_id <> OLD.customer_id OR NEW.parent_id <> OLD.parent_id
+BEGIN SELECT RAISE(ABORT, 'tr_membership_update: a member stays with its team'); END
+""",
+    """
+CREATE TRIGGER tr_transfer_insert BEFORE INSERT ON transfer
+WHEN NOT EXISTS (SELECT 1 FROM membership WHERE (customer_id = NEW.from_id AND parent_id = NEW.to_id)
+  OR (customer_id = NEW.to_id AND parent_id = NEW.from_id))
+BEGIN SELECT RAISE(ABORT, 'tr_transfer_insert: money moves within a team only'); END
+""",
+    """
+CREATE TRIGGER tr_credit_line_update BEFORE UPDATE ON credit_line
+BEGIN SELECT RAISE(ABORT, 'tr_credit_line_update: another limit is another line'); END
+""",
+    """
+CREATE TRIGGER tr_credit_line_delete BEFORE DELETE ON credit_line
+BEGIN SELECT RAISE(ABORT, 'tr_credit_line_delete: another limit is another line'); END
+""",
+    """
+CREATE TRIGGER tr_statement_update BEFORE UPDATE ON statement
+BEGIN SELECT RAISE(ABORT, 'tr_statement_update: a closed statement stands'); END
+""",
+    """
+CREATE TRIGGER tr_statement_delete BEFORE DELETE ON statement
+BEGIN SELECT RAISE(ABORT, 'tr_statement_delete: a closed statement stands'); END
+""",
+    """
+CREATE TRIGGER tr_membership_delete BEFORE DELETE ON membership
+BEGIN SELECT RAISE(ABORT, 'tr_membership_delete: a member stays with its team'); END
+""",
+    """
+CREATE TRIGGER tr_transfer_update BEFORE UPDATE ON transfer
+BEGIN SELECT RAISE(ABORT, 'tr_transfer_update: what moved has moved'); END
+""",
+    """
+CREATE TRIGGER tr_transfer_delete BEFORE DELETE ON transfer
+BEGIN SELECT RAISE(ABORT, 'tr_transfer_delete: what moved has moved'); END
+""",
+    """
+CREATE TRIGGER tr_draw_update BEFORE UPDATE ON draw
+BEGIN SELECT RAISE(ABORT, 'tr_draw_update: what was drawn is never edited'); END
+""",
+    """
+CREATE TRIGGER tr_draw_delete BEFORE DELETE ON draw
+BEGIN SELECT RAISE(ABORT, 'tr_draw_delete: what was drawn is never forgotten'); END
+""",
 )
 
 POSTGRESQL = (
@@ -224,6 +297,16 @@ BEGIN
     SELECT 1 FROM debt WHERE debt.customer_id = new_entry.customer_id AND debt.entry_seq = new_entry.seq
       AND debt.kind = 'repayment' AND debt.amount = new_entry.amount)) THEN
     RAISE EXCEPTION USING MESSAGE = 'tr_entry_repayment: no debt is repaid by this',
+      ERRCODE = 'integrity_constraint_violation';
+  END IF;
+  IF EXISTS (SELECT 1 FROM new_entry WHERE kind IN ('transfer_out', 'transfer_in') AND NOT EXISTS (
+    SELECT 1 FROM transfer WHERE transfer.transfer_id = new_entry.public_id
+      AND transfer.amount = ABS(new_entry.amount)
+      AND ((new_entry.kind = 'transfer_out' AND transfer.from_id = new_entry.customer_id
+          AND transfer.from_seq = new_entry.seq)
+        OR (new_entry.kind = 'transfer_in' AND transfer.to_id = new_entry.customer_id
+          AND transfer.to_seq = new_entry.seq)))) THEN
+    RAISE EXCEPTION USING MESSAGE = 'tr_entry_transfer: nothing was transferred by this',
       ERRCODE = 'integrity_constraint_violation';
   END IF;
   RETURN NULL;
@@ -418,5 +501,97 @@ CREATE TRIGGER tr_rollout_job_update BEFORE UPDATE ON rollout_job FOR EACH ROW
 WHEN (OLD.finished_at IS NOT NULL OR NEW.request_id <> OLD.request_id OR NEW.customer_id <> OLD.customer_id
   OR NEW.amount <> OLD.amount OR NEW.frames <> OLD.frames)
 EXECUTE FUNCTION billing_refuse('a job ends once and never becomes another')
+""",
+    """
+CREATE TRIGGER tr_wallet_insert BEFORE INSERT ON wallet FOR EACH ROW
+WHEN (NEW.credit_limit_mils <> 0 OR NEW.floor_mils <> 0)
+EXECUTE FUNCTION billing_refuse('a wallet begins prepaid')
+""",
+    """
+CREATE FUNCTION billing_check_line() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+  IF NOT EXISTS (SELECT 1 FROM credit_line WHERE customer_id = NEW.customer_id
+    AND limit_mils = NEW.credit_limit_mils AND floor_mils = NEW.floor_mils
+    AND seq = (SELECT MAX(seq) FROM credit_line WHERE customer_id = NEW.customer_id)) THEN
+    RAISE EXCEPTION USING MESSAGE = 'tr_wallet_line: the newest credit line says otherwise',
+      ERRCODE = 'integrity_constraint_violation';
+  END IF;
+  RETURN NEW;
+END $$
+""",
+    """
+CREATE TRIGGER tr_wallet_line BEFORE UPDATE ON wallet FOR EACH ROW
+WHEN (NEW.credit_limit_mils <> OLD.credit_limit_mils OR NEW.floor_mils <> OLD.floor_mils)
+EXECUTE FUNCTION billing_check_line()
+""",
+    """
+CREATE FUNCTION billing_check_membership() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+  IF EXISTS (SELECT 1 FROM membership WHERE customer_id = NEW.parent_id OR parent_id = NEW.customer_id) THEN
+    RAISE EXCEPTION USING MESSAGE = 'tr_membership_insert: teams have two levels',
+      ERRCODE = 'integrity_constraint_violation';
+  END IF;
+  RETURN NEW;
+END $$
+""",
+    """
+CREATE TRIGGER tr_membership_insert BEFORE INSERT ON membership
+FOR EACH ROW EXECUTE FUNCTION billing_check_membership()
+""",
+    """
+CREATE TRIGGER tr_membership_update BEFORE UPDATE ON membership FOR EACH ROW
+WHEN (NEW.customer_id <> OLD.customer_id OR NEW.parent_id <> OLD.parent_id)
+EXECUTE FUNCTION billing_refuse('a member stays with its team')
+""",
+    """
+CREATE FUNCTION billing_check_transfer() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+  IF NOT EXISTS (SELECT 1 FROM membership WHERE (customer_id = NEW.from_id AND parent_id = NEW.to_id)
+    OR (customer_id = NEW.to_id AND parent_id = NEW.from_id)) THEN
+    RAISE EXCEPTION USING MESSAGE = 'tr_transfer_insert: money moves within a team only',
+      ERRCODE = 'integrity_constraint_violation';
+  END IF;
+  RETURN NEW;
+END $$
+""",
+    """
+CREATE TRIGGER tr_transfer_insert BEFORE INSERT ON transfer
+FOR EACH ROW EXECUTE FUNCTION billing_check_transfer()
+""",
+    """
+CREATE TRIGGER tr_credit_line_update BEFORE UPDATE ON credit_line
+FOR EACH ROW EXECUTE FUNCTION billing_refuse('another limit is another line')
+""",
+    """
+CREATE TRIGGER tr_credit_line_delete BEFORE DELETE ON credit_line
+FOR EACH ROW EXECUTE FUNCTION billing_refuse('another limit is another line')
+""",
+    """
+CREATE TRIGGER tr_statement_update BEFORE UPDATE ON statement
+FOR EACH ROW EXECUTE FUNCTION billing_refuse('a closed statement stands')
+""",
+    """
+CREATE TRIGGER tr_statement_delete BEFORE DELETE ON statement
+FOR EACH ROW EXECUTE FUNCTION billing_refuse('a closed statement stands')
+""",
+    """
+CREATE TRIGGER tr_membership_delete BEFORE DELETE ON membership
+FOR EACH ROW EXECUTE FUNCTION billing_refuse('a member stays with its team')
+""",
+    """
+CREATE TRIGGER tr_transfer_update BEFORE UPDATE ON transfer
+FOR EACH ROW EXECUTE FUNCTION billing_refuse('what moved has moved')
+""",
+    """
+CREATE TRIGGER tr_transfer_delete BEFORE DELETE ON transfer
+FOR EACH ROW EXECUTE FUNCTION billing_refuse('what moved has moved')
+""",
+    """
+CREATE TRIGGER tr_draw_update BEFORE UPDATE ON draw
+FOR EACH ROW EXECUTE FUNCTION billing_refuse('what was drawn is never edited')
+""",
+    """
+CREATE TRIGGER tr_draw_delete BEFORE DELETE ON draw
+FOR EACH ROW EXECUTE FUNCTION billing_refuse('what was drawn is never forgotten')
 """,
 )

@@ -8,6 +8,7 @@ from typing import assert_never
 
 from billing.commands import (
     AddPrice,
+    CloseStatement,
     Command,
     CreateKey,
     Credit,
@@ -21,9 +22,13 @@ from billing.commands import (
     Reverse,
     RevokeKey,
     RotateKey,
+    SetCreditLine,
     SetKeyTerms,
+    SetMember,
     Settle,
+    Transfer,
 )
+from billing.core.accounts import close_statement, set_credit_line
 from billing.core.book import Book
 from billing.core.credits import grant
 from billing.core.keys import create_key, revoke_key, rotate_key, set_key_terms
@@ -31,6 +36,7 @@ from billing.core.payments import credit_payment, reverse_payment
 from billing.core.price_book import add_price
 from billing.core.quotes import give_quote
 from billing.core.reservations import expire_leases, heartbeat, reserve, settle
+from billing.core.teams import set_member, transfer
 
 __all__ = ["Book", "decide"]
 
@@ -60,6 +66,14 @@ def decide(book: Book, command: Command) -> Outcome:
             return set_key_terms(book, command)
         case RotateKey():
             return rotate_key(book, command)
+        case SetMember():
+            return set_member(book, command)
+        case Transfer():
+            return transfer(book, command)
+        case SetCreditLine():
+            return set_credit_line(book, command)
+        case CloseStatement():
+            return close_statement(book, command)
         case AddPrice():
             return add_price(book, command)
         case ExpireLeases():

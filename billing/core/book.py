@@ -22,6 +22,16 @@ class Wallet:
     floor: Mils = ZERO
     debt: Mils = ZERO
     debt_seq: int | None = None
+    parent_id: CustomerId | None = None
+    cap: Mils | None = None
+    cap_period: str | None = None
+    has_members: bool = False
+    line_seq: int = 0
+    """How many credit lines it has had."""
+
+    @property
+    def is_overdue(self) -> bool:
+        return self.floor > -self.credit_limit
 
     @property
     def spendable(self) -> Mils:
@@ -77,6 +87,10 @@ class Reservation:
     model: str = ""
     per_frames: int = 1
     frames_delivered: int | None = None
+    drawn: Mils = ZERO
+    """What of it came out of the parent's wallet."""
+    draw_day: int | None = None
+    """In days of UTC since 1970."""
     is_new: bool = False
     """Made by this batch: not in the database yet."""
 
@@ -209,6 +223,67 @@ class PaymentEventRow(NamedTuple):
     applied_at: float
 
 
+class CreditLineRow(NamedTuple):
+    """In the order of the table's columns."""
+
+    customer_id: CustomerId
+    seq: int
+    limit: Mils
+    floor: Mils
+    entry_seq: int
+    ts: float
+
+
+class MembershipRow(NamedTuple):
+    """In the order of the table's columns."""
+
+    customer_id: CustomerId
+    parent_id: CustomerId
+    cap: Mils | None
+    cap_period: str | None
+
+
+class TransferRow(NamedTuple):
+    """In the order of the table's columns, and what the two entries came to."""
+
+    transfer_id: str
+    from_id: CustomerId
+    to_id: CustomerId
+    amount: Mils
+    from_seq: int
+    to_seq: int
+    from_balance_after: Mils
+    to_balance_after: Mils
+
+
+class StatementRow(NamedTuple):
+    """In the order of the table's columns."""
+
+    customer_id: CustomerId
+    number: int
+    prev_number: int | None
+    period: str
+    from_seq: int
+    to_seq: int
+    opening: Mils
+    usage: Mils
+    payments: Mils
+    transfers: Mils
+    closing: Mils
+    closed_at: float
+
+
+@dataclass(slots=True)
+class Unbilled:
+    """What a wallet has had since its last statement."""
+
+    last: StatementRow | None
+    sums: dict[str, int]
+    """By kind of entry, of those that are in the database."""
+    counted: int = 0
+    """How many of the batch's entries are in a statement already."""
+
+
 @dataclass(slots=True)
 class Book:
     """What the writer knows, and what the batch that it decides has to write.
@@ -264,6 +339,19 @@ class Book:
     new_debts: list[DebtRow] = field(default_factory=list)
     indebted_wallets: dict[CustomerId, Wallet] = field(default_factory=dict)
     """Those whose debt this batch changed."""
+    drawn: dict[CustomerId, dict[int, int]] = field(default_factory=dict)
+    """By member and day, for at least the current month: what was drawn on the parent less what went back."""
+    new_lines: list[CreditLineRow] = field(default_factory=list)
+    lined_wallets: dict[CustomerId, Wallet] = field(default_factory=dict)
+    """Those whose credit line this batch changed."""
+    memberships: dict[CustomerId, MembershipRow] = field(default_factory=dict)
+    """Those that this batch made or changed."""
+    transfers: dict[str, TransferRow] = field(default_factory=dict)
+    new_transfers: list[TransferRow] = field(default_factory=list)
+    unbilled: dict[CustomerId, Unbilled] = field(default_factory=dict)
+    statements: dict[tuple[CustomerId, str], StatementRow] = field(default_factory=dict)
+    """By customer and period."""
+    new_statements: list[StatementRow] = field(default_factory=list)
     events: set[str] = field(default_factory=set)
     """Of the batch's events, those that are marked."""
     new_events: list[PaymentEventRow] = field(default_factory=list)
@@ -292,6 +380,11 @@ class Book:
             self.payments,
             self.changed_payments,
             self.indebted_wallets,
+            self.lined_wallets,
+            self.memberships,
+            self.transfers,
+            self.unbilled,
+            self.statements,
             self.events,
             self.quotes,
             self.prices,
@@ -313,6 +406,9 @@ class Book:
             self.new_reversals,
             self.new_debts,
             self.new_events,
+            self.new_lines,
+            self.new_transfers,
+            self.new_statements,
             self.new_quotes,
             self.new_prices,
             self.new_budget_events,
@@ -328,6 +424,7 @@ class Book:
                 self.keys,
                 self.key_by_sha256,
                 self.spent,
+                self.drawn,
                 self.reservations,
             ):
                 remembered.clear()
@@ -399,6 +496,24 @@ class Book:
             detail = f"Repayment of debt · {dollars(Mils(amount))}"
             entry = self.move(wallet, "repayment", Mils(-amount), public_id, detail)
             self.change_debt(wallet, "repayment", Mils(-amount), entry.seq, public_id)
+
+    def transfer(self, transfer_id: str, source: Wallet, target: Wallet, amount: Mils, detail: str) -> TransferRow:
+        """Move money between two wallets of a team. The target's debt is not repaid by this."""
+        out = self.move(source, "transfer_out", Mils(-amount), transfer_id, detail)
+        into = self.move(target, "transfer_in", amount, transfer_id, detail)
+        row = TransferRow(
+            transfer_id,
+            source.customer_id,
+            target.customer_id,
+            amount,
+            out.seq,
+            into.seq,
+            out.balance_after,
+            into.balance_after,
+        )
+        self.transfers[transfer_id] = row
+        self.new_transfers.append(row)
+        return row
 
     def change_debt(self, wallet: Wallet, kind: str, amount: Mils, entry_seq: int, public_id: str) -> None:
         before, debt = wallet.debt, Mils(wallet.debt + amount)

@@ -8,7 +8,6 @@ from billing.commands import (
     Heartbeat,
     HeartbeatDone,
     IdempotencyConflict,
-    InsufficientCredits,
     KeyRefused,
     LeasesExpired,
     Outcome,
@@ -25,6 +24,7 @@ from billing.commands import (
 from billing.core.book import Book, Reservation, Submission
 from billing.core.keys import day_of, exceeded_budget, has_expired, warn_of_budgets
 from billing.core.quotes import why_not
+from billing.core.teams import draw, give_back, shortfall
 from billing.money import Mils, part_of_rate
 
 LEASE_EXPIRED = "lease expired"
@@ -73,13 +73,19 @@ def reserve(book: Book, command: Reserve) -> Outcome:
     exceeded = exceeded_budget(book, key, amount) if key.has_budget else None
     if exceeded is not None:
         return exceeded
+    drawn = Mils(0)
     if amount > wallet.spendable:
-        return InsufficientCredits(wallet.balance, amount, wallet.debt)
+        missing = shortfall(book, wallet, amount)
+        if not isinstance(missing, int):
+            return missing
+        drawn = missing
     if holder is not None:  # refunded in full, so the key is free for this attempt
         holder.released_at = book.ts
         if not holder.is_new:
             book.released.append(holder)
-    debit = book.move(wallet, "debit", Mils(-amount), command.request_id, printable(command.detail), reserved=amount)
+    detail = printable(command.detail)
+    draw_day = draw(book, wallet, drawn, command.request_id, detail) if drawn else None
+    debit = book.move(wallet, "debit", Mils(-amount), command.request_id, detail, reserved=amount)
     reservation = Reservation(
         request_id=command.request_id,
         customer_id=wallet.customer_id,
@@ -93,6 +99,8 @@ def reserve(book: Book, command: Reserve) -> Outcome:
         balance_after_debit=debit.balance_after,
         model=command.model,
         per_frames=per_frames,
+        drawn=drawn,
+        draw_day=draw_day,
         is_new=True,
     )
     book.reservations[command.request_id] = reservation
@@ -164,6 +172,8 @@ def _close(book: Book, reservation: Reservation, frames_delivered: int, reason: 
         missing = reservation.frames - frames_delivered
         detail = f"refund · {missing} of {reservation.frames} frames not delivered" + (f" · {reason}" if reason else "")
         book.move(wallet, "refund", reservation.refunded, reservation.request_id, detail, reserved=reservation.amount)
+        if reservation.drawn:
+            give_back(book, wallet, reservation, detail)
         book.repay(wallet, reservation.request_id)
     reservation.state = "settled"
     reservation.reason = reason

@@ -5,10 +5,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, assert_never
 
-from sqlalchemy import ColumnElement, Connection, and_, bindparam, func, or_, select, tuple_
+from sqlalchemy import ColumnElement, Connection, and_, bindparam, case, exists, func, or_, select, tuple_
 
 from billing.commands import (
     AddPrice,
+    CloseStatement,
     Command,
     CreateKey,
     Credit,
@@ -23,10 +24,24 @@ from billing.commands import (
     Reverse,
     RevokeKey,
     RotateKey,
+    SetCreditLine,
     SetKeyTerms,
+    SetMember,
     Settle,
+    Transfer,
 )
-from billing.core.book import Book, Entry, Payment, PriceRow, QuoteRow, Submission, Wallet
+from billing.core.book import (
+    Book,
+    Entry,
+    Payment,
+    PriceRow,
+    QuoteRow,
+    StatementRow,
+    Submission,
+    TransferRow,
+    Unbilled,
+    Wallet,
+)
 from billing.core.keys import DAY_S
 from billing.core.reservations import KEY_MEMORY_S, MAX_FORGOTTEN_PER_SWEEP
 from billing.keys import initial_grant_id
@@ -35,14 +50,19 @@ from billing.store.sql import AnyRow, ByText, by
 from billing.tables import (
     api_key,
     budget_use,
+    credit_line,
+    draw,
     entry,
     key_terms,
+    membership,
     payment,
     payment_event,
     price,
     quote,
     reservation,
+    statement,
     submission,
+    transfer,
     wallet,
 )
 
@@ -72,6 +92,8 @@ _RESERVATIONS = (
         _settlement.c.balance_after.label("balance_after_settlement"),
         budget_use.c.budget_id,
         budget_use.c.day.label("budget_day"),
+        draw.c.drawn,
+        draw.c.day.label("draw_day"),
     )
     .join_from(
         reservation,
@@ -83,14 +105,52 @@ _RESERVATIONS = (
         and_(_settlement.c.customer_id == reservation.c.customer_id, _settlement.c.seq == reservation.c.settled_seq),
     )
     .outerjoin(budget_use, budget_use.c.request_id == reservation.c.request_id)
+    .outerjoin(draw, draw.c.request_id == reservation.c.request_id)
 )
 
 _KEYS_BY_ID = by(_KEYS, api_key.c.key_id)
 _KEYS_BY_SHA256 = by(_KEYS, api_key.c.sha256)
 _RESERVATIONS_BY_ID = by(_RESERVATIONS, reservation.c.request_id)
 _RUN_OUT = _RESERVATIONS.where(reservation.c.state == "open", reservation.c.lease_until <= bindparam("now"))
-_WALLETS_BY_ID = by(select(wallet), wallet.c.customer_id)
-_WALLETS_BY_NAME = by(select(wallet), wallet.c.name)
+_of_team = membership.alias("of_team")
+_WALLETS = select(
+    wallet,
+    membership.c.parent_id,
+    membership.c.cap_mils,
+    membership.c.cap_period,
+    exists().where(_of_team.c.parent_id == wallet.c.customer_id),
+    select(func.coalesce(func.max(credit_line.c.seq), 0))
+    .where(credit_line.c.customer_id == wallet.c.customer_id)
+    .scalar_subquery(),
+).outerjoin(membership, membership.c.customer_id == wallet.c.customer_id)
+_WALLETS_BY_ID = by(_WALLETS, wallet.c.customer_id)
+_WALLETS_BY_NAME = by(_WALLETS, wallet.c.name)
+_DRAWN = by(
+    select(
+        draw.c.customer_id,
+        draw.c.day,
+        func.sum(
+            draw.c.drawn - case((reservation.c.refunded < draw.c.drawn, reservation.c.refunded), else_=draw.c.drawn)
+        ).label("drawn"),
+    )
+    .join(reservation, reservation.c.request_id == draw.c.request_id)
+    .where(draw.c.day >= bindparam("since"))
+    .group_by(draw.c.customer_id, draw.c.day),
+    draw.c.customer_id,
+)
+_out, _into = entry.alias("out"), entry.alias("into")
+_TRANSFERS = by(
+    select(transfer, _out.c.balance_after, _into.c.balance_after.label("to_balance_after"))
+    .join(_out, and_(_out.c.customer_id == transfer.c.from_id, _out.c.seq == transfer.c.from_seq))
+    .join(_into, and_(_into.c.customer_id == transfer.c.to_id, _into.c.seq == transfer.c.to_seq)),
+    transfer.c.transfer_id,
+)
+_STATEMENTS = by(select(statement).order_by(statement.c.number), statement.c.customer_id)
+_SUMS = (
+    select(entry.c.kind, func.sum(entry.c.amount).label("total"))
+    .where(entry.c.customer_id == bindparam("customer_id"), entry.c.seq > bindparam("after"))
+    .group_by(entry.c.kind)
+)
 _SPENT = by(
     select(
         budget_use.c.budget_id,
@@ -136,9 +196,12 @@ def load(connection: Connection, commands: Sequence[Command], book: Book) -> Non
     quote_ids: set[str] = set()
     sources: set[str] = set()
     models: set[str] = set()
+    parent_ids: set[str] = set()
+    transfer_ids: set[str] = set()
+    closing: set[str] = set()
     event_ids: set[str] = set()
     recognised: list[Reserve] = []
-    expires = changes_budgets = False
+    expires = changes_budgets = made_members = False
     for command in commands:
         match command:
             case Reserve():
@@ -181,6 +244,18 @@ def load(connection: Connection, commands: Sequence[Command], book: Book) -> Non
                 key_ids.update((command.key_id, command.new_key_id))
                 sha256s.add(command.sha256)
                 changes_budgets = True
+            case SetMember():
+                names.add(command.name)
+                customer_ids.update((command.customer_id, command.parent_id))
+                made_members = True
+            case Transfer():
+                customer_ids.update((command.from_id, command.to_id))
+                transfer_ids.add(command.transfer_id)
+            case SetCreditLine():
+                customer_ids.add(command.customer_id)
+            case CloseStatement():
+                customer_ids.add(command.customer_id)
+                closing.add(command.customer_id)
             case AddPrice():
                 models.add(command.model)
                 if command.customer_id:
@@ -211,6 +286,8 @@ def load(connection: Connection, commands: Sequence[Command], book: Book) -> Non
 
     def add_wallet(row: AnyRow) -> None:
         book.add_wallet(Wallet(*row))
+        if row.parent_id is not None:
+            parent_ids.add(row.parent_id)
 
     def add_reservation(row: AnyRow) -> None:
         if row.request_id not in book.reservations:
@@ -221,6 +298,14 @@ def load(connection: Connection, commands: Sequence[Command], book: Book) -> Non
 
     def add_price(row: AnyRow) -> None:
         book.prices.setdefault((row.model, row.customer_id), []).append(PriceRow(*row))
+
+    def add_drawn(row: AnyRow) -> None:
+        book.drawn[row.customer_id][row.day] = int(row.drawn)
+
+    def add_statement(row: AnyRow) -> None:
+        closed = StatementRow(*row)
+        book.statements[closed.customer_id, closed.period] = closed
+        book.unbilled[closed.customer_id] = Unbilled(closed, {})
 
     def add_payment(row: AnyRow) -> None:
         book.payments[row.source] = Payment(*row)
@@ -266,6 +351,22 @@ def load(connection: Connection, commands: Sequence[Command], book: Book) -> Non
     among(_CREDITS, credit_ids, lambda row: book.credits.update({row.public_id: Entry(*row)}))
     among(_WALLETS_BY_ID, customer_ids - book.wallets.keys(), add_wallet)
     among(_WALLETS_BY_NAME, names - book.customer_by_name.keys(), add_wallet)
+    among(_WALLETS_BY_ID, parent_ids - book.wallets.keys(), add_wallet)
+
+    owners_of_keys = {key.customer_id for key in keys}
+    owners_of_keys.update(book.customer_by_name[name] for name in names & book.customer_by_name.keys())
+    members = {each for each in owners_of_keys if made_members or book.wallets[each].cap is not None}
+    for member in members - book.drawn.keys():
+        book.drawn[member] = {}
+        among(_DRAWN, [member], add_drawn, since=int(book.ts // DAY_S) - 31)
+    among(_TRANSFERS, transfer_ids, lambda row: book.transfers.update({row.transfer_id: TransferRow(*row)}))
+    if closing:
+        among(_STATEMENTS, closing, add_statement)
+        for customer_id in closing:
+            unbilled = book.unbilled.setdefault(CustomerId(customer_id), Unbilled(None, {}))
+            after = 0 if unbilled.last is None else unbilled.last.to_seq
+            for row in connection.execute(_SUMS, {"customer_id": customer_id, "after": after}):
+                unbilled.sums[row.kind] = int(row.total)
 
 
 def _load_submissions(

@@ -3,7 +3,7 @@
 from typing import Any
 
 from billing.commands import NO_TERMS, KeyTerms
-from billing.core.book import Key, Payment, Reservation, Submission, Wallet
+from billing.core.book import ZERO, Key, Payment, Reservation, Submission, Wallet
 from billing.store.sql import AnyRow
 
 
@@ -62,6 +62,8 @@ def reservation_of(row: AnyRow) -> Reservation:
         budget_day=row.budget_day,
         per_frames=row.per_frames,
         frames_delivered=row.frames_delivered,
+        drawn=row.drawn or ZERO,
+        draw_day=row.draw_day,
         model=row.model,
     )
 
@@ -73,8 +75,8 @@ def wallet_row(each: Wallet) -> tuple[Any, ...]:
         each.seq,
         each.balance,
         each.created_at,
-        each.credit_limit,
-        each.floor,
+        0,  # a wallet begins prepaid; a credit line is drawn after it
+        0,
         each.debt,
         each.debt_seq,
     )

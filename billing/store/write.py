@@ -17,16 +17,21 @@ from billing.tables import (
     api_key,
     budget_event,
     budget_use,
+    credit_line,
     debt,
+    draw,
     entry,
     key_terms,
+    membership,
     payment,
     payment_event,
     price,
     quote,
     reservation,
     reversal,
+    statement,
     submission,
+    transfer,
     wallet,
 )
 
@@ -44,6 +49,12 @@ _INSERT_PAYMENTS = insert_all(payment)
 _INSERT_PAYMENT_EVENTS = insert_all(payment_event)
 _REVERSE_PAYMENTS = update_all(payment, "source", ("reversed", "reversal_seq"))
 _MOVE_INDEBTED_WALLETS = update_all(wallet, "customer_id", ("seq", "balance_mils", "debt_mils", "debt_seq"))
+_INSERT_LINES = insert_all(credit_line)
+_DRAW_LINES = update_all(wallet, "customer_id", ("credit_limit_mils", "floor_mils"))
+_PUT_MEMBERSHIPS = upsert_all(membership, "customer_id")
+_INSERT_TRANSFERS = insert_all(transfer)
+_INSERT_DRAWS = insert_all(draw)
+_INSERT_STATEMENTS = insert_all(statement)
 _INSERT_PRICES = insert_all(price)
 _PUT_TERMS = upsert_all(key_terms, "key_id")
 _MOVE_WALLETS = update_all(wallet, "customer_id", ("seq", "balance_mils"))
@@ -70,10 +81,19 @@ def write(connection: Connection, book: Book) -> None:
         [(each.revoked_at, each.revoked_seq, each.key_id) for each in book.revoked_keys if each.key_id not in new_keys],
     )
     _PUT_TERMS(connection, [terms_row(each) for each in book.new_terms.values()])
+    _write_accounts(connection, book)
     _INSERT_RESERVATIONS(connection, [reservation_row(each) for each in book.new_reservations])
     _INSERT_BUDGET_USES(
         connection,
         [(each.request_id, each.budget_id, each.budget_day) for each in book.new_reservations if each.budget_id],
+    )
+    _INSERT_DRAWS(
+        connection,
+        [
+            (each.request_id, each.customer_id, each.draw_day, each.drawn)
+            for each in book.new_reservations
+            if each.drawn
+        ],
     )
     _RENEW(
         connection,
@@ -90,6 +110,7 @@ def write(connection: Connection, book: Book) -> None:
     _INSERT_DEBTS(connection, book.new_debts)  # type: ignore[arg-type]
     _INSERT_ENTRIES(connection, book.entries)  # type: ignore[arg-type]
     _write_payments(connection, book)
+    _INSERT_STATEMENTS(connection, book.new_statements)  # type: ignore[arg-type]
     _MOVE_WALLETS(
         connection,
         [
@@ -106,6 +127,15 @@ def write(connection: Connection, book: Book) -> None:
             if each.customer_id not in new_wallets
         ],
     )
+
+
+def _write_accounts(connection: Connection, book: Book) -> None:
+    """Before the entries: they need a line to go below zero, and a transfer to move within a team."""
+    _INSERT_LINES(connection, book.new_lines)  # type: ignore[arg-type]
+    lined = book.lined_wallets.values()
+    _DRAW_LINES(connection, [(each.credit_limit, each.floor, each.customer_id) for each in lined])
+    _PUT_MEMBERSHIPS(connection, list(book.memberships.values()))
+    _INSERT_TRANSFERS(connection, [each[:6] for each in book.new_transfers])
 
 
 def _write_payments(connection: Connection, book: Book) -> None:

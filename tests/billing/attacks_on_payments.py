@@ -44,11 +44,6 @@ def debt(
 
 PAYMENT_ATTACKS = [
     Attack(
-        "a floor that nobody allowed",
-        "ck_wallet_floor",
-        ["UPDATE wallet SET credit_limit_mils = 100, floor_mils = -200 WHERE customer_id = :ann"],
-    ),
-    Attack(
         "a debt that nothing caused", "ck_wallet_debt", ["UPDATE wallet SET debt_mils = 5 WHERE customer_id = :ann"]
     ),
     Attack("a debt forgiven", "fk_wallet_debt", ["UPDATE wallet SET debt_mils = 0 WHERE customer_id = :cat"]),

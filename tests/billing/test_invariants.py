@@ -6,7 +6,19 @@ from dataclasses import replace
 import pytest
 from sqlalchemy import Column, Engine, MetaData, Table, text
 
-from billing.commands import AddPrice, Credit, KeyTerms, Quote, Reverse, RevokeKey, SetKeyTerms
+from billing.commands import (
+    AddPrice,
+    CloseStatement,
+    Credit,
+    KeyTerms,
+    Quote,
+    Reverse,
+    RevokeKey,
+    SetCreditLine,
+    SetKeyTerms,
+    SetMember,
+    Transfer,
+)
 from billing.database import open_database, writer
 from billing.invariants import AUDITS, MAX_ROWS_PER_AUDIT, Violation, audit
 from billing.keys import mint_request_id
@@ -46,6 +58,14 @@ def unruled(databases: Databases) -> Iterator[Engine]:
         desk.settle(desk.reserved(cat, 20), 20)
         desk.do(Reverse("stripe:cs_2", Mils(100), "evt_4", ""))
         desk.do(Credit(cat.customer_id, Mils(30), "stripe:cs_3", "evt_5", ""))
+        dan, eli = desk.account(500, name="dan"), desk.account(name="eli")
+        desk.do(SetCreditLine(dan.customer_id, Mils(100)))
+        desk.do(SetMember(eli.customer_id, "eli", dan.customer_id, Mils(500), "month"))
+        desk.do(Transfer("tra_1", dan.customer_id, eli.customer_id, Mils(200), ""))
+        desk.do(CloseStatement(dan.customer_id, "2026-12"))
+        desk.settle(desk.reserved(eli, 49), 44)
+        desk.settle(desk.reserved(dan, 71), 71)
+        desk.do(CloseStatement(dan.customer_id, "2027-01"))
         desk.ledger = desk.new_ledger()
         desk.settle(desk.reserved(ann, 5), 4)
         engine = open_database(url)
@@ -103,6 +123,27 @@ DAMAGE = [
     ("a settlement by another price", "settled_arithmetic", "UPDATE reservation SET mils_per_frame = 4"),
     ("a refund that never became a row", "settled_arithmetic", "DELETE FROM entry WHERE kind = 'refund'"),
     ("an open reservation that kept money", "settled_arithmetic", "UPDATE reservation SET state = 'open'"),
+    ("a limit without a line", "line_is_the_newest", "UPDATE wallet SET credit_limit_mils = 900 WHERE name = 'dan'"),
+    ("a lost line", "line_is_the_newest", "DELETE FROM credit_line"),
+    ("spending below the line", "no_negative_balance", "UPDATE credit_line SET floor_mils = -50"),
+    (
+        "a parent in a team",
+        "teams_have_two_levels",
+        f"INSERT INTO membership VALUES ((SELECT parent_id FROM membership), {ANN}, NULL, NULL)",
+    ),
+    ("a transfer of another sum", "transfer_is_two_entries", "UPDATE transfer SET amount = amount + 1"),
+    ("a transfer that did not arrive", "transfer_is_two_entries", "DELETE FROM entry WHERE kind = 'transfer_in'"),
+    ("an entry of no transfer", "transfer_is_two_entries", "DELETE FROM transfer WHERE transfer_id = 'tra_1'"),
+    ("a transfer without a team", "transfer_is_two_entries", "DELETE FROM membership"),
+    ("a draw of another sum", "draw_is_a_transfer", "UPDATE draw SET drawn = drawn + 1"),
+    (
+        "what was drawn and never given back",
+        "draw_is_a_transfer",
+        "DELETE FROM transfer WHERE transfer_id LIKE '%back'",
+    ),
+    ("a statement of another sum", "statements_tile", "UPDATE statement SET usage_mils = -1, payments_mils = 301"),
+    ("a lost statement", "statements_tile", "DELETE FROM statement WHERE number = 1"),
+    ("statements out of order", "statements_tile", "UPDATE statement SET period = '2020-01' WHERE number = 2"),
     ("a lost version of a price", "prices_follow_each_other", "DELETE FROM price WHERE version = 1"),
     ("a price from before", "prices_follow_each_other", "UPDATE price SET effective_from = 30 WHERE version = 1"),
     ("more frames than were reserved", "settled_arithmetic", "UPDATE reservation SET frames_delivered = 99"),

@@ -15,6 +15,7 @@ from sqlalchemy.exc import DataError, IntegrityError
 
 from billing.commands import (
     AddPrice,
+    CloseStatement,
     Credit,
     KeyTerms,
     Quote,
@@ -23,7 +24,10 @@ from billing.commands import (
     Reserved,
     Reverse,
     RevokeKey,
+    SetCreditLine,
     SetKeyTerms,
+    SetMember,
+    Transfer,
 )
 from billing.database import writer
 from billing.invariants import audit
@@ -34,6 +38,7 @@ from billing.prices import PriceVersion, Rate
 from billing.tables import billing_metadata
 from billing.triggers import POSTGRESQL, SQLITE
 from tests.billing.attacks import Attack, entry, reservation, settle, submission, wallet
+from tests.billing.attacks_on_accounts import ACCOUNT_ATTACKS
 from tests.billing.attacks_on_payments import PAYMENT_ATTACKS
 from tests.billing.conftest import Clock, Databases, Desk
 
@@ -321,9 +326,11 @@ ATTACKS = [
         ],
     ),
     # Reservations.
-    Attack("keeping more than was reserved", "ck_reservation_state", [settle("'held'", 55, 0)]),
+    Attack(
+        "keeping more than was reserved", "ck_reservation_state|ck_reservation_delivered", [settle("'held'", 55, 0)]
+    ),
     Attack("keeping and giving back the same money", "ck_reservation_state", [settle("'held'", 50, 50)]),
-    Attack("keeping less than nothing", "ck_reservation_state", [settle("'held'", -5, 55)]),
+    Attack("keeping less than nothing", "ck_reservation_state|ck_reservation_delivered", [settle("'held'", -5, 55)]),
     Attack("settling with nothing", "ck_reservation_state", [settle("'held'", 0, 0)]),
     Attack(
         "keeping while open",
@@ -649,6 +656,7 @@ ATTACKS = [
     Attack("a fence in the fence's place", "pk_writer_fence", ["INSERT INTO writer_fence VALUES (1, 99, 1)"]),
     Attack("no fence", "tr_writer_fence_delete", ["DELETE FROM writer_fence"]),
     *PAYMENT_ATTACKS,
+    *ACCOUNT_ATTACKS,
 ]
 
 
@@ -660,8 +668,10 @@ IMPLIED = {
     "uq_reversal_to",
     "uq_debt_after",
     "uq_price_effective",
+    "uq_statement_end",
+    "ck_wallet_floor",
 }
-"""Unique because a primary key inside them is; they exist for foreign keys to point at."""
+"""Unique because a primary key inside them is: foreign keys point at them. A floor is refused by its line first."""
 
 
 class History(NamedTuple):
@@ -699,6 +709,12 @@ def history(databases: Databases) -> Iterator[History]:
         desk.settle(desk.reserved(cat, 160), 160)
         desk.do(Reverse("stripe:cat", Mils(1000), "evt_back", ""))
         desk.do(Credit(cat.customer_id, Mils(300), "stripe:cat2", "evt_cat2", ""))
+        dan, eli = desk.account(500, name="dan"), desk.account(name="eli")
+        desk.do(SetCreditLine(dan.customer_id, Mils(100)))
+        desk.do(SetMember(eli.customer_id, "eli", dan.customer_id, Mils(500), "month"))
+        desk.do(Transfer("tra_1", dan.customer_id, eli.customer_id, Mils(200), ""))
+        desk.do(CloseStatement(dan.customer_id, "2027-01"))
+        assert isinstance(desk.do(desk.reserve(eli, 49, RequestId("elis"))), Reserved)
         tail, before_tail = desk.reader.transactions(ann.customer_id, 2)
         yield History(
             engine,
@@ -706,6 +722,8 @@ def history(databases: Databases) -> Iterator[History]:
                 "ann": ann.customer_id,
                 "bob": bob.customer_id,
                 "cat": cat.customer_id,
+                "dan": dan.customer_id,
+                "eli": eli.customer_id,
                 "ann_key": ann.key.key_id,
                 "bob_key": bob.key.key_id,
                 "revoked_key": revoked.key.key_id,
