@@ -10,10 +10,11 @@ export HOST ?= 127.0.0.1
 export DATA_DIR ?= ./.data
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: serve test fuzz lint clean simulate-ledger chaos-ledger mutate-ledger bench-ledger
+.PHONY: serve test fuzz lint clean simulate-payments pay-in-browser simulate-ledger chaos-ledger mutate-ledger bench-ledger
 
+# FAKE_STRIPE=1 turns payments on, against the fake Stripe of the tests: pay with a fake card.
 serve: $(VENV)/.installed
-	@exec $(BIN)/dream-admin serve
+	@exec $(if $(FAKE_STRIPE),$(BIN)/python -m tests.fakestripe.beside) $(BIN)/dream-admin serve
 
 test: $(VENV)/.installed-dev lint
 	$(BIN)/python -m pytest
@@ -38,6 +39,14 @@ mutate-ledger:
 bench-ledger:
 	$(BIN)/python -m benchmarks.ledger
 	$(BIN)/python -m benchmarks.ledger_actor
+
+# A month of payments in a world in which every part fails; the books must agree to the cent.
+simulate-payments: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.payments_simulation --customers 200 --days 30
+
+# Has a headless Chromium pay on the fake Stripe's page; `apt-get install chromium` first.
+pay-in-browser: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.pay_in_browser
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -10,9 +10,14 @@ from dataclasses import fields
 from operator import attrgetter
 from typing import Any, get_args
 
-from billing.commands import Command, Outcome
+from billing.commands import Command, Outcome, PaymentCommand, PaymentOutcome
+from billing.payments import commands as payments
 
-_TYPES: dict[str, type[Any]] = {each.__name__: each for each in (*get_args(Command), *get_args(Outcome))}
+_TYPES: dict[str, type[Any]] = {
+    each.__name__: each
+    for each in (*get_args(Command), *get_args(Outcome), *payments.COMMANDS, *payments.OUTCOMES)
+    if each not in (PaymentCommand, PaymentOutcome)
+}
 
 
 def _values_of(message: type[Any]) -> Callable[[Any], tuple[Any, ...]]:

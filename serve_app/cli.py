@@ -30,6 +30,7 @@ from billing.commands import (
 from billing.keys import mint_customer_id, mint_grant_id, mint_key_id, mint_token, token_sha256
 from billing.money import usd
 from billing.reader import LedgerReader
+from deployments.payments.errors import PaymentError
 from serve_app.admin import ledger_writer, open_migrated
 from serve_app.cli_prices import prices_app
 from serve_app.cli_tools import (
@@ -51,9 +52,11 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 keys = typer.Typer(no_args_is_help=True, help="API keys.")
 credits_app = typer.Typer(no_args_is_help=True, help="Prepaid credits.")
 ledger_app = typer.Typer(no_args_is_help=True, help="The ledger.")
+stripe_app = typer.Typer(no_args_is_help=True, help="Payments.")
 app.add_typer(keys, name="keys")
 app.add_typer(credits_app, name="credits")
 app.add_typer(ledger_app, name="ledger")
+app.add_typer(stripe_app, name="stripe")
 app.add_typer(prices_app, name="prices")
 
 
@@ -238,6 +241,34 @@ def audit_ledger(as_json: Json = False) -> None:
         show([{"violation": str(violation)} for violation in violations], as_json=False)
         Console().print(f"{len(violations)} violations of {len(invariants.AUDITS)} invariants, {took_s} s")
     if violations:
+        raise typer.Exit(1)
+
+
+@stripe_app.callback()
+def stripe() -> None:
+    """Payments."""
+
+
+@stripe_app.command("reconcile")
+def reconcile_stripe(
+    days_ago: Annotated[int, typer.Option(min=0, max=365, help="Days of UTC; 0 is today, as far as it has come.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """Hear what was missed, compare a day of Stripe's books with ours, file the report. Exit code 1 if they differ."""
+    from serve_app.reconcile import reconcile
+
+    with one_clear_line():
+        try:
+            report = reconcile(read_settings(), days_ago)
+        except (PaymentError, ValueError) as error:
+            raise CannotDo(str(error)) from None
+    body = json.loads(report.body)
+    if as_json:
+        print(json.dumps(body | {"signature": report.signature}))
+    else:
+        show([{"customer": customer} | row for customer, row in body["customers"].items()], as_json=False)
+        Console().print(f"the books differ by {report.difference_cents} cents")
+    if report.difference_cents or body["unknown_payments"]:
         raise typer.Exit(1)
 
 

@@ -301,3 +301,34 @@ class FileReport(PaymentCommand):
 @dataclass(frozen=True, slots=True)
 class ReportFiled(PaymentOutcome):
     day: int
+
+
+COMMANDS: tuple[type[PaymentCommand], ...] = (
+    ReceiveEvents,
+    MarkEvents,
+    OpenTopup,
+    NoteSession,
+    RenumberAttempt,
+    ApplyPayment,
+    LinkCustomer,
+    SetAutoTopup,
+    DisarmAutoTopup,
+    StartAutoTopup,
+    SetCursor,
+    FileReport,
+)
+OUTCOMES: tuple[type[PaymentOutcome], ...] = (
+    EventsReceived,
+    EventsMarked,
+    TopupOpened,
+    TopupConflict,
+    TooManyTopups,
+    TopupNoted,
+    PaymentApplied,
+    PaymentStale,
+    CustomerLinked,
+    AutoTopupSet,
+    AutoTopupHeld,
+    CursorSet,
+    ReportFiled,
+)

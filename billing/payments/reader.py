@@ -188,6 +188,12 @@ class PaymentsReader:
             owners.update({row.payment_intent: row.customer_id for row in self._all(mine)})
         return owners
 
+    def held_of_payments(self) -> dict[CustomerId, int]:
+        """What the ledger holds of each customer's payments now, in mils: granted less taken back."""
+        held = select(payment.c.customer_id, func.sum(payment.c.granted - payment.c.reversed).label("held"))
+        mine = held.where(payment.c.source.like("stripe:%")).group_by(payment.c.customer_id)
+        return {row.customer_id: int(row.held) for row in self._all(mine)}
+
     def ledger_mismatches(self) -> list[dict[str, Any]]:
         """Payments of which the ledger holds another amount than the provider's movements add up to."""
         moved = (

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.cluster import SERVE_STAND_IN, Cluster, running_cluster
+from tests.support.cluster import SERVE_STAND_IN, WITH_FAKE_STRIPE, Cluster, running_cluster
 
 
 @pytest.fixture(scope="session")
@@ -16,7 +16,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 @pytest.fixture(scope="session")
 def stand_in_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A real cluster whose models are stand-ins, which fail when a test's actions ask them to."""
-    with running_cluster(tmp_path_factory.mktemp("stand-in") / "data", SERVE_STAND_IN) as running:
+    with running_cluster(tmp_path_factory.mktemp("stand-in") / "data", (*WITH_FAKE_STRIPE, *SERVE_STAND_IN)) as running:
         yield running
 
 

@@ -133,6 +133,14 @@ class Stripe:
             del transaction[name]
         return transaction
 
+    def remembered(self) -> Object:
+        """All that it knows, as JSON can hold it."""
+        return {"objects": self.objects, "events": self.events, "cards": self.cards, "serial": self._serial}
+
+    def restore(self, remembered: Object) -> None:
+        self.objects, self.events = remembered["objects"], remembered["events"]
+        self.cards, self._serial = remembered["cards"], remembered["serial"]
+
     # Customers and how they pay.
 
     def create_customer(self, name: str | None, email: str | None, metadata: Object) -> Object:

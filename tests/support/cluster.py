@@ -22,6 +22,8 @@ ROOT = Path(__file__).resolve().parents[2]
 NUM_CUSTOMERS = 50
 SERVE = (str(Path(sys.executable).with_name("dream-admin")), "serve")
 SERVE_STAND_IN = (sys.executable, "-m", "tests.support.serve_stand_in")
+WITH_FAKE_STRIPE = (sys.executable, "-m", "tests.fakestripe.beside")
+"""Before another command: payments are on, against a fake Stripe that ends with it."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,11 @@ class Cluster:
     def http(self) -> httpx.Client:
         return httpx.Client(base_url=self.base_url, headers={"Authorization": f"Bearer {self.key}"}, timeout=60.0)
 
-    def admin(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def admin(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
         """`dream-admin`, as an operator runs it beside this cluster."""
         return subprocess.run(
             [str(Path(sys.executable).with_name("dream-admin")), *arguments],
-            env=environment(self.data_dir, port=1),
+            env=environment(self.data_dir, port=1) | variables,
             capture_output=True,
             text=True,
             timeout=60,

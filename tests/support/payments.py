@@ -13,9 +13,10 @@ import httpx
 from billing import invariants
 from billing.commands import CustomerId
 from billing.money import Mils
-from billing.payments.commands import AutoTopup, EventsReceived, ReceiveEvents, Topup
+from billing.payments.commands import AutoTopup, EventHint, EventsReceived, ReceiveEvents, Topup
 from billing.payments.reader import PaymentsReader
 from deployments.ledger_client import LedgerClient
+from deployments.ledger_wire import pack, unpack_commands, unpack_outcomes
 from deployments.payments import events
 from deployments.payments.actor import _value
 from deployments.payments.config import PaymentsConfig
@@ -70,6 +71,9 @@ class Till:
         hints = tuple(events.hint_of(event) for event in received)
         return (await self.payments.tell(ReceiveEvents(hints, "webhook"), EventsReceived)).new
 
+    async def receive_hint(self, hint: EventHint) -> None:
+        await self.payments.tell(ReceiveEvents((hint,), "webhook"), EventsReceived)
+
     async def agree(self, customer_id: CustomerId, **changes: Any) -> AutoTopup:
         terms = AutoTopup(True, Mils(50_000), 1_000, 10_000, 100_000, consent="yes")
         return await self.payments.set_auto_topup(customer_id, replace(terms, **changes))
@@ -88,7 +92,8 @@ async def open_till(directory: Path, **changes: Any) -> AsyncIterator[Till]:
         with ledgered(f"sqlite:///{directory / 'ledger.db'}", clock) as ledger:
 
             async def call(commands: Any) -> Any:
-                return await asyncio.wrap_future(ledger.writer.submit(commands))
+                sent = unpack_commands(pack(commands))  # as it travels in a cluster
+                return unpack_outcomes(pack(await asyncio.wrap_future(ledger.writer.submit(sent))))
 
             client = LedgerClient(call)
             client.start()
