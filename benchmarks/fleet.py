@@ -205,6 +205,7 @@ def main() -> None:
     parser.add_argument("--lost-per-hour", type=float, default=0.0, help="chance that a replica is reclaimed")
     parser.add_argument("--gpu-usd-per-hour", type=float, default=3.0)
     parser.add_argument("--policies", default="ours,rate,ray_default,ray_default_unbounded")
+    parser.add_argument("--deadlines", action="store_true", help="every request states the limit as its deadline")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plots", type=Path)
     args = parser.parse_args()
@@ -218,7 +219,7 @@ def main() -> None:
     ceiling = 8 * args.gpus
     fleet = Fleet((0.9 * args.boot_s, 1.1 * args.boot_s), first, ceiling, args.lost_per_hour)
     terms = ScalingTerms(min_replicas=1, max_replicas=ceiling, boot_s=args.boot_s)
-    bounded = SchedulerLimits(max_queued_rows=args.gpus * args.max_rows, replica_timeout_s=math.inf)
+    bounded = SchedulerLimits(args.gpus * args.max_rows, args.num_steps, replica_timeout_s=math.inf)
     rate_terms = ScalingTerms(min_replicas=1, max_replicas=ceiling, boot_s=args.boot_s, safety=0.0)
     policies = {
         "ours": (OurPolicy(terms), bounded),
@@ -226,14 +227,14 @@ def main() -> None:
         "ray_default": (RayDefault(1, ceiling), bounded),
         "ray_default_unbounded": (
             RayDefault(1, ceiling),
-            SchedulerLimits(max_queued_rows=UNBOUNDED, replica_timeout_s=math.inf),
+            SchedulerLimits(UNBOUNDED, args.num_steps, replica_timeout_s=math.inf),
         ),
     }
     outcomes, report = {}, {}
     for name in args.policies.split(","):
         policy, limits = policies[name]
         started = time.process_time()
-        simulator = Simulator(service, fleet, limits, policy, args.seed)
+        simulator = Simulator(service, fleet, limits, policy, args.seed, limit_s if args.deadlines else None)
         outcome = simulator.run(arrivals(args.trace, args.gpus, duration_s, service, args.seed), duration_s)
         outcomes[name] = outcome
         report[name] = summary(outcome, limit_s, time.process_time() - started, args.gpu_usd_per_hour)

@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from deployments.autoscaling import Demand
-from deployments.messages import ReplicaId, Ticket, TicketId
-from deployments.scheduler import Grant, Overloaded, Scheduler, SchedulerLimits
+from deployments.batching import BatchProfile
+from deployments.messages import ReplicaId, Ticket, TicketId, TicketTerms
+from deployments.scheduler import Demand, Refused, Scheduler, SchedulerLimits
 
 MAX_ATTEMPTS = 3
 """As in `deployments/model_client.py`."""
@@ -113,7 +113,6 @@ class _Decision:
     chunks_left: int
     chunks: int
     attempt: int = 0
-    submitted_at: float = 0.0
 
 
 class _Replica:
@@ -171,8 +170,16 @@ class Simulator:
     """`policy` None keeps the fleet as it starts."""
 
     def __init__(
-        self, service: Service, fleet: Fleet, limits: SchedulerLimits, policy: Policy | None, seed: int = 0
+        self,
+        service: Service,
+        fleet: Fleet,
+        limits: SchedulerLimits,
+        policy: Policy | None,
+        seed: int = 0,
+        deadline_s: float | None = None,
     ) -> None:
+        """With a `deadline_s`, every request says that it is of no use later than that."""
+        self._deadline_s = deadline_s
         self.now = 0.0
         self.outcome = Outcome()
         self._service, self._fleet, self._policy = service, fleet, policy
@@ -186,7 +193,6 @@ class Simulator:
         self._decisions: dict[TicketId, _Decision] = {}
         self._numbers = itertools.count()
         self._target = fleet.start_replicas
-        self._backlog_s = 0.0
         self._arrivals: Iterator[Arrival] = iter(())
 
     def run(self, arrivals: Iterable[Arrival], until: float) -> Outcome:
@@ -223,21 +229,26 @@ class Simulator:
         self._submit(decision, begun=False)
 
     def _submit(self, decision: _Decision, begun: bool) -> None:
+        left_s = None if self._deadline_s is None else self._deadline_s - (self.now - decision.arrived_at)
         ticket = Ticket(
-            TicketId(f"{decision.number}/{decision.chunks_left}/{decision.attempt}"), decision.rows, begun=begun
+            TicketId(f"{decision.number}/{decision.chunks_left}/{decision.attempt}"),
+            decision.rows,
+            begun=begun,
+            num_steps=self._service.num_steps,
+            terms=TicketTerms(deadline_s=left_s, chunks_left=decision.chunks_left),
         )
-        if isinstance(self._scheduler.submit(ticket), Overloaded):
+        if self._scheduler.submit(ticket) is not None:
             self.outcome.refused += 1
             return
-        if not begun:
-            self._backlog_s += decision.rows * decision.chunks * self._service.row_chunk_s
-        decision.submitted_at = self.now
         self._decisions[ticket.ticket_id] = decision
         self._dispatch()
 
     def _dispatch(self) -> None:
         for grant in self._scheduler.dispatch():
-            assert isinstance(grant, Grant)  # no deadlines here
+            if isinstance(grant, Refused):
+                del self._decisions[grant.ticket_id]
+                self.outcome.refused += 1
+                continue
             decision = self._decisions[grant.ticket_id]
             if decision.chunks_left == decision.chunks:
                 self.outcome.waits.append(self.now - decision.arrived_at)
@@ -261,7 +272,6 @@ class Simulator:
         self._scheduler.complete(ticket_id)
         decision = self._decisions.pop(ticket_id)
         decision.chunks_left -= 1
-        self._backlog_s -= decision.rows * self._service.row_chunk_s
         if decision.chunks_left:
             self._at(self.now + self._service.hop_s, self._continue, decision)
         else:
@@ -275,10 +285,10 @@ class Simulator:
     def _tick(self, until: float) -> None:
         """Once a second: what has run out of patience is given up, and the policy decides."""
         for refused in self._scheduler.expire():
-            self._give_up(self._decisions.pop(refused.ticket_id))
+            del self._decisions[refused.ticket_id]
             self.outcome.refused += 1
         if self._policy is not None:
-            demand = Demand(self.outcome.offered_s, self._backlog_s)
+            demand = self._scheduler.demand()
             ready = sum(not replica.draining for replica in self._replicas.values())
             asked = self._policy.target(self.now, demand, len(self._decisions), ready, self._target)
             self._scale(min(asked, self._fleet.max_replicas))
@@ -286,9 +296,6 @@ class Simulator:
             self._sample()
         if self.now < until or self._decisions:
             self._at(self.now + 1.0, self._tick, until)
-
-    def _give_up(self, decision: _Decision) -> None:
-        self._backlog_s -= decision.rows * decision.chunks_left * self._service.row_chunk_s
 
     def _scale(self, target: int) -> None:
         serving = [replica for replica in self._replicas.values() if not replica.draining]
@@ -329,7 +336,8 @@ class Simulator:
 
     def _ready(self, replica_id: ReplicaId) -> None:
         self._replicas[replica_id] = _Replica(replica_id, self._service, self.now)
-        self._scheduler.replica_alive(replica_id, self._service.max_rows)
+        profile = BatchProfile(self._service.step_fixed_s, self._service.step_row_s)
+        self._scheduler.replica_alive(replica_id, self._service.max_rows, profile=profile)
         if self._fleet.lost_per_hour:
             self._at(self.now + self._random.expovariate(self._fleet.lost_per_hour / 3600), self._lose, replica_id)
         self._dispatch()
@@ -348,7 +356,6 @@ class Simulator:
             if decision.attempt < MAX_ATTEMPTS:
                 self._submit(decision, begun=True)
             else:
-                self._give_up(decision)
                 self.outcome.failed += 1
 
     def _bury(self, replica_id: ReplicaId, now: float) -> None:

@@ -99,7 +99,7 @@ class Demand:
     offered_s: float
     """Asked for since it started, refused work included: a full queue must not hide what is wanted."""
     backlog_s: float
-    """Admitted and not done."""
+    """Of the rollouts whose tickets wait or run: those chunks and the ones after them."""
 
 
 @dataclass(slots=True)
@@ -178,7 +178,8 @@ class Scheduler:
         """
         if ticket.ticket_id in self._queue or ticket.ticket_id in self._running:
             return None
-        self._offered_cost += ticket.cost
+        if not ticket.begun:
+            self._offered_cost += ticket.cost * ticket.terms.chunks_left
         now, terms = self._clock(), ticket.terms
         deadline = math.inf if terms.deadline_s is None else now + terms.deadline_s
         if deadline < math.inf:
@@ -315,8 +316,10 @@ class Scheduler:
         )
 
     def demand(self) -> Demand:
-        per_s = self._replica_cost_per_s
-        return Demand(self._offered_cost / per_s, (self._queue.cost + self._running_cost) / per_s)
+        """Looks at every ticket, so it is for a policy that asks once a second."""
+        tickets = [*(waiting.ticket for waiting in self._queue), *(each.ticket for each in self._running.values())]
+        backlog = sum(ticket.cost * ticket.terms.chunks_left for ticket in tickets)
+        return Demand(self._offered_cost / self._replica_cost_per_s, backlog / self._replica_cost_per_s)
 
     def _replica_for(self, ticket: Ticket) -> _Replica | None:
         """The replica that has its start frame already, if the rows fit into its present batch; else the roomiest."""
