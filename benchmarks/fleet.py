@@ -25,6 +25,7 @@ from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 from ray.serve import autoscaling_policy
@@ -95,8 +96,8 @@ class RayDefault:
             current_time=now,
             config=self._config,
         )
-        autoscaling_policy.time = SimpleNamespace(time=lambda: now)  # type: ignore[attr-defined]
-        decided, self._state = self._decide(context)
+        with patch.object(autoscaling_policy, "time", SimpleNamespace(time=lambda: now)):
+            decided, self._state = self._decide(context)
         return max(self._config.min_replicas, min(math.ceil(decided), self._config.max_replicas))
 
 
