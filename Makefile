@@ -10,7 +10,7 @@ export HOST ?= 127.0.0.1
 export DATA_DIR ?= ./.data
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: serve test fuzz lint clean simulate-payments pay-in-browser simulate-ledger chaos-ledger mutate-ledger bench-ledger
+.PHONY: serve test fuzz lint clean simulate-payments pay-in-browser simulate-ledger chaos-ledger mutate-ledger bench-ledger chaos-jobs
 
 # FAKE_STRIPE=1 turns payments on, against the fake Stripe of the tests: pay with a fake card.
 serve: $(VENV)/.installed
@@ -47,6 +47,9 @@ simulate-payments: $(VENV)/.installed-dev
 # Has a headless Chromium pay on the fake Stripe's page; `apt-get install chromium` first.
 pay-in-browser: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.pay_in_browser
+# Async rollouts on a cluster whose processes are killed, a minute or two.
+chaos-jobs: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.job_chaos
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

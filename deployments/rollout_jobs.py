@@ -13,7 +13,7 @@ import secrets
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import structlog
@@ -27,7 +27,7 @@ from deployments.chunk_loop import FinishedChunk
 from deployments.errors import DeadlinePassed, EngineFailed, LedgerUnavailable, ModelOverloaded, TooManyJobs
 from deployments.file_groups import FileGroups
 from deployments.gather import gather, run_chunks
-from deployments.ingress import RESTART_S, Ingress
+from deployments.ingress import REFUND_WAIT_S, RESTART_S, Ingress
 from deployments.job_store import Ending, Job, JobStore
 from deployments.ledger_client import LedgerClient
 from deployments.messages import Extras, RolloutRequest, RolloutResult, TicketTerms
@@ -58,6 +58,9 @@ INPUTS, ARRAYS = "inputs", "inputs.npz"
 MAX_RETRY_AFTER_S = 60
 
 log = structlog.get_logger(__name__)
+
+Argument = TypeVar("Argument")
+Answer = TypeVar("Answer")
 
 Order = Literal["cancel", "stop", "lost"]
 """Why a job's task is being ended: its customer wants no more of it, this process ends, or it is another's by now."""
@@ -170,33 +173,38 @@ class RolloutJobs:
                 return first
 
     async def cancel(self, job: Job) -> Job:
-        """End `job` unless it has ended; what had not run by then is refunded. The same again changes nothing more."""
-        canceled = await asyncio.to_thread(self.store.cancel, job.request_id)
+        """End `job` unless it has ended; what had not run by then is refunded. The same again changes nothing more.
+
+        Raises:
+            LedgerUnavailable: the database does not answer.
+        """
+        canceled: Job | None = await self._ask(self.store.cancel, job.request_id)
         self._order(job.request_id, "cancel")
         gives_up_at = time.monotonic() + CANCEL_WAIT_S
         while canceled is not None and canceled.finished_at is None and time.monotonic() < gives_up_at:
             await asyncio.sleep(0.05)
-            canceled = await asyncio.to_thread(self.store.get, job.request_id)
+            canceled = await self._ask(self.store.get, job.request_id)
         assert canceled is not None, "only jobs that ended long ago are forgotten"
         if canceled.state == "canceled":
             self._on_end()
-            await self._settle(job.request_id, 0, "canceled")
+            settling = self._reservations.settle_later(job.request_id, 0, "canceled")
+            await asyncio.wait([settling], timeout=REFUND_WAIT_S)
             await self._forget_inputs(job.request_id)
         return canceled
 
     async def _make_sure_of_room(self, model: str, customer_id: CustomerId) -> None:
-        mine, everybodys = await self._ask_live(customer_id)
+        mine, everybodys = await self._ask(self.store.live, customer_id)
         if mine < self._limits.max_live_per_customer and everybodys < self._limits.max_live:
             return
-        ended = await asyncio.to_thread(self.store.ended_since, time.time() - 60)
+        ended = await self._ask(self.store.ended_since, time.time() - 60)
         retry_after_s = min(MAX_RETRY_AFTER_S, math.ceil(60 / max(1, ended)))
         if mine >= self._limits.max_live_per_customer:
             raise TooManyJobs(self._limits.max_live_per_customer, retry_after_s)
         raise ModelOverloaded(model, retry_after_s)
 
-    async def _ask_live(self, customer_id: CustomerId) -> tuple[int, int]:
+    async def _ask(self, question: Callable[[Argument], Answer], argument: Argument) -> Answer:
         try:
-            return await asyncio.to_thread(self.store.live, customer_id)
+            return await asyncio.to_thread(question, argument)
         except DBAPIError as error:
             raise LedgerUnavailable() from error
 
@@ -220,7 +228,7 @@ class RolloutJobs:
     async def _first(self, repeated: Repeated) -> Job | RolloutResult | None:
         """What the request that this one repeats has become; None if it was refunded, so that this one may run."""
         while True:
-            job = await asyncio.to_thread(self.store.get, repeated.request_id)
+            job = await self._ask(self.store.get, repeated.request_id)
             if job is not None:
                 return job
             reservation = await self._reservations.record(repeated.request_id)

@@ -1,15 +1,12 @@
-"""Jobs on a real cluster: what was answered 202 is delivered and charged once, whatever process ends meanwhile."""
+"""Jobs on a real cluster. `make chaos-jobs` ends all of its processes, and starts it again."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 
-from billing import invariants
-from billing.database import open_database
-from tests.support.cluster import SERVE_STAND_IN, Cluster, eventually, running_cluster
+from tests.support.cluster import Cluster, eventually
 from tests.support.models import SLEEP_S
 from tests.support.payloads import actions, npy, png
 from tests.support.video import decode
@@ -55,23 +52,3 @@ def test_a_job_outlives_the_ingress_that_accepted_and_ran_it(stand_in_cluster: C
         eventually(lambda: get(http, rollout_id)["status"] == "succeeded", timeout_s=60)
         assert len(decode(httpx.get(get(http, rollout_id)["video_url"]).content)) == 49
         assert amounts(http) == [10_000, -245]
-
-
-def test_jobs_outlive_the_cluster(tmp_path: Path) -> None:
-    """Stopped in the middle of one job, with two more waiting; started again on the same data directory."""
-    data_dir = tmp_path / "data"
-    with running_cluster(data_dir, SERVE_STAND_IN) as cluster:
-        key = cluster.new_customer()
-        with http_of(cluster, key) as http:
-            ids = [queue(http, slow(0.5), seed) for seed in range(3)]
-            eventually(lambda: get(http, ids[0])["status"] == "running")
-        cluster.interrupt()
-        cluster.stop()
-    with running_cluster(data_dir, SERVE_STAND_IN) as cluster, http_of(cluster, key) as http:
-        assert cluster.admin("ledger", "audit").returncode == 0
-        for each in ids:
-            eventually(lambda each=each: get(http, each)["status"] == "succeeded", timeout_s=90)  # type: ignore[misc]
-        assert amounts(http) == [10_000, -245, -245, -245]
-    database = open_database(f"sqlite:///{data_dir / 'ledger.db'}")
-    assert invariants.audit(database) == []
-    database.dispose()
