@@ -61,7 +61,7 @@ class Month(NamedTuple):
 class Statement:
     """The entries of one month: those after `from_seq` up to `to_seq`. One month's `to_seq` is the next's `from_seq`.
 
-    `opening_mils + credits_mils + debits_mils + refunds_mils + reversals_mils == closing_mils`.
+    `opening + credits + debits + refunds + reversals + transfers == closing`, all in mils.
     """
 
     month: Month
@@ -74,6 +74,8 @@ class Statement:
     refunds_mils: Mils
     reversals_mils: Mils
     """Payments that were taken back, and debts that were repaid; negative."""
+    transfers_mils: Mils
+    """Within the customer's team."""
     closing_mils: Mils
 
     @property
@@ -160,5 +162,6 @@ def _statement(connection: Connection, customer_id: CustomerId, month: Month, fr
         debits_mils=Mils(totals["debit"]),
         refunds_mils=Mils(totals["refund"]),
         reversals_mils=Mils(totals["reversal"] + totals["repayment"]),
+        transfers_mils=Mils(totals["transfer_in"] + totals["transfer_out"]),
         closing_mils=_entry(connection, customer_id, to_seq).balance_after,
     )

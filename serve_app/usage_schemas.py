@@ -74,6 +74,7 @@ class MonthStatement(BaseModel):
     debits_mils: int = Field(description="For work; negative")
     refunds_mils: int
     reversals_mils: int = Field(description="Payments taken back, debts repaid; negative")
+    transfers_mils: int = Field(description="Within the team")
     closing_balance_mils: int
     opening_balance_usd: float
     spent_usd: float = Field(description="Debits less refunds")

@@ -180,6 +180,7 @@ def _month_statement(statement: Statement, now: float) -> MonthStatement:
         debits_mils=statement.debits_mils,
         refunds_mils=statement.refunds_mils,
         reversals_mils=statement.reversals_mils,
+        transfers_mils=statement.transfers_mils,
         closing_balance_mils=statement.closing_mils,
         opening_balance_usd=usd(statement.opening_mils),
         spent_usd=usd(Mils(-statement.debits_mils - statement.refunds_mils)),

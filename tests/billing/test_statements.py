@@ -6,12 +6,25 @@ from billing.commands import Credit, Grant, Reverse
 from billing.errors import UnknownWallet
 from billing.keys import initial_grant_id, mint_grant_id
 from billing.money import Mils
-from billing.statements import Month, StatementReader
+from billing.reader import SHOWN_AS
+from billing.statements import Month, Statement, StatementReader
 from tests.billing.conftest import Desk
 
 NOON = 1_800_000_000.0
 """Of 15 January 2027, about."""
 JANUARY, FEBRUARY, MARCH = Month(2027, 1), Month(2027, 2), Month(2027, 3)
+
+
+def adds_up(each: Statement) -> bool:
+    spent = each.debits_mils + each.refunds_mils
+    moved = each.credits_mils + spent + each.reversals_mils + each.transfers_mils
+    return each.opening_mils + moved == each.closing_mils
+
+
+def test_every_kind_of_entry_is_in_one_of_a_statements_sums():
+    """A kind that is new must be told from the others, or months would not add up."""
+    told = {"credit", "reinstatement", "debit", "refund", "reversal", "repayment", "transfer_in", "transfer_out"}
+    assert set(SHOWN_AS) == told
 
 
 class TestStatements:
@@ -42,8 +55,7 @@ class TestStatements:
         )
         assert march.opening_mils == march.closing_mils == desk.balance(account)
         for each in months:
-            moved = each.credits_mils + each.debits_mils + each.refunds_mils + each.reversals_mils
-            assert each.opening_mils + moved == each.closing_mils
+            assert adds_up(each)
 
     def test_a_clock_that_steps_back_over_the_end_of_a_month_puts_no_entry_into_two(self, desk: Desk):
         desk.clock.now = FEBRUARY.starts_at
@@ -63,6 +75,7 @@ class TestStatements:
         (month,) = StatementReader(desk.engine).statements(account.customer_id, JANUARY, 1)
         assert (month.credits_mils, month.debits_mils, month.reversals_mils) == (1100, -50, -400)
         assert month.closing_mils == desk.balance(account) == 650
+        assert adds_up(month)
         kinds = [each.kind for each in StatementReader(desk.engine).entries(account.customer_id, 0, 9, 9)]
         assert kinds == ["credit", "credit", "debit", "debit"]
 
