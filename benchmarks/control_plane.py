@@ -8,12 +8,16 @@ parsed and checked, one durable commit to reserve, one scheduler call per chunk,
 and one durable commit to settle. Both applications run in the same Ray cluster behind the same proxy, receive the same
 body, and answer with a body of the same size; their rounds alternate, so that a noisy neighbour hits both.
 
+Then what a decision costs: the CPU that the control plane's processes (proxies, ingress, ledger, scheduler, status; not
+the model's) use for batches of 8 candidates, and for as many single requests, in turns, per candidate.
+
 Prints one JSON line: medians over rounds of requests/s, p50 and p99 in milliseconds at 1 and at 16 connections, the
 same for both, and the ratios paid/bare.
 """
 
 import argparse
 import asyncio
+import contextlib
 import io
 import json
 import os
@@ -26,6 +30,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import psutil
 from PIL import Image
 
 from serve_app.launch import check_port, development_token, local_ray, register_development_key
@@ -33,6 +38,8 @@ from serve_app.settings import ModelArgs, Settings
 
 CONNECTIONS = (1, 16)
 NUM_ACTIONS = 12
+CANDIDATES = 8
+CONTROL_PLANE = ("ProxyActor", "ingress", "LedgerActor", "SchedulerActor", "StatusActor", "SessionDirectory")
 
 
 def request_parts(seed: int) -> dict[str, Any]:
@@ -90,6 +97,42 @@ async def alternate(base: str, key: str, rounds: int, requests: int) -> dict[str
     }
 
 
+def control_plane_cpu_s() -> float:
+    """User and system seconds so far of every process that serves, but the model's replicas."""
+    used = 0.0
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            title = " ".join(process.cmdline())
+            if title.startswith("ray::") and any(part in title for part in CONTROL_PLANE) and "model-" not in title:
+                times = process.cpu_times()
+                used += times.user + times.system
+    return used
+
+
+async def batch_cost(base: str, key: str, rounds: int, decisions: int) -> dict[str, float]:
+    """Control-plane CPU per candidate in milliseconds: of batches of 8, and of eight single calls at a time."""
+    used: dict[str, list[float]] = {"batch": [], "single": []}
+    seed = 10_000_000
+    async with httpx.AsyncClient(base_url=base, headers={"Authorization": f"Bearer {key}"}, timeout=60) as http:
+        for round_index in range(-1, rounds):
+            for name in used:
+                before = control_plane_cpu_s()
+                for _ in range(decisions):
+                    parts = [request_parts(seed + index) for index in range(CANDIDATES)]
+                    seed += CANDIDATES
+                    if name == "batch":
+                        actions = [("actions", part["files"]["actions"]) for part in parts]
+                        files = [("frame", parts[0]["files"]["frame"]), *actions]
+                        calls = [http.post("/v1/predict/batch", files=files, data=parts[0]["data"])]
+                    else:
+                        calls = [http.post("/v1/predict", **part) for part in parts]
+                    for answer in await asyncio.gather(*calls):
+                        answer.raise_for_status()
+                if round_index >= 0:
+                    used[name].append((control_plane_cpu_s() - before) / (decisions * CANDIDATES) * 1e3)
+    return {f"{name}_cpu_ms_per_candidate": round(statistics.median(each), 3) for name, each in used.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
@@ -117,6 +160,11 @@ def main() -> None:
             result = asyncio.run(
                 alternate(f"http://{settings.host}:{settings.port}", key, arguments.rounds, arguments.requests)
             )
+            batch = asyncio.run(
+                batch_cost(
+                    f"http://{settings.host}:{settings.port}", key, arguments.rounds, max(1, arguments.requests // 8)
+                )
+            )
             ray_version = ray.__version__
     paid, bare = result["paid"], result["bare"]
     print(
@@ -126,6 +174,8 @@ def main() -> None:
                 **result,
                 "p50_ratio": {c: round(paid[c]["p50_ms"] / bare[c]["p50_ms"], 2) for c in paid},
                 "rps_ratio": {c: round(paid[c]["rps"] / bare[c]["rps"], 2) for c in paid},
+                **batch,
+                "batch_cpu_ratio": round(batch["batch_cpu_ms_per_candidate"] / batch["single_cpu_ms_per_candidate"], 3),
                 "proxy": "default",
                 "actions": NUM_ACTIONS,
                 "rounds": arguments.rounds,

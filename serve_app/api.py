@@ -80,7 +80,8 @@ def create_api(parts: Services) -> FastAPI:
     api.include_router(status.pages, responses=ERRORS)
     api.include_router(sessions.sockets)
     errors.install(api, charge_for)
-    api.add_middleware(RequestEnvelope, max_body_bytes=parts.args.limits.max_body_bytes)
+    limits = parts.args.limits
+    api.add_middleware(RequestEnvelope, max_body_bytes=limits.max_body_bytes, max_held_bytes=limits.max_held_bytes)
     return api
 
 

@@ -7,6 +7,7 @@ ApiError                     (status, code, message)
 ├── BodyTooSlow         408  the body had not arrived in its time
 ├── BodyTooLarge        413
 ├── BadSignature        400  not signed by Stripe, or not one of its events
+├── GatewayFull         503  the bodies that are being received are as much as this gateway holds
 ├── UnsupportedBody     415
 ├── InvalidRequest      422  names the field, what was wrong and what is accepted
 │   └── ModelRefused    422  a model that is not run here, on a route where a 404 would be misread
@@ -111,6 +112,18 @@ class BodyTooLarge(ApiError):
 
 class BadSignature(ApiError):
     status, code = 400, "INVALID_REQUEST"
+
+
+class GatewayFull(ApiError):
+    status, code = 503, "OVERLOADED"
+    retry_after_s = 1
+
+    def __init__(self) -> None:
+        super().__init__("too many bodies are being received at once; try again shortly. Nothing was charged")
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        return {"Retry-After": str(self.retry_after_s)}
 
 
 class UnsupportedBody(ApiError):

@@ -1,6 +1,7 @@
 """Multipart forms with exact rules: which parts there must be, how often, and which fields may stand beside them."""
 
 import asyncio
+import io
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, TypeVar
@@ -74,7 +75,7 @@ class Form:
 
 
 async def read_form(request: Request, max_files: int, timeout_s: float) -> Form:
-    """The request's multipart body, given `timeout_s` to arrive. Parts above 1 MiB are spooled to disk meanwhile."""
+    """The request's multipart body, given `timeout_s` to arrive; each byte of a file is copied twice on its way."""
     content_type, options = parse_options_header(request.headers.get("content-type"))
     # Any other charset would let the client choose among Python's codecs, of which some raise and some take minutes.
     if content_type != b"multipart/form-data" or options.get(b"charset", b"utf-8").lower() != b"utf-8":
@@ -108,12 +109,39 @@ def validate(schema: type[Schema], values: Any, field: str = "") -> Schema:
         raise InvalidRequest(path, problem["msg"]) from None
 
 
+class _Slices(io.IOBase):
+    """A file part as it arrives: its slices, joined when it is read, so that nothing grows by being copied."""
+
+    _rolled = False  # in the words of `UploadFile`: it is in memory, and no thread is needed to write to it
+
+    def __init__(self) -> None:
+        self._slices: list[bytes] = []
+
+    def write(self, data: bytes) -> int:
+        self._slices.append(data)
+        return len(data)
+
+    def seek(self, *_: int) -> int:
+        return 0
+
+    def read(self, _: int = -1) -> bytes:
+        whole = b"".join(self._slices)
+        self._slices.clear()
+        return whole
+
+
 class _WholeForm(MultiPartParser):
     """Refuses a body without its closing boundary. Its last part would be dropped, which may be a seed."""
 
     def __init__(self, headers: Headers, body: AsyncGenerator[bytes, None], max_files: int) -> None:
         super().__init__(headers, self._whole(body), max_files=max_files, max_fields=MAX_FIELDS)
         self._has_ended = False
+
+    def on_headers_finished(self) -> None:
+        super().on_headers_finished()
+        if self._current_part.file is not None:
+            self._current_part.file.file.close()
+            self._current_part.file.file = _Slices()  # type: ignore[assignment]
 
     def on_end(self) -> None:
         self._has_ended = True

@@ -2,13 +2,14 @@
 
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
 from typing import Any
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
 
 from billing.keys import mint_request_id
-from serve_app.errors import BodyTooLarge, error_response
+from serve_app.errors import ApiError, BodyTooLarge, GatewayFull, error_response
 
 Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
@@ -24,12 +25,25 @@ _MAX_DIGITS = 18
 log = structlog.get_logger(__name__)
 
 
-class RequestEnvelope:
-    """Mints the request's id (a client's own is never taken for one), and says it in every answer."""
+@dataclass(slots=True)
+class _Body:
+    received_bytes: int = 0
+    held_bytes: int = 0
+    """Counted against what all may have: as declared, or as received where that is more or nothing was declared."""
 
-    def __init__(self, app: Application, max_body_bytes: int) -> None:
+
+class RequestEnvelope:
+    """Mints the request's id (a client's own is never taken for one), and says it in every answer.
+
+    All bodies of the requests that are being served may have `max_held_bytes` together: what arrives beyond them is
+    refused, so that no number of uploads takes more memory than that allows.
+    """
+
+    def __init__(self, app: Application, max_body_bytes: int, max_held_bytes: int) -> None:
         self._app = app
         self._max_body_bytes = max_body_bytes
+        self._max_held_bytes = max_held_bytes
+        self._held_bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -38,6 +52,7 @@ class RequestEnvelope:
         started = time.perf_counter()
         scope.setdefault("state", {}).update(request_id=request_id, arrived=started)
         status = 0
+        body = _Body()
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -48,12 +63,12 @@ class RequestEnvelope:
             await send(message)
 
         try:
-            if self._declares_too_much(scope):
-                refusal = BodyTooLarge(self._max_body_bytes)
-                response = error_response(refusal.status, refusal.code, refusal.message)
+            refusal = self._refusal(_declared_bytes(scope), body)
+            if refusal is not None:
+                response = error_response(refusal.status, refusal.code, refusal.message, headers=refusal.headers)
                 await response(scope, receive, send_with_id)
             else:
-                await self._app(scope, self._bounded(receive), send_with_id)
+                await self._app(scope, self._bounded(receive, body), send_with_id)
         except Exception as error:
             if status:  # the answer has begun: only a closed connection can still say that it is not whole
                 raise
@@ -61,6 +76,7 @@ class RequestEnvelope:
             response = error_response(500, "ENGINE_FAILED", "the server failed; what was not delivered is not charged")
             await response(scope, receive, send_with_id)
         finally:
+            self._held_bytes -= body.held_bytes
             log.info(
                 "request",
                 request_id=request_id,
@@ -70,22 +86,37 @@ class RequestEnvelope:
                 ms=round((time.perf_counter() - started) * 1e3, 1),
             )
 
-    def _declares_too_much(self, scope: Scope) -> bool:
-        declared = Headers(scope=scope).get("content-length", "")
-        if not declared.isdecimal():  # absent, or no number: what is received is counted anyway
+    def _refusal(self, declared_bytes: int, body: _Body) -> ApiError | None:
+        """Why a body of that length is not even begun. Room for it is held from here on: one that is begun is ended."""
+        if declared_bytes > self._max_body_bytes:
+            return BodyTooLarge(self._max_body_bytes)
+        return None if self._hold(body, declared_bytes) else GatewayFull()
+
+    def _hold(self, body: _Body, num_bytes: int) -> bool:
+        """Count `num_bytes` for `body`, at least as many as before; False if they do not fit beside the others."""
+        more = max(0, num_bytes - body.held_bytes)
+        if self._held_bytes + more > self._max_held_bytes:
             return False
-        digits = declared.lstrip("0")
-        return len(digits) > _MAX_DIGITS or int(digits or "0") > self._max_body_bytes
+        body.held_bytes += more
+        self._held_bytes += more
+        return True
 
-    def _bounded(self, receive: Receive) -> Receive:
-        received = 0
-
+    def _bounded(self, receive: Receive, body: _Body) -> Receive:
         async def bounded() -> Message:
-            nonlocal received
             message = await receive()
-            received += len(message.get("body", b""))
-            if received > self._max_body_bytes:
+            body.received_bytes += len(message.get("body", b""))
+            if body.received_bytes > self._max_body_bytes:
                 raise BodyTooLarge(self._max_body_bytes)
+            if not self._hold(body, body.received_bytes):
+                raise GatewayFull()
             return message
 
         return bounded
+
+
+def _declared_bytes(scope: Scope) -> int:
+    declared = Headers(scope=scope).get("content-length", "")
+    if not declared.isdecimal():  # absent, or no number: what is received is counted anyway
+        return 0
+    digits = declared.lstrip("0")
+    return int(digits or "0") if len(digits) <= _MAX_DIGITS else 10**_MAX_DIGITS

@@ -77,6 +77,8 @@ class Limits(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     max_body_bytes: int = 32 * 2**20
+    max_held_bytes: int = 512 * 2**20
+    """Bodies that one ingress replica holds at a time; with the arrays that they become, 2.2 times as much memory."""
     body_timeout_s: float = 120.0
     """For a body to arrive, since a request that trickles in holds one of `max_ongoing_requests`."""
     max_image_pixels: int = 4096 * 4096

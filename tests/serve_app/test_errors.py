@@ -52,6 +52,7 @@ from serve_app.errors import (
     BodyTooLarge,
     BodyTooSlow,
     Forbidden,
+    GatewayFull,
     Gone,
     InvalidRequest,
     ModelNotFound,
@@ -152,6 +153,12 @@ EXAMPLES: list[tuple[Exception, int, str, str]] = [
         "the ledger cannot be reached; nothing runs that is not paid for. Try again shortly",
     ),
     (
+        GatewayFull(),
+        503,
+        "OVERLOADED",
+        "too many bodies are being received at once; try again shortly. Nothing was charged",
+    ),
+    (
         SessionLimit(),
         429,
         "RATE_LIMITED",
@@ -222,6 +229,7 @@ RETRY_AFTER = {
     ModelOverloaded: "3",
     LedgerUnavailable: "2",
     SessionLimit: "10",
+    GatewayFull: "1",
     PaymentsDisabled: "3600",
     StripeUnavailable: "5",
     StripeFailed: "5",

@@ -20,6 +20,7 @@ from tests.support.payloads import actions, npy, png
 
 REQUEST_ID = re.compile(r"req_[0-9a-f]{32}")
 MAX_BODY_BYTES = 1000
+MAX_HELD_BYTES = 10_000
 
 
 @pytest.fixture
@@ -184,7 +185,7 @@ class TestAnswer:
             seen.append((scope, receive, send))
 
         arguments: Any = ({"type": "websocket"}, object(), object())
-        await RequestEnvelope(application, MAX_BODY_BYTES)(*arguments)
+        await RequestEnvelope(application, MAX_BODY_BYTES, MAX_HELD_BYTES)(*arguments)
         assert seen == [arguments]
 
 
@@ -211,7 +212,7 @@ class TestLog:
 
 
 def _client(application: Any) -> httpx.AsyncClient:
-    envelope: Any = RequestEnvelope(application, MAX_BODY_BYTES)
+    envelope: Any = RequestEnvelope(application, MAX_BODY_BYTES, MAX_HELD_BYTES)
     return httpx.AsyncClient(transport=httpx.ASGITransport(envelope), base_url="http://cluster.test")
 
 
