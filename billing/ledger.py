@@ -12,7 +12,7 @@ from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
 
 from billing import store
 from billing.checks import malformed
-from billing.commands import Command, Credited, Outcome, PaymentCommand, Rejected, Reversed
+from billing.commands import Command, Credited, CreditLineSet, Outcome, PaymentCommand, Rejected, Reversed
 from billing.core import Book, decide
 from billing.database import writer
 from billing.errors import Fenced, LedgerUnavailable
@@ -107,7 +107,7 @@ class Ledger:
             return refused
         for money in command.money:
             outcome = decide(book, money)
-            if not isinstance(outcome, Credited | Reversed):
+            if not isinstance(outcome, Credited | Reversed | CreditLineSet):
                 # What was decided before it must not stay: this batch is given up, and each command gets its own.
                 raise _MoneyRefused(outcome)
         return records.carry_out(connection, command, book.ts)

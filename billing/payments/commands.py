@@ -18,7 +18,7 @@ any of them       -> Rejected
 from dataclasses import dataclass
 from typing import Literal
 
-from billing.commands import Command, Credit, CustomerId, PaymentCommand, PaymentOutcome, Reverse
+from billing.commands import Command, Credit, CustomerId, PaymentCommand, PaymentOutcome, Reverse, SetCreditLine
 from billing.money import Mils
 
 MIN_TOPUP_CENTS = 500
@@ -303,6 +303,73 @@ class ReportFiled(PaymentOutcome):
     day: int
 
 
+InvoiceState = Literal["new", "open", "paid", "overdue", "void", "uncollectible"]
+
+
+@dataclass(frozen=True, slots=True)
+class Invoice:
+    """What a postpaid customer is asked to pay for a closed month. The row is there before the provider hears of it."""
+
+    customer_id: CustomerId
+    period: str
+    amount_cents: int
+    """All that the month's statement leaves owed and no earlier invoice asks for, in whole cents."""
+    carry_mils: Mils
+    """The fraction of a cent that stays in the balance, and so in the next statement."""
+    state: InvoiceState
+    attempt: int
+    invoice_id: str
+    payment_intent: str
+    url: str
+    revision: int
+    problem: str
+    created_at: float
+    updated_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class OpenInvoice(PaymentCommand):
+    """Ask for what a closed month left owed. Nothing owed is no invoice."""
+
+    customer_id: CustomerId
+    period: str
+
+
+@dataclass(frozen=True, slots=True)
+class InvoiceOpened(PaymentOutcome):
+    invoice: Invoice | None
+
+
+@dataclass(frozen=True, slots=True)
+class RenumberInvoice(PaymentCommand):
+    """The attempt `seen` is known to have come to nothing."""
+
+    customer_id: CustomerId
+    period: str
+    seen: int
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ApplyInvoice(PaymentCommand):
+    """Bring the balance and the credit line to what was seen of an invoice, and mark the events, in one commit."""
+
+    customer_id: CustomerId
+    period: str
+    revision: int
+    state: InvoiceState
+    invoice_id: str
+    payment_intent: str = ""
+    url: str = ""
+    event_ids: tuple[str, ...] = ()
+    movements: tuple[Movement, ...] = ()
+    effects: tuple[Credit | Reverse | SetCreditLine, ...] = ()
+
+    @property
+    def money(self) -> tuple[Command, ...]:
+        return self.effects
+
+
 COMMANDS: tuple[type[PaymentCommand], ...] = (
     ReceiveEvents,
     MarkEvents,
@@ -316,6 +383,9 @@ COMMANDS: tuple[type[PaymentCommand], ...] = (
     StartAutoTopup,
     SetCursor,
     FileReport,
+    OpenInvoice,
+    RenumberInvoice,
+    ApplyInvoice,
 )
 OUTCOMES: tuple[type[PaymentOutcome], ...] = (
     EventsReceived,
@@ -331,4 +401,5 @@ OUTCOMES: tuple[type[PaymentOutcome], ...] = (
     AutoTopupHeld,
     CursorSet,
     ReportFiled,
+    InvoiceOpened,
 )

@@ -6,19 +6,20 @@ from typing import Any
 from sqlalchemy import Engine, Row, and_, case, func, select
 
 from billing.commands import CustomerId
-from billing.money import MILS_PER_CENT
-from billing.payments.commands import AutoTopup, EventHint, Topup
+from billing.money import MILS_PER_CENT, Mils
+from billing.payments.commands import AutoTopup, EventHint, Invoice, Topup
 from billing.payments.records import auto_topup_of, topup_of
 from billing.payments.tables import (
     auto_topup,
     stripe_cursor,
     stripe_customer,
     stripe_event,
+    stripe_invoice,
     stripe_movement,
     stripe_report,
     topup,
 )
-from billing.tables import payment, wallet
+from billing.tables import entry, payment, reservation, statement, wallet
 
 MAX_MISMATCHES = 100
 UNFINISHED = ("new", "open", "charging", "processing")
@@ -174,6 +175,52 @@ class PaymentsReader:
         wanted = select(stripe_report).order_by(stripe_report.c.day.desc()).limit(1)
         row = self._first(wanted if day is None else wanted.where(stripe_report.c.day == day))
         return None if row is None else ReportRecord(**row._mapping)
+
+    def postpaid(self) -> list[tuple[CustomerId, Mils, Mils]]:
+        """(customer, credit limit, floor) of each that may owe."""
+        rows = self._all(select(wallet).where(wallet.c.credit_limit_mils > 0).order_by(wallet.c.customer_id))
+        return [(row.customer_id, row.credit_limit_mils, row.floor_mils) for row in rows]
+
+    def invoice(self, customer_id: CustomerId, period: str) -> Invoice | None:
+        mine = stripe_invoice.c.customer_id == customer_id
+        return next(iter(self._invoices(mine, stripe_invoice.c.period == period)), None)
+
+    def invoice_by(self, invoice_id: str, payment_intent: str) -> Invoice | None:
+        """By either of its names at the provider; empty ids name none."""
+        for column, value in (
+            (stripe_invoice.c.invoice_id, invoice_id),
+            (stripe_invoice.c.payment_intent, payment_intent),
+        ):
+            if value and (found := self._invoices(column == value)):
+                return found[0]
+        return None
+
+    def invoices(self, customer_id: CustomerId) -> list[Invoice]:
+        return self._invoices(stripe_invoice.c.customer_id == customer_id)
+
+    def unpaid_invoices(self, before: float) -> list[Invoice]:
+        """Those that nothing was heard of since `before`."""
+        return self._invoices(
+            stripe_invoice.c.state.in_(("new", "open", "overdue")), stripe_invoice.c.updated_at <= before
+        )
+
+    def usage_by_model(self, customer_id: CustomerId, period: str) -> dict[str, Mils]:
+        """What the entries of a closed month cost, by model."""
+        used = (
+            select(reservation.c.model, func.sum(-entry.c.amount).label("mils"))
+            .join_from(statement, entry, entry.c.customer_id == statement.c.customer_id)
+            .join(reservation, reservation.c.request_id == entry.c.public_id)
+            .where(statement.c.customer_id == customer_id, statement.c.period == period)
+            .where(entry.c.seq > statement.c.from_seq, entry.c.seq <= statement.c.to_seq)
+            .where(entry.c.kind.in_(("debit", "refund")))
+            .group_by(reservation.c.model)
+            .order_by(reservation.c.model)
+        )
+        return {row.model or "rollouts": Mils(int(row.mils)) for row in self._all(used)}
+
+    def _invoices(self, *conditions: Any) -> list[Invoice]:
+        rows = self._all(select(stripe_invoice).where(*conditions).order_by(stripe_invoice.c.period))
+        return [Invoice(**row._mapping) for row in rows]
 
     def movements(self, since: float, until: float) -> list[MovementRecord]:
         """What the provider moved in [since, until), as far as we know."""

@@ -21,6 +21,7 @@ from billing.payments.commands import (
     MAX_TOPUP_CENTS,
     MIN_TOPUP_CENTS,
     REUSE_MARGIN_S,
+    ApplyInvoice,
     ApplyPayment,
     AutoTopup,
     AutoTopupHeld,
@@ -31,15 +32,19 @@ from billing.payments.commands import (
     EventsMarked,
     EventsReceived,
     FileReport,
+    Invoice,
+    InvoiceOpened,
     LinkCustomer,
     MarkEvents,
     Movement,
     NoteSession,
+    OpenInvoice,
     OpenTopup,
     PaymentApplied,
     PaymentStale,
     ReceiveEvents,
     RenumberAttempt,
+    RenumberInvoice,
     ReportFiled,
     SetAutoTopup,
     SetCursor,
@@ -55,11 +60,12 @@ from billing.payments.tables import (
     stripe_cursor,
     stripe_customer,
     stripe_event,
+    stripe_invoice,
     stripe_movement,
     stripe_report,
     topup,
 )
-from billing.tables import wallet
+from billing.tables import payment, statement, wallet
 
 DAY_S = 86_400
 MAX_PROBLEM_CHARS = 200
@@ -93,6 +99,12 @@ def carry_out(
             return _disarm(connection, command)
         case StartAutoTopup():
             return _start_auto(connection, command, ts)
+        case OpenInvoice():
+            return _open_invoice(connection, command, ts)
+        case RenumberInvoice():
+            return _renumber_invoice(connection, command, ts)
+        case ApplyInvoice():
+            return _apply_invoice(connection, command, ts)
         case SetCursor():
             _put(connection, stripe_cursor, "name", {"name": command.name, "value": command.value})
             return CursorSet(command.value)
@@ -112,9 +124,13 @@ def carry_out(
 
 def refuse(connection: Connection, command: PaymentCommand) -> PaymentStale | None:
     """Asked before its money is decided: what another observation has overtaken moves none."""
-    if not isinstance(command, ApplyPayment):
+    found: Topup | Invoice | None
+    if isinstance(command, ApplyPayment):
+        found = find_topup(connection, command.topup_id)
+    elif isinstance(command, ApplyInvoice):
+        found = find_invoice(connection, command.customer_id, command.period)
+    else:
         return None
-    found = find_topup(connection, command.topup_id)
     if found is None or found.revision != command.revision:
         return PaymentStale(-1 if found is None else found.revision)
     return None
@@ -127,6 +143,12 @@ def find_topup(connection: Connection, topup_id: str) -> Topup | None:
 
 def topup_of(row: AnyRow) -> Topup:
     return Topup(**row._mapping)
+
+
+def find_invoice(connection: Connection, customer_id: CustomerId, period: str) -> Invoice | None:
+    mine = select(stripe_invoice).where(stripe_invoice.c.customer_id == customer_id, stripe_invoice.c.period == period)
+    row = connection.execute(mine).first()
+    return None if row is None else Invoice(**row._mapping)
 
 
 def auto_topup_of(row: AnyRow) -> AutoTopup:
@@ -340,6 +362,82 @@ def _note_charge(connection: Connection, customer_id: CustomerId, command: Apply
         else:
             changed["retry_at"] = ts + BACK_OFF_S[declines - 1]
     connection.execute(update(auto_topup).where(auto_topup.c.customer_id == customer_id).values(**changed))
+
+
+def _open_invoice(connection: Connection, command: OpenInvoice, ts: float) -> InvoiceOpened | Rejected:
+    known = find_invoice(connection, command.customer_id, command.period)
+    if known is not None:
+        return InvoiceOpened(known)
+    closed = connection.execute(
+        select(statement).where(statement.c.customer_id == command.customer_id, statement.c.period == command.period)
+    ).first()
+    if closed is None:
+        return Rejected(f"{command.period} of {command.customer_id} is not closed")
+    owed = -closed.closing_mils - _asked_for(connection, command.customer_id, closed.to_seq)
+    if owed < MILS_PER_CENT:
+        return InvoiceOpened(None)
+    row = {
+        "customer_id": command.customer_id,
+        "period": command.period,
+        "amount_cents": owed // MILS_PER_CENT,
+        "carry_mils": owed % MILS_PER_CENT,
+        "state": "new",
+        "attempt": 0,
+        "invoice_id": "",
+        "payment_intent": "",
+        "url": "",
+        "revision": 0,
+        "problem": "",
+        "created_at": ts,
+        "updated_at": ts,
+    }
+    connection.execute(insert(stripe_invoice).values(**row))
+    return InvoiceOpened(Invoice(**row))
+
+
+def _asked_for(connection: Connection, customer_id: CustomerId, to_seq: int) -> int:
+    """Mils of earlier invoices whose payment is not among the entries up to `to_seq`. A void one asks for nothing."""
+    earlier = (
+        select(stripe_invoice.c.amount_cents, payment.c.credit_seq)
+        .join_from(
+            stripe_invoice, payment, payment.c.source == "stripe:" + stripe_invoice.c.payment_intent, isouter=True
+        )
+        .where(stripe_invoice.c.customer_id == customer_id, stripe_invoice.c.state != "void")
+    )
+    rows = connection.execute(earlier).all()
+    unpaid = [int(row.amount_cents) for row in rows if row.credit_seq is None or row.credit_seq > to_seq]
+    return sum(unpaid) * MILS_PER_CENT
+
+
+def _renumber_invoice(connection: Connection, command: RenumberInvoice, ts: float) -> InvoiceOpened:
+    connection.execute(
+        update(stripe_invoice)
+        .where(
+            stripe_invoice.c.customer_id == command.customer_id,
+            stripe_invoice.c.period == command.period,
+            stripe_invoice.c.attempt == command.seen,
+        )
+        .values(attempt=command.seen + 1, problem=_short(command.problem), updated_at=ts)
+    )
+    return InvoiceOpened(find_invoice(connection, command.customer_id, command.period))
+
+
+def _apply_invoice(connection: Connection, command: ApplyInvoice, ts: float) -> InvoiceOpened:
+    changed: dict[str, Any] = {
+        "state": command.state,
+        "invoice_id": command.invoice_id,
+        "revision": command.revision + 1,
+        "updated_at": ts,
+        "problem": "",
+    }
+    for name in ("payment_intent", "url"):
+        if getattr(command, name):
+            changed[name] = getattr(command, name)
+    mine = (stripe_invoice.c.customer_id == command.customer_id, stripe_invoice.c.period == command.period)
+    connection.execute(update(stripe_invoice).where(*mine).values(**changed))
+    _keep_movements(connection, command.customer_id, f"stripe:{command.payment_intent}", command.movements)
+    _mark(connection, command.event_ids, "applied")
+    return InvoiceOpened(find_invoice(connection, command.customer_id, command.period))
 
 
 def _link(connection: Connection, command: LinkCustomer, ts: float) -> CustomerLinked:

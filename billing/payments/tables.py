@@ -190,6 +190,46 @@ class StripeMovementTable(Table, table=True):
     created: float = Field(sa_column=Column(SECONDS, nullable=False))
 
 
+class StripeInvoiceTable(Table, table=True):
+    """An invoice of a closed month, one per customer and month."""
+
+    __tablename__ = "stripe_invoice"
+    __table_args__ = (
+        PrimaryKeyConstraint("customer_id", "period", name="pk_stripe_invoice"),
+        CheckConstraint("amount_cents > 0 AND carry_mils >= 0 AND carry_mils < 100", name="ck_stripe_invoice_amount"),
+        CheckConstraint(
+            "state IN ('new', 'open', 'paid', 'overdue', 'void', 'uncollectible')", name="ck_stripe_invoice_state"
+        ),
+        CheckConstraint("attempt >= 0 AND revision >= 0", name="ck_stripe_invoice_counts"),
+        ForeignKeyConstraint(["customer_id"], [wallet.c.customer_id], name="fk_stripe_invoice_wallet"),
+        *(
+            Index(
+                f"uq_stripe_invoice_{column}",
+                column,
+                unique=True,
+                sqlite_where=text(f"{column} <> ''"),
+                postgresql_where=text(f"{column} <> ''"),
+            )
+            for column in ("invoice_id", "payment_intent")
+        ),
+        STRICT,
+    )
+
+    customer_id: str = Field(sa_column=Column(Text, nullable=False))
+    period: str = Field(sa_column=Column(Text, nullable=False))
+    amount_cents: int = Field(sa_column=Column(INT64, nullable=False))
+    carry_mils: int = Field(sa_column=Column(INT64, nullable=False))
+    state: str = Field(sa_column=Column(Text, nullable=False))
+    attempt: int = Field(sa_column=Column(INT64, nullable=False))
+    invoice_id: str = Field(sa_column=Column(Text, nullable=False))
+    payment_intent: str = Field(sa_column=Column(Text, nullable=False))
+    url: str = Field(sa_column=Column(Text, nullable=False))
+    revision: int = Field(sa_column=Column(INT64, nullable=False))
+    problem: str = Field(sa_column=Column(Text, nullable=False))
+    created_at: float = Field(sa_column=Column(SECONDS, nullable=False))
+    updated_at: float = Field(sa_column=Column(SECONDS, nullable=False))
+
+
 class StripeCursorTable(Table, table=True):
     """How far each sweep has come."""
 
@@ -218,5 +258,6 @@ topup = payments_metadata.tables["topup"]
 stripe_event = payments_metadata.tables["stripe_event"]
 auto_topup = payments_metadata.tables["auto_topup"]
 stripe_movement = payments_metadata.tables["stripe_movement"]
+stripe_invoice = payments_metadata.tables["stripe_invoice"]
 stripe_cursor = payments_metadata.tables["stripe_cursor"]
 stripe_report = payments_metadata.tables["stripe_report"]

@@ -19,7 +19,7 @@ from billing.payments.reader import PaymentsReader
 from deployments import ledger_client
 from deployments.errors import LedgerUnavailable
 from deployments.logs import configure_logs
-from deployments.payments import sweeps
+from deployments.payments import invoices, sweeps
 from deployments.payments.config import PaymentsConfig
 from deployments.payments.errors import PaymentError
 from deployments.payments.gateway import StripeGateway
@@ -28,6 +28,7 @@ from deployments.payments.service import Payments
 FORGOTTEN_AFTER_S = 60.0
 """Without a call the loops rest."""
 INBOX_EVERY_S = 1.0
+INVOICES_EVERY_S = 900.0
 RECONCILE_EVERY_S = 900.0
 RECONCILE_AFTER_S = 3_600.0
 """Into the next day: Stripe's books are complete by then, and retries of webhooks have come."""
@@ -94,6 +95,7 @@ class PaymentsActor:
             ("auto_topup", config.auto_every_s, payments.top_up_low_balances),
             ("events", config.events_every_s, lambda: sweeps.sweep_events(payments)),
             ("objects", config.objects_every_s, lambda: sweeps.sweep_objects(payments)),
+            ("invoices", INVOICES_EVERY_S, lambda: invoices.bill_last_month(payments)),
             ("money", RECONCILE_EVERY_S, self._reconcile_yesterday),
         )
 

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+MAX_STALE = 5
+"""Looks at one payment in a row; each is overtaken only by another that was applied."""
+
 
 @dataclass(frozen=True, slots=True)
 class PaymentsConfig:

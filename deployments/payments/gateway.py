@@ -6,7 +6,7 @@ attempt may be repeated. What Stripe answers is turned into our own records here
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -21,6 +21,8 @@ from deployments.payments.errors import CardDeclined, StripeFailed, StripeRefuse
 MAX_LISTED = 10_000
 """Rows of one list; what is beyond waits for the next sweep."""
 PAGE = 100
+DAYS_UNTIL_DUE = 14
+"""After which an unpaid invoice stops its customer's spending on credit."""
 
 Answer = TypeVar("Answer")
 Object = dict[str, Any]
@@ -42,6 +44,25 @@ class BookedMovement:
     movement: Movement
     provider_customer: str
     payment_intent: str
+
+
+@dataclass(frozen=True, slots=True)
+class InvoiceLine:
+    description: str
+    amount_cents: int
+    """May be negative."""
+
+
+@dataclass(frozen=True, slots=True)
+class InvoiceSeen:
+    """An invoice at one moment, and the payment behind it if there is one."""
+
+    invoice_id: str
+    status: str
+    total: int
+    due_at: float | None
+    url: str
+    payment: PaymentSeen = PaymentSeen()  # noqa: RUF009 - frozen
 
 
 class StripeGateway:
@@ -191,6 +212,76 @@ class StripeGateway:
         )
         return _seen(session, intent, refunds, disputes)
 
+    async def draft_invoice(
+        self,
+        *,
+        customer_id: str,
+        provider_customer: str,
+        period: str,
+        lines: Sequence[InvoiceLine],
+        idempotency_key: str,
+    ) -> InvoiceSeen:
+        """A draft with these lines, which Stripe neither sends nor finalises by itself, as Stripe adds it up."""
+        made = await self._ask(
+            lambda: self._stripe.v1.invoices.create_async(
+                {
+                    "customer": provider_customer,
+                    "collection_method": "send_invoice",
+                    "days_until_due": DAYS_UNTIL_DUE,
+                    "auto_advance": False,
+                    "currency": CURRENCY,
+                    "pending_invoice_items_behavior": "exclude",
+                    "description": f"Usage until the end of {period}",
+                    "metadata": {"customer_id": customer_id, "period": period},
+                },
+                {"idempotency_key": idempotency_key},
+            )
+        )
+        for number, line in enumerate(lines):
+            item: Any = {
+                "customer": provider_customer,
+                "invoice": made["id"],
+                "currency": CURRENCY,
+                "amount": line.amount_cents,
+                "description": line.description,
+            }
+            key = f"{idempotency_key}:{number}"
+            await self._ask(
+                lambda item=item, key=key: self._stripe.v1.invoice_items.create_async(  # type: ignore[misc]
+                    item, {"idempotency_key": key}
+                )
+            )
+        return _invoice(await self._ask(lambda: self._stripe.v1.invoices.retrieve_async(made["id"])))
+
+    async def find_invoice(self, period: str, provider_customer: str, since: float) -> InvoiceSeen | None:
+        """The invoice that was made for this month, though its answer never came."""
+        filters = {"customer": provider_customer, "created": {"gte": int(since) - 60}}
+        async for invoice in self._list(self._stripe.v1.invoices.list_async, filters):
+            if (invoice.get("metadata") or {}).get("period") == period:
+                return _invoice(invoice)
+        return None
+
+    async def finalize_invoice(self, invoice_id: str) -> str:
+        """From here on it is asked for. Its id."""
+        done = await self._ask(
+            lambda: self._stripe.v1.invoices.finalize_invoice_async(
+                invoice_id, {"auto_advance": True}, {"idempotency_key": f"finalize:{invoice_id}"}
+            )
+        )
+        return str(done["id"])
+
+    async def delete_invoice(self, invoice_id: str) -> None:
+        """Of a draft."""
+        await self._ask(lambda: self._stripe.v1.invoices.delete_async(invoice_id))
+
+    async def see_invoice(self, invoice_id: str) -> InvoiceSeen:
+        """An invoice as it stands now, and its payment."""
+        invoice = await self._ask(lambda: self._stripe.v1.invoices.retrieve_async(invoice_id))
+        paid = await self._all(self._stripe.v1.invoice_payments.list_async, {"invoice": invoice_id})
+        intents = [str((each.get("payment") or {}).get("payment_intent") or "") for each in paid]
+        payment_intent = next(filter(None, intents), "")
+        return _invoice(invoice, await self.see("", payment_intent) if payment_intent else PaymentSeen())
+
     async def events(self, types: tuple[str, ...], since: float) -> AsyncIterator[Object]:
         """Newest first, of at most 20 types."""
         filters = {"types": list(types), "created": {"gte": int(since)}}
@@ -275,6 +366,18 @@ class StripeGateway:
 def _plain(answer: Any) -> Object:
     """Dictionaries all the way down: the library's objects are neither dictionaries nor typed."""
     return cast(Object, answer.to_dict() if hasattr(answer, "to_dict") else json.loads(str(answer)))
+
+
+def _invoice(invoice: Object, payment: PaymentSeen = PaymentSeen()) -> InvoiceSeen:
+    due = invoice.get("due_date")
+    return InvoiceSeen(
+        str(invoice["id"]),
+        str(invoice["status"]),
+        int(invoice["total"]),
+        None if due is None else float(due),
+        str(invoice.get("hosted_invoice_url") or ""),
+        payment,
+    )
 
 
 def _page(session: Object) -> Page:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar, overload
 
 import structlog
 
-from billing.commands import Credit, CustomerId, Outcome, PaymentCommand, Reverse
+from billing.commands import Command, Credit, CustomerId, Outcome, Reverse
 from billing.money import MILS_PER_CENT, Mils, dollars
 from billing.payments.commands import (
     ApplyPayment,
@@ -41,8 +41,8 @@ from billing.payments.commands import (
 from billing.payments.reader import PaymentsReader, PendingEvent
 from billing.payments.verdict import PaymentSeen, judge
 from deployments.ledger_client import LedgerClient
-from deployments.payments import events
-from deployments.payments.config import PaymentsConfig
+from deployments.payments import events, invoices
+from deployments.payments.config import MAX_STALE, PaymentsConfig
 from deployments.payments.errors import (
     CardDeclined,
     LedgerRefused,
@@ -55,8 +55,6 @@ from deployments.payments.errors import (
 )
 from deployments.payments.gateway import Page, StripeGateway
 
-MAX_STALE = 5
-"""Looks at one payment in a row; each is overtaken only by another that was applied."""
 MAX_EVENTS = 200
 """Taken from the inbox at a time."""
 MAX_CONCURRENT = 8
@@ -96,17 +94,17 @@ class Payments:
         self._draining = asyncio.Lock()
 
     @overload
-    async def tell(self, command: PaymentCommand, first: type[First], /) -> First: ...
+    async def tell(self, command: Command, first: type[First], /) -> First: ...
 
     @overload
-    async def tell(self, command: PaymentCommand, first: type[First], second: type[Second], /) -> First | Second: ...
+    async def tell(self, command: Command, first: type[First], second: type[Second], /) -> First | Second: ...
 
     @overload
     async def tell(
-        self, command: PaymentCommand, first: type[First], second: type[Second], third: type[Third], /
+        self, command: Command, first: type[First], second: type[Second], third: type[Third], /
     ) -> First | Second | Third: ...
 
-    async def tell(self, command: PaymentCommand, *expected: type[Any]) -> Any:
+    async def tell(self, command: Command, *expected: type[Any]) -> Any:
         """The ledger's outcome, which is one of `expected`.
 
         Raises:
@@ -142,7 +140,7 @@ class Payments:
         topup = opened.topup
         if topup.state != "new":
             return topup
-        provider_customer = await self._provider_customer(customer_id)
+        provider_customer = await self.provider_customer(customer_id)
         page = await self._open_page(topup, provider_customer, base_url)
         noted = await self.tell(NoteSession(topup.topup_id, page.session_id, page.url, page.expires_at), TopupNoted)
         return noted.topup
@@ -185,7 +183,7 @@ class Payments:
             noted = await self.tell(RenumberAttempt(topup.topup_id, topup.attempt), TopupNoted)
             return await ask(noted.topup.attempt)
 
-    async def _provider_customer(self, customer_id: CustomerId) -> str:
+    async def provider_customer(self, customer_id: CustomerId) -> str:
         known = await asyncio.to_thread(self.reader.customer, customer_id)
         if known is not None:
             return known.provider_customer
@@ -212,7 +210,9 @@ class Payments:
         changes, ignored = [], []
         for event in pending:
             hint = event.hint
-            if hint.type in events.TOPUP_TYPES:
+            if hint.type in events.INVOICE_TYPES:
+                looks.setdefault(hint.invoice_id, []).append(event)
+            elif hint.type in events.TOPUP_TYPES:
                 subject = hint.topup_id or hint.session_id or hint.payment_intent or hint.event_id
                 looks.setdefault(subject, []).append(event)
             elif hint.type in events.CUSTOMER_TYPES:
@@ -246,6 +246,11 @@ class Payments:
         topup = await self._topup_of(hints[0])
         if topup is not None:
             await self.look(topup.topup_id, hints)
+            return
+        customer_id = await asyncio.to_thread(self.reader.customer_of, hints[0].provider_customer)
+        invoice = await invoices.invoice_of(self, hints[0], customer_id)
+        if invoice is not None:
+            await invoices.look_at_invoice(self, invoice, hints)
             return
         log.warning("payment_is_not_ours", event_id=hints[0].event_id, type=hints[0].type)
         ids = tuple(hint.event_id for hint in hints)

@@ -1,0 +1,164 @@
+"""Postpaid customers: months that are asked for to the cent, paid once, and stop spending while they are overdue."""
+
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from billing.commands import CreditLineSet, CustomerId, InsufficientCredits, Reserve, Reserved, SetCreditLine, Settle
+from billing.keys import mint_request_id
+from billing.money import Mils
+from billing.payments.commands import Invoice
+from deployments.payments import invoices, sweeps
+from tests.fakestripe.state import Refused
+from tests.support.payments import START, Till, open_till
+
+DAY_S = 86_400
+PERIOD = datetime.fromtimestamp(START, UTC).strftime("%Y-%m")
+
+
+@pytest.fixture
+async def till(tmp_path: Path) -> AsyncIterator[Till]:
+    async with open_till(tmp_path) as till:
+        yield till
+
+
+def postpaid(till: Till, limit_mils: int = 1_000_000) -> CustomerId:
+    customer = till.customer()
+    assert isinstance(till.ledger.apply(SetCreditLine(customer, Mils(limit_mils))), CreditLineSet)
+    return customer
+
+
+def use(till: Till, customer: CustomerId, frames: int, model: str = "tiny-pusher") -> Any:
+    with till.ledger.database.connect() as connection:
+        key = connection.exec_driver_sql(f"SELECT key_id FROM api_key WHERE customer_id = '{customer}'").scalar_one()
+    outcome = till.ledger.apply(Reserve(mint_request_id(), key, frames, Mils(5), "work", 60.0, model=model))
+    if isinstance(outcome, Reserved):
+        till.ledger.apply(Settle(outcome.request_id, frames, ""))
+    return outcome
+
+
+def next_month(till: Till) -> None:
+    till.clock.advance(32 * DAY_S)
+    till.fake.state.tick()
+
+
+def invoice_of(till: Till, customer: CustomerId) -> Invoice:
+    [*_, invoice] = till.payments.reader.invoices(customer)
+    return invoice
+
+
+async def test_a_month_is_asked_for_to_the_cent_line_by_line_and_the_fraction_is_carried(till: Till) -> None:
+    customer = postpaid(till)
+    use(till, customer, 2_001, "tiny-pusher")  # 10,005 mils
+    use(till, customer, 1_003, "other-model")  # 5,015 mils
+    next_month(till)
+    await invoices.bill_last_month(till.payments)
+    ours = invoice_of(till, customer)
+    assert (ours.period, ours.amount_cents, ours.carry_mils, ours.state) == (PERIOD, 150, 20, "open")
+    theirs = till.fake.state.get("invoice", ours.invoice_id)
+    assert (theirs["total"], theirs["status"]) == (150, "open")
+    assert {line["description"]: line["amount"] for line in theirs["lines"]["data"]} == {
+        f"other-model · {PERIOD}": 50,
+        f"tiny-pusher · {PERIOD}": 100,
+    }
+    till.fake.state.pay_invoice(ours.invoice_id)
+    await till.receive(*till.fake.state.events)
+    await till.receive(*till.fake.state.events)
+    await till.payments.drain()
+    assert invoice_of(till, customer).state == "paid"
+    assert till.balance(customer) == -20
+    assert till.ledger.rows(customer).count(("credit", 15_000)) == 1
+    assert till.payments.reader.inbox().unmatched == 0
+    use(till, customer, 16)  # 80 mils: with the 20 that were carried, one whole cent
+    next_month(till)
+    await invoices.bill_last_month(till.payments)
+    assert (invoice_of(till, customer).amount_cents, invoice_of(till, customer).carry_mils) == (1, 0)
+
+
+async def test_what_an_unpaid_invoice_asks_for_is_not_asked_for_again(till: Till) -> None:
+    customer = postpaid(till)
+    use(till, customer, 2_000)
+    next_month(till)
+    await invoices.bill_last_month(till.payments)
+    use(till, customer, 400)
+    next_month(till)
+    await invoices.bill_last_month(till.payments)
+    assert [each.amount_cents for each in till.payments.reader.invoices(customer)] == [100, 20]
+    assert len(list(till.fake.state.all("invoice"))) == 2
+
+
+async def test_an_overdue_invoice_stops_spending_until_it_is_paid(till: Till) -> None:
+    customer = postpaid(till)
+    use(till, customer, 2_000)
+    next_month(till)
+    await invoices.bill_last_month(till.payments)
+    assert isinstance(use(till, customer, 10), Reserved)
+    till.clock.advance(15 * DAY_S)
+    till.fake.state.tick()
+    await till.receive(*till.fake.state.events)
+    await till.payments.drain()
+    assert invoice_of(till, customer).state == "overdue"
+    assert isinstance(use(till, customer, 10), InsufficientCredits)
+    till.fake.state.pay_invoice(invoice_of(till, customer).invoice_id)
+    await sweeps.sweep_events(till.payments)  # no webhook came
+    assert invoice_of(till, customer).state == "paid"
+    assert isinstance(use(till, customer, 10), Reserved)
+
+
+@pytest.mark.parametrize("fault", ["500_after", "500_before", "409", "429", "timeout"])
+@pytest.mark.parametrize("step", ["POST /v1/invoices", "POST /v1/invoiceitems", "GET /v1/invoices/"])
+async def test_an_invoice_whose_making_fails_is_made_once(till: Till, fault: Any, step: str) -> None:
+    customer = postpaid(till)
+    use(till, customer, 2_000)
+    next_month(till)
+    till.fake.faults.fail(fault, step)
+    for _ in range(3):
+        await invoices.bill_last_month(till.payments)
+    assert [(each["total"], each["status"]) for each in till.fake.state.all("invoice")] == [(100, "open")]
+    assert invoice_of(till, customer).state == "open"
+
+
+async def test_an_invoice_whose_total_is_not_ours_is_never_finalised(
+    till: Till, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    customer = postpaid(till)
+    use(till, customer, 2_000)
+    next_month(till)
+    honest = till.fake.state.create_invoice_item
+    monkeypatch.setattr(
+        till.fake.state, "create_invoice_item", lambda params: honest(params | {"amount": params["amount"] + 1})
+    )
+    await invoices.bill_last_month(till.payments)
+    assert list(till.fake.state.all("invoice")) == []
+    assert invoice_of(till, customer).problem == "Stripe made it 101 cents"
+    monkeypatch.undo()
+    await invoices.bill_last_month(till.payments)
+    assert invoice_of(till, customer).state == "open"
+
+
+async def test_a_prepaid_customer_and_an_idle_one_get_no_invoice(till: Till) -> None:
+    prepaid, idle = till.customer(10_000), postpaid(till)
+    use(till, prepaid, 100)
+    next_month(till)
+    await invoices.bill_last_month(till.payments)
+    assert till.payments.reader.invoices(prepaid) == till.payments.reader.invoices(idle) == []
+
+
+async def test_the_books_agree_over_invoices_their_refunds_and_cards_that_are_declined(till: Till) -> None:
+    customer = postpaid(till)
+    use(till, customer, 2_000)
+    next_month(till)
+    await invoices.bill_last_month(till.payments)
+    invoice_id = invoice_of(till, customer).invoice_id
+    with pytest.raises(Refused):
+        till.fake.state.pay_invoice(invoice_id, "4000000000000002")
+    till.fake.state.pay_invoice(invoice_id)
+    await sweeps.sweep_events(till.payments)
+    till.fake.state.create_refund({"payment_intent": invoice_of(till, customer).payment_intent, "amount": 30})
+    await sweeps.sweep_events(till.payments)
+    report = await sweeps.reconcile(till.payments, int(till.clock() // DAY_S), b"s" * 32)
+    assert report.difference_cents == 0
+    assert till.balance(customer) == -3_000
