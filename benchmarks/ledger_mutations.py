@@ -128,6 +128,15 @@ EDITS = {
         "test_quotes.py",
     ),
     "one credit per payment": Edit("billing.core.payments", "if payment is not None:", "if False:", "test_payments.py"),
+    "a member spends no more than its cap": Edit(
+        "billing.core.teams", "if drawn + missing > member.cap:", "if False:", "test_teams.py"
+    ),
+    "a cap draws no more than the parent has": Edit(
+        "billing.core.teams", "if missing > parent.spendable:", "if False:", "test_teams.py"
+    ),
+    "a transfer moves no more than there is": Edit(
+        "billing.core.teams", "if command.amount_mils > source.spendable:", "if False:", "test_teams.py"
+    ),
     "malformed commands": Edit("billing.ledger", "malformed(command) for", "None for", "test_ledger.py"),
     "durable SQLite": Edit("billing.database", "synchronous = FULL", "synchronous = NORMAL", "test_database.py"),
     "SQLite's foreign keys": Edit("billing.database", "foreign_keys = ON", "foreign_keys = OFF", "test_database.py"),
