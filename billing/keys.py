@@ -42,6 +42,10 @@ def mint_grant_id() -> str:
     return f"adm_{secrets.token_hex(16)}"
 
 
+def mint_transfer_id() -> str:
+    return f"tra_{secrets.token_hex(16)}"
+
+
 def mint_quote_id() -> str:
     return f"quo_{secrets.token_hex(16)}"
 

@@ -32,6 +32,7 @@ from billing.money import usd
 from billing.reader import LedgerReader
 from deployments.payments.errors import PaymentError
 from serve_app.admin import ledger_writer, open_migrated
+from serve_app.cli_accounts import close_month, set_limit, teams_app
 from serve_app.cli_prices import prices_app
 from serve_app.cli_tools import (
     CannotDo,
@@ -58,6 +59,9 @@ app.add_typer(credits_app, name="credits")
 app.add_typer(ledger_app, name="ledger")
 app.add_typer(stripe_app, name="stripe")
 app.add_typer(prices_app, name="prices")
+app.add_typer(teams_app, name="teams")
+credits_app.command("limit")(set_limit)
+credits_app.command("close")(close_month)
 
 
 @app.command()

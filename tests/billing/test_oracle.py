@@ -11,6 +11,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 from billing.commands import (
     Command,
     CreateKey,
+    Credit,
+    Credited,
+    CreditLineSet,
     ExpireLeases,
     Grant,
     Granted,
@@ -27,11 +30,15 @@ from billing.commands import (
     Repeated,
     Reserve,
     Reserved,
+    Reverse,
+    Reversed,
     RevokeKey,
+    SetCreditLine,
     Settle,
     Settled,
     UnknownCustomer,
     UnknownKey,
+    UnknownPayment,
     UnknownReservation,
 )
 from billing.core.reservations import KEY_MEMORY_S
@@ -50,6 +57,9 @@ class Oracle:
         self.keys: dict[str, dict[str, Any]] = {}
         self.requests: dict[str, dict[str, Any]] = {}
         self.credits: dict[str, tuple[str, Granted]] = {}
+        self.payments: dict[str, dict[str, Any]] = {}
+        self.debts: dict[str, int] = {}
+        self.lines: dict[str, tuple[int, int, int]] = {}
         self.now = self.written_at = 0.0
         """The writer's own time, which does not run back, and that of the newest row."""
 
@@ -84,8 +94,8 @@ class Oracle:
                 repeated = self.repeated(customer, name, payload, self.now - window_s if window_s else None)
                 if repeated is not None:
                     return repeated
-                if amount > self.balance(customer):
-                    return InsufficientCredits(self.balance(customer), amount)
+                if amount > max(0, self.balance(customer) - self.floor(customer)):
+                    return InsufficientCredits(self.balance(customer), amount, Mils(self.debts.get(customer, 0)))
                 self.write(customer, "debit", -amount, request_id)
                 reserved = Reserved(request_id, customer, amount, self.balance(customer))
                 self.requests[request_id] = {
@@ -120,6 +130,45 @@ class Oracle:
                 if customer not in self.rows:
                     return UnknownCustomer(customer)
                 return self.credit(customer, amount, public_id)
+            case Credit(customer, amount, source, public_id, _, _):
+                if source in self.payments:
+                    payment = self.payments[source]
+                    same = (payment["customer"], payment["credited"].amount_mils) == (customer, amount)
+                    return payment["credited"] if same else Rejected("")
+                if public_id in self.credits:
+                    return Rejected("")
+                if customer not in self.rows:
+                    return UnknownCustomer(customer)
+                granted = self.credit(customer, amount, public_id)
+                credited = Credited(source, public_id, amount, granted.balance_after_mils)
+                self.payments[source] = {"customer": customer, "credited": credited, "reversed": 0}
+                return credited
+            case Reverse(source, target, public_id, _, _):
+                if source not in self.payments:
+                    return UnknownPayment(source)
+                payment = self.payments[source]
+                customer, most = payment["customer"], payment["credited"].amount_mils
+                change = min(target, most) - payment["reversed"]
+                taken = min(change, max(0, self.balance(customer) - self.floor(customer)))
+                if taken:
+                    self.write(customer, "debit" if taken > 0 else "credit", -taken, public_id)
+                self.debts[customer] = self.debts.get(customer, 0) + change - taken
+                payment["reversed"] += change
+                self.repay(customer, public_id)
+                return Reversed(
+                    source, customer, Mils(payment["reversed"]), self.balance(customer), Mils(self.debts[customer])
+                )
+            case SetCreditLine(customer, limit, overdue):
+                if customer not in self.rows:
+                    return UnknownCustomer(customer)
+                if self.balance(customer) < -limit:
+                    return Rejected("")
+                before = self.lines.get(customer, (0, 0, 0))
+                floor = 0 if overdue else -limit
+                if before[:2] != (limit, floor):
+                    self.lines[customer] = (limit, floor, before[2] + 1)
+                    self.repay(customer, f"{customer}.line.{before[2] + 1}")
+                return CreditLineSet(customer, limit, Mils(floor))
             case CreateKey(key_id, sha256, _, name, customer, credit):
                 if key_id in self.keys:
                     key = self.keys[key_id]
@@ -186,15 +235,26 @@ class Oracle:
             customer, (_, frames, rate) = request["customer"], request["work"]
             if delivered < frames:
                 self.write(customer, "refund", (frames - delivered) * rate, request_id)
+                self.repay(customer, request_id)
             captured, refunded = Mils(delivered * rate), Mils((frames - delivered) * rate)
             request["settled_at"] = self.now
             request["settled"] = Settled(request_id, captured, refunded, self.balance(customer))
         return request["settled"]
 
+    def floor(self, customer: str) -> int:
+        return self.lines.get(customer, (0, 0, 0))[1]
+
+    def repay(self, customer: str, public_id: str) -> None:
+        amount = min(self.debts.get(customer, 0), self.balance(customer) - self.floor(customer))
+        if amount > 0:
+            self.write(customer, "debit", -amount, public_id)
+            self.debts[customer] -= amount
+
     def credit(self, customer: str, amount: Mils, public_id: str) -> Granted:
         self.write(customer, "credit", amount, public_id)
         granted = Granted(public_id, amount, self.balance(customer))
         self.credits[public_id] = (customer, granted)
+        self.repay(customer, public_id)
         return granted
 
 
@@ -240,6 +300,16 @@ COMMANDS: st.SearchStrategy[Command] = st.one_of(
         st.just(50.0),
         st.just(200),
     ),
+    st.builds(
+        Credit,
+        CUSTOMERS,
+        st.sampled_from([245, 1000]),
+        one_of("stripe", 3),
+        one_of("evt", 4) | one_of("adm", 3),
+        st.just("top-up"),
+    ),
+    st.builds(Reverse, one_of("stripe", 3), st.sampled_from([0, 100, 245, 2000]), one_of("evt", 4), st.just("refund")),
+    st.builds(SetCreditLine, CUSTOMERS, st.sampled_from([0, 100, 500]), st.booleans()),
     st.builds(RevokeKey, KEYS),
     st.just(ExpireLeases()),
 )

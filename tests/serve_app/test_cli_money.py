@@ -1,6 +1,7 @@
-"""`dream-admin` on a data directory without a cluster: prices."""
+"""`dream-admin` on a data directory without a cluster: prices, teams, credit limits and closed months."""
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -62,3 +63,25 @@ def test_a_file_that_cannot_be_read_says_why_in_one_line(admin: Any, tmp_path: P
     assert code == 2
     assert complaint in line
     assert line.count("\n") == 1
+
+
+def test_a_team_moves_money_and_a_month_is_closed(admin: Any):
+    for name, funds in (("lab", "10"), ("kid", "0")):
+        admin("keys", "create", "--customer", name, "--initial-credits", funds)
+    made = admin("teams", "set", "--parent", "lab", "--member", "kid", "--cap", "5", "--period", "day")
+    moved = admin("teams", "transfer", "--from", "lab", "--to", made["customer_id"], "--amount", "3")
+    assert (moved["from_balance_usd"], moved["to_balance_usd"]) == (7.0, 3.0)
+    month = datetime.now(UTC).strftime("%Y-%m")
+    closed = admin("credits", "close", "--customer", "lab", "--month", month)
+    assert (closed["payments_usd"], closed["transfers_usd"], closed["closing_usd"]) == (10.0, -3.0, 7.0)
+    assert admin("credits", "close", "--customer", "lab", "--month", month) == closed
+    code, complaint = admin("teams", "transfer", "--from", "lab", "--to", "kid", "--amount", "8")
+    assert code == 2
+    assert "too little" in complaint
+
+
+def test_a_credit_limit_is_set_and_stopped_while_overdue(admin: Any):
+    admin("keys", "create", "--customer", "lab")
+    assert admin("credits", "limit", "--customer", "lab", "--limit", "50")["spends_down_to_usd"] == -50.0
+    stopped = admin("credits", "limit", "--customer", "lab", "--limit", "50", "--overdue")
+    assert (stopped["limit_usd"], stopped["spends_down_to_usd"]) == (50.0, 0.0)
