@@ -1,9 +1,12 @@
 """What the paid routes answer when all is well."""
 
+from pathlib import Path
+
 import httpx
 import numpy as np
 import pytest
 
+from deployments.file_groups import open_file_groups
 from tests.support.app import App
 from tests.support.payloads import actions, npy, png
 from tests.support.video import decode
@@ -60,6 +63,17 @@ async def test_a_rollout_whose_video_cannot_be_stored_is_refunded_before_it_is_a
     assert answer.status_code == 500
     assert "space" not in answer.text
     assert app.ledger.rows(customer) == [("credit", 1_000_000), ("debit", -245), ("refund", 245)]
+
+
+async def test_a_video_that_is_kept_in_an_object_store_is_served_by_the_same_link(
+    app: App, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app.services.results, "_groups", open_file_groups(f"memory://{tmp_path.name}"))
+    headers, _ = app.key()
+    envelope = (await rollout(app, headers)).json()
+    video = await app.http.get(envelope["video_url"])
+    assert video.headers["Content-Type"] == "video/mp4"
+    assert len(decode(video.content)) == 49
 
 
 async def test_a_batch_says_its_cost_once_and_its_size(app: App) -> None:
