@@ -31,14 +31,15 @@ from billing.commands import (
 )
 from billing.database import writer
 from billing.invariants import audit
+from billing.job_tables import billing_metadata
 from billing.keys import initial_grant_id
 from billing.money import Mils
 from billing.price_terms import terms_of
 from billing.prices import PriceVersion, Rate
-from billing.tables import billing_metadata
 from billing.triggers import POSTGRESQL, SQLITE
 from tests.billing.attacks import Attack, entry, reservation, settle, submission, wallet
 from tests.billing.attacks_on_accounts import ACCOUNT_ATTACKS
+from tests.billing.attacks_on_jobs import JOB_ATTACKS
 from tests.billing.attacks_on_payments import PAYMENT_ATTACKS
 from tests.billing.conftest import Clock, Databases, Desk
 
@@ -657,6 +658,7 @@ ATTACKS = [
     Attack("no fence", "tr_writer_fence_delete", ["DELETE FROM writer_fence"]),
     *PAYMENT_ATTACKS,
     *ACCOUNT_ATTACKS,
+    *JOB_ATTACKS,
 ]
 
 
