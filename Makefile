@@ -10,7 +10,7 @@ export HOST ?= 127.0.0.1
 export DATA_DIR ?= ./.data
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: serve test fuzz lint clean simulate-payments pay-in-browser simulate-ledger chaos-ledger mutate-ledger bench-ledger chaos-jobs
+.PHONY: serve test fuzz soak lint clean simulate-payments pay-in-browser simulate-ledger chaos-ledger mutate-ledger bench-ledger chaos-jobs
 
 # FAKE_STRIPE=1 turns payments on, against the fake Stripe of the tests: pay with a fake card.
 serve: $(VENV)/.installed
@@ -22,6 +22,11 @@ test: $(VENV)/.installed-dev lint
 # The property tests with new examples, many more of them: tens of minutes.
 fuzz: $(VENV)/.installed-dev
 	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest tests --ignore tests/e2e
+
+# A real cluster under ten minutes of load with 1% of the clients hanging up: nothing may be left over. `make soak MINUTES=60`
+MINUTES ?= 10
+soak: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.soak --minutes $(MINUTES)
 
 # The ledger's slower proofs and its figures, minutes each.
 simulate-ledger chaos-ledger mutate-ledger bench-ledger: $(VENV)/.installed-dev

@@ -230,7 +230,11 @@ async def burst_scenario(repeats: int) -> dict[str, Any]:
     return {
         **totals,
         "met_share": round(totals["met"] / totals["accepted"], 4),
-        "rejection_ms_max": round(1e3 * max(answers_s), 2),
+        "rejection_ms": {
+            "p50": round(1e3 * statistics.median(answers_s), 2),
+            "p99": round(1e3 * statistics.quantiles(answers_s, n=100)[-1], 2),
+            "max": round(1e3 * max(answers_s), 2),
+        },
         "retry_after_right_share": round(totals["right"] / max(1, len(errors)), 3),
         "retry_after_error_median": round(statistics.median(errors), 3),
         "judged": len(errors),

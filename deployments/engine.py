@@ -125,6 +125,12 @@ class Engine:
         hangs = any(now - called_at > self._stall_s for called_at in list(self._calls.values()))
         return self._thread.is_alive() and not hangs and self._failed_jobs < MAX_FAILED_JOBS
 
+    @property
+    def num_rows(self) -> int:
+        """Waiting and in the batch; those being decoded have left it."""
+        with self._wake:
+            return sum(job.num_waiting for job in self._waiting) + len(self._active)
+
     def stop(self) -> None:
         """Finish what is running, take nothing more."""
         with self._wake:

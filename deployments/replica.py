@@ -87,6 +87,10 @@ class Replica:
         """Cancelling the call takes its rows out of the batch at the next denoising step."""
         return await asyncio.wrap_future(self._engine.submit(job.rows, job.service_class, job.deadline_s))
 
+    async def num_rows(self) -> int:
+        """Rows that the engine holds, waiting and running."""
+        return self._engine.num_rows
+
     def check_health(self) -> None:
         if not self._engine.healthy():
             raise RuntimeError("the engine has stopped, hangs, or fails every call")

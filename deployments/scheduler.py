@@ -423,22 +423,30 @@ class Scheduler:
 
     def _finish_after_s(self, ticket: Ticket, ahead: float) -> float:
         """The same for one that runs after `ahead` row-steps of the queue."""
-        replicas = self._replicas.values()
-        first = next(iter(replicas))
+        first = next(iter(self._replicas.values()))
         assert first.profile is not None
         cap, profile = first.capacity_rows, first.profile
-        now = self._clock()
-        beyond = [replica for replica in replicas if replica.rows > cap]
-        next_batches = sum(replica.cost * (replica.rows - cap) / replica.rows for replica in beyond)
-        present_s = 0.0
-        if all(replica.running for replica in replicas):
-            present_s = sum(replica.present_batch_s(now) for replica in replicas) / len(replicas)
-        batches, shared = divmod(round((ahead + next_batches) / len(replicas) / ticket.num_steps), cap)
+        present_s, batches, shared = self._batches_before(ahead, ticket.num_steps)
         more_batches, rows = divmod(shared + ticket.num_rows, cap)
         last_s = profile.step_s(cap if batches else rows) if rows else 0.0
         step_s = (batches + more_batches) * profile.step_s(cap) + last_s
         own_later_s = (ticket.terms.chunks_left - 1) * self._shortest_run_s(ticket, first) / ticket.terms.chunks_left
         return present_s + ticket.num_steps * step_s / self._drain.efficiency + own_later_s
+
+    def _batches_before(self, ahead: float, num_steps: int) -> tuple[float, int, int]:
+        """Seconds that the present batch still takes, full batches after it, and the rows beyond those, per replica.
+
+        Of `ahead` row-steps of the queue and of what was granted ahead, if all have `num_steps`.
+        """
+        now, replicas = self._clock(), self._replicas.values()
+        cap = next(iter(replicas)).capacity_rows
+        beyond = [replica for replica in replicas if replica.rows > cap]
+        ahead += sum(replica.cost * (replica.rows - cap) / replica.rows for replica in beyond)
+        present_s = 0.0
+        if all(replica.running for replica in replicas):
+            present_s = sum(replica.present_batch_s(now) for replica in replicas) / len(replicas)
+        batches, rows = divmod(round(ahead / len(replicas) / num_steps), cap)
+        return present_s, batches, rows
 
     def _shortest_run_s(self, ticket: Ticket, replica: _Replica) -> float:
         """What its chunks would take if nobody else were there."""
@@ -454,8 +462,11 @@ class Scheduler:
         return max(0.0, self._running_cost - done)
 
     def _retry_after_s(self, ticket: Ticket) -> float:
-        rate = self._rate()
-        if not rate:
+        if not self._rate():
             return UNKNOWN_RATE_RETRY_AFTER_S
         ahead = self._queue.cost_before(ticket.terms.service_class, ticket.terms.customer_id, 0)
-        return min(MAX_RETRY_AFTER_S, (ahead + self._unfinished_cost()) / rate)
+        present_s, batches, rows = self._batches_before(ahead, ticket.num_steps)
+        first = next(iter(self._replicas.values()))
+        assert first.profile is not None
+        batch_s = ticket.num_steps * first.profile.step_s(first.capacity_rows) / self._drain.efficiency
+        return min(MAX_RETRY_AFTER_S, present_s + (batches + (rows > 0)) * batch_s)

@@ -68,6 +68,10 @@ class Gateway:
         await self._sessions.drain()
         await asyncio.gather(self._ingress.drain(timeout_s), self._jobs.jobs.drain(timeout_s))
 
+    async def num_tasks(self) -> int:
+        """What runs in this replica's loop: the same number again once all is quiet, or something leaks."""
+        return len(asyncio.all_tasks())
+
     def __serve_build_asgi_app__(self) -> FastAPI:
         args, limits = self._args, self._args.limits
         ledger_actor = actors.start_ledger(args.database_url, args.control_labels)
