@@ -74,3 +74,9 @@ def test_a_model_without_memory_for_one_row_cannot_be_measured() -> None:
     model = TimedModel(0)
     with pytest.raises(torch.OutOfMemoryError):
         measure(model, ROW, 8, clock=lambda: model.now)
+
+
+def test_a_slow_model_is_measured_once_per_batch() -> None:
+    model = TimedModel(100)
+    measure(model, ROW, 4, clock=lambda: model.now)
+    assert model.now == 2 * sum(3.0 + rows for rows in (1, 2, 4))

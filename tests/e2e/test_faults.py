@@ -1,5 +1,6 @@
 """What breaks in a real cluster, and what it costs the customer: nothing that was not delivered."""
 
+import contextlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -52,6 +53,29 @@ def slow(seconds_per_step: float) -> np.ndarray:
     return values
 
 
+@pytest.fixture(scope="module", autouse=True)
+def widow(stand_in_cluster: Cluster) -> Iterator[httpx.Client]:
+    """A customer whose ingress was killed in the middle of a rollout, before all else here: leases take their time."""
+    headers = {"Authorization": f"Bearer {stand_in_cluster.new_customer()}"}
+    with httpx.Client(base_url=stand_in_cluster.base_url, headers=headers, timeout=60) as http:
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(predict, http, slow(0.3))
+            eventually(lambda: amounts(http) == [10_000, -245])
+            (ingress,) = stand_in_cluster.processes("ServeReplica:dream-engine:ingress")
+            ingress.kill()
+            with contextlib.suppress(httpx.TransportError):  # the connection broke
+                assert answer.result(60).status_code >= 500
+        eventually(lambda: answers(http))
+        yield http
+
+
+def answers(http: httpx.Client) -> bool:
+    try:
+        return http.get("/healthz").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
 def test_a_replica_killed_in_the_middle_of_a_rollout_costs_nothing_or_delivers_all_frames(
     stand_in_cluster: Cluster, http: httpx.Client
 ) -> None:
@@ -101,6 +125,40 @@ def test_a_client_that_hangs_up_is_refunded_and_its_work_leaves_the_replica(http
     eventually(lambda: idle(http))
 
 
+def test_a_client_that_hangs_up_while_it_is_queued_is_refunded_and_leaves_the_queue(
+    stand_in_cluster: Cluster, http: httpx.Client
+) -> None:
+    """Two batches of 16 are what the replica takes; both give up too, while they run and wait in it."""
+    queued = {"Authorization": f"Bearer {stand_in_cluster.new_customer()}"}
+
+    def fill(seed: int) -> None:
+        candidates = [slow(0.5) + np.float32(seed) for _ in range(16)]
+        parts = [("frame", png()), *(("actions", npy(candidate)) for candidate in candidates)]
+        with pytest.raises(httpx.ReadTimeout):
+            http.post("/v1/predict/batch", files=parts, timeout=4)
+
+    def rows(state: str) -> int:
+        return int(http.get("/v1/status").json()["models"]["tiny-pusher"][f"{state}_rows"])
+
+    with ThreadPoolExecutor(2) as pool, httpx.Client(base_url=http.base_url, headers=queued) as waiting:
+        filling = [pool.submit(fill, seed) for seed in range(2)]
+        eventually(lambda: rows("running") == 32)
+        with pytest.raises(httpx.ReadTimeout):
+            predict(waiting, actions(), timeout=0.5)
+        eventually(lambda: rows("queued") == 0 and amounts(waiting) == [10_000, -245, 245])
+        [each.result(30) for each in filling]
+    eventually(lambda: idle(http))
+    assert sum(amounts(http)) == 10_000
+
+
+def test_a_deadline_that_cannot_be_met_is_answered_504_and_refunded(http: httpx.Client) -> None:
+    parts = {"files": {"frame": png(), "actions": npy(slow(0.2))}, "data": {"deadline_ms": "1000"}}
+    response = http.post("/v1/predict/batch", **parts)
+    assert (response.status_code, response.json()["error"]["code"]) == (504, "DEADLINE_EXCEEDED")
+    assert amounts(http) == [10_000, -245, 245]
+    eventually(lambda: idle(http))
+
+
 def test_a_killed_ledger_is_back_without_losing_or_doubling_anything(
     stand_in_cluster: Cluster, http: httpx.Client
 ) -> None:
@@ -133,7 +191,7 @@ def test_a_ledger_whose_database_is_away_for_seconds_comes_back_with_it(
     for path in files:
         path.with_name(f"away-{path.name}").rename(path)
     eventually(lambda: predict(http, actions(seed=6)).status_code == 200)
-    assert amounts(http) == [10_000, -245]
+    eventually(lambda: sum(amounts(http)) == 10_000 - 245)  # a reservation that came through late is taken back
 
 
 def test_a_killed_scheduler_is_back_and_running_rollouts_finish(stand_in_cluster: Cluster, http: httpx.Client) -> None:
@@ -192,3 +250,8 @@ def test_a_lost_replica_costs_a_session_nothing_but_time(stand_in_cluster: Clust
                     replica.kill()
         assert [(level - levels[0]) % 256 for level in levels] == list(range(25))
         eventually(lambda: sum(amounts(http)) == 10_000 - 25 * 5)
+
+
+def test_what_a_killed_ingress_ran_is_refunded_when_its_lease_runs_out(widow: httpx.Client) -> None:
+    eventually(lambda: amounts(widow) == [10_000, -245, 245], timeout_s=60)
+    eventually(lambda: idle(widow))
