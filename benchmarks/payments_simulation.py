@@ -3,10 +3,10 @@
     python -m benchmarks.payments_simulation --customers 200 --days 30 --seed 1
 
 The real service and ledger run against the fake Stripe on a real port. Customers top up by card and by bank, spend,
-are charged automatically, are refunded, dispute; requests to Stripe fail in every way it has; webhooks are lost,
-doubled, late and stale. Every day the books are compared as in production; at the end every day is once more, and each
-customer's money is summed on Stripe's own side and on the ledger's. Prints one JSON line; the exit code is 1 if
-anything differs.
+are charged automatically or invoiced, are refunded, dispute; requests to Stripe fail in every way it has; webhooks are
+lost, doubled, late and stale. Every day the books are compared as in production; at the end every day is once more,
+and each customer's money is summed on Stripe's own side and on the ledger's. Prints one JSON line; the exit code is 1
+if anything differs.
 """
 
 import argparse
@@ -24,10 +24,10 @@ from typing import Any
 import httpx
 import structlog
 
-from billing.commands import CustomerId, Reserve, Reserved, Settle
+from billing.commands import CreditLineSet, CustomerId, Reserve, Reserved, SetCreditLine, Settle
 from billing.keys import mint_request_id
 from billing.money import MILS_PER_CENT, Mils
-from deployments.payments import events, sweeps
+from deployments.payments import events, invoices, sweeps
 from deployments.payments.errors import PaymentError
 from tests.fakestripe.server import WEBHOOK_SECRET
 from tests.fakestripe.state import BANK, DECLINED, DECLINED_LATER, GOOD, INSUFFICIENT, SUSPICIOUS, Refused
@@ -44,6 +44,7 @@ class World:
         self.till = till
         self.chance = random.Random(seed)
         self.customers = [till.customer() for _ in range(customers)]
+        self.postpaid = self.customers[1::4]
         self.happened: Counter[str] = Counter()
         with till.ledger.database.connect() as connection:
             rows = connection.exec_driver_sql("SELECT customer_id, key_id FROM api_key").all()
@@ -66,6 +67,9 @@ class World:
         till.fake.webhooks.url = "http://webhook.test"
         for customer in self.customers[::3]:
             await till.agree(customer, threshold_mils=Mils(30_000), daily_cap_cents=20_000, monthly_cap_cents=200_000)
+        for customer in self.postpaid:
+            limit = SetCreditLine(customer, Mils(2_000_000))
+            assert isinstance(till.ledger.apply(limit), CreditLineSet)
         faults = till.fake.faults
         faults.random = random.Random(self.chance.random())
         faults.api_probability, faults.webhook_probability = 0.02, 0.25
@@ -75,7 +79,7 @@ class World:
         """A few hours: what customers, banks and the operator do, then the loops that always run."""
         till, chance = self.till, self.chance
         for customer in self.customers:
-            if chance.random() < 0.06:
+            if customer not in self.postpaid and chance.random() < 0.06:
                 await self.top_up(customer)
             if chance.random() < 0.15:
                 await self.spend(customer)
@@ -90,6 +94,7 @@ class World:
         await till.fake.deliver()
         await self.survive(till.payments.drain())
         await self.survive(till.payments.top_up_low_balances())
+        await self.survive(invoices.bill_last_month(till.payments))
         await self.survive(sweeps.sweep_objects(till.payments))
         await self.survive(sweeps.sweep_events(till.payments))
 
@@ -162,6 +167,10 @@ class World:
                 continue
             if state.get("payment_intent", session["payment_intent"])["status"] == "processing":
                 state.settle_bank(session["id"], succeeds=chance.random() < 0.8)
+        for invoice in list(state.all("invoice")):
+            if invoice["status"] == "open" and chance.random() < 0.02:
+                state.pay_invoice(invoice["id"])
+                self.happened["invoice paid"] += 1
         for dispute in list(state.all("dispute")):
             if dispute["status"] == "needs_response" and chance.random() < 0.1:
                 state.close_dispute(dispute["id"], won=chance.random() < 0.5)
@@ -201,6 +210,7 @@ async def simulate(directory: Path, customers: int, days: int, seed: int) -> dic
             await till.fake.deliver()
             await sweeps.sweep_events(till.payments)
             await sweeps.sweep_objects(till.payments, older_than_s=0.0)
+            await invoices.bill_last_month(till.payments)
         first = int(START // DAY_S)
         reports = [await sweeps.reconcile(till.payments, first + day, SECRET) for day in range(days + 4)]
         inbox = till.payments.reader.inbox()
@@ -215,6 +225,7 @@ async def simulate(directory: Path, customers: int, days: int, seed: int) -> dic
             "unknown_payments": sum(len(json.loads(report.body)["unknown_payments"]) for report in reports),
             "events_pending": inbox.pending,
             "events": len(till.fake.state.events),
+            "invoices": dict(Counter(each["status"] for each in till.fake.state.all("invoice"))),
             "charges": len(list(till.fake.state.all("charge"))),
             "requests_to_stripe": len(till.fake.api.calls),
             **world.happened,

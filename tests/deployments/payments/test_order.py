@@ -138,7 +138,7 @@ async def tell(till: Till, story: tuple[Act, ...], seed: int, sweeps_only: bool)
     return customer
 
 
-@settings(max_examples=4)
+@settings(max_examples=2)
 @given(seed=st.integers(0, 2**32), sweeps_only=st.booleans())
 @pytest.mark.parametrize("story", STORIES)
 def test_every_order_of_a_payments_events_ends_in_the_same_balance(
