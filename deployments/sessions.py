@@ -38,6 +38,8 @@ from deployments.session_directory import SessionRecord
 from deployments.status import Sample
 from deployments.status_client import StatusClient
 
+REASON_PREFIX = "session"
+"""How the settlement of a session begins, by which its reservation is known for one."""
 CONNECT_WITHIN_S = 60.0
 """A session that nobody has connected to by then is refunded."""
 POLL_S = 10.0
@@ -334,7 +336,8 @@ class Sessions:
         record = session.record
         self._connected.pop(record.request_id, None)
         self._left.set()
-        settling = self._reservations.settle_later(record.request_id, session.frames_streamed, f"session {reason}")
+        why = f"{REASON_PREFIX} {reason}"
+        settling = self._reservations.settle_later(record.request_id, session.frames_streamed, why)
         self._spawn(self._leave(record.request_id, settling))
         await asyncio.wait([settling], timeout=END_WITHIN_S)
         return record.cost(session.frames_streamed)
@@ -343,7 +346,7 @@ class Sessions:
         """End the session wherever it is, and settle it; False if there is none (it may have ended before)."""
         answer = await self._directory.close.remote(request_id, END_WITHIN_S)
         if answer == "unclaimed":
-            await self._give_back(request_id, "session closed")
+            await self._give_back(request_id, f"{REASON_PREFIX} closed")
         return bool(answer != "unknown")
 
     async def find(self, request_id: RequestId) -> tuple[SessionRecord, bool] | None:
@@ -376,7 +379,7 @@ class Sessions:
         except RayActorError:  # the directory has forgotten it, so nobody can connect
             owner = ""
         if not owner:
-            await self._give_back(record.request_id, "nobody connected")
+            await self._give_back(record.request_id, f"{REASON_PREFIX} never connected to")
         elif owner != self._owner:
             self._reservations.hand_over(record.request_id)
 

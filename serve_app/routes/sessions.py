@@ -28,6 +28,7 @@ from deployments.errors import ModelOverloaded, RolloutError, SessionUnknown
 from deployments.messages import Frame, ModelSpec, RolloutRequest, ServiceClass
 from deployments.session_directory import SessionRecord
 from deployments.sessions import (
+    REASON_PREFIX,
     ChunkStreamed,
     EndReason,
     FrameMade,
@@ -386,10 +387,10 @@ async def _envelope(request: Request, parts: Services, caller: KeyRecord, reques
     if reservation is None or reservation.customer_id != caller.customer_id:
         raise SessionUnknown()
     found = await parts.sessions.find(request_id)
-    if reservation.state == "open" and found is None:
-        raise SessionUnknown()  # another kind of request, or one whose lease is running out
-    record: SessionRecord | None = found[0] if found else None
     settled = reservation.state == "settled"
+    if found is None and not (settled and reservation.reason.startswith(REASON_PREFIX)):
+        raise SessionUnknown()  # another kind of request, or one whose ingress is gone and which is being refunded
+    record: SessionRecord | None = found[0] if found else None
     cost = reservation.captured_mils if settled else None
     state: Literal["created", "streaming", "closed"] = "created"
     if settled:

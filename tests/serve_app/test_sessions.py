@@ -21,7 +21,7 @@ from serve_app.routes import sessions as routes
 from serve_app.settings import Limits
 from tests.support.app import App, running_app
 from tests.support.models import RAISE, SLEEP_S, SteeredModel
-from tests.support.payloads import actions, image_bytes
+from tests.support.payloads import actions, image_bytes, npy
 from tests.support.sockets import connected
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -230,6 +230,16 @@ async def test_a_socket_without_a_good_key_is_told_so_and_closed(app: App, heade
     async with socket_of(app, await create(app, good), headers) as socket:
         assert (await socket.receive())["error"]["code"] == "AUTHENTICATION_FAILED"
         assert await socket.close_code() == 4001
+
+
+async def test_a_rollout_is_no_session(app: App) -> None:
+    headers, _ = app.key(10_000)
+    files = {"frame": GREY, "actions": npy(actions(1))}
+    answer = await app.http.post("/v1/predict", headers=headers, files=files)
+    rollout = answer.headers["X-DreamEngine-Request-Id"].removeprefix("req_")
+    await app.services.ingress._reservations.settled()
+    assert (await app.http.get(f"/v1/sessions/session_{rollout}", headers=headers)).status_code == 404
+    assert (await app.http.get("/v1/sessions/session_..%2f1", headers=headers)).status_code == 404
 
 
 async def test_a_session_has_one_connection(app: App) -> None:
