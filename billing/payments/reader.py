@@ -231,8 +231,9 @@ class PaymentsReader:
         owners: dict[str, CustomerId] = {}
         for first in range(0, len(payment_intents), 500):
             part = payment_intents[first : first + 500]
-            mine = select(topup.c.payment_intent, topup.c.customer_id).where(topup.c.payment_intent.in_(part))
-            owners.update({row.payment_intent: row.customer_id for row in self._all(mine)})
+            for table in (topup, stripe_invoice):
+                mine = select(table.c.payment_intent, table.c.customer_id).where(table.c.payment_intent.in_(part))
+                owners.update({row.payment_intent: row.customer_id for row in self._all(mine)})
         return owners
 
     def held_of_payments(self) -> dict[CustomerId, int]:
