@@ -110,7 +110,7 @@ class Ledger:
             if not isinstance(outcome, Credited | Reversed | CreditLineSet):
                 # What was decided before it must not stay: this batch is given up, and each command gets its own.
                 raise _MoneyRefused(outcome)
-        return records.carry_out(connection, command, book.ts)
+        return records.carry_out(connection, command, book.ts, book.wallets)
 
     def _commit(self, commands: Sequence[Command]) -> list[Outcome]:
         now = self._clock()

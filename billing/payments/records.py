@@ -5,7 +5,7 @@ commands, which `ApplyPayment` brings along.
 """
 
 import calendar
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -13,6 +13,7 @@ from sqlalchemy import Connection, Row, func, insert, select, update
 
 from billing.checks import printable
 from billing.commands import CustomerId, PaymentCommand, PaymentOutcome, Rejected, UnknownCustomer
+from billing.core.book import Wallet
 from billing.money import MILS_PER_CENT, Mils, dollars
 from billing.payments.commands import (
     BACK_OFF_S,
@@ -74,9 +75,12 @@ AnyRow = Row[*tuple[Any, ...]]
 
 
 def carry_out(
-    connection: Connection, command: PaymentCommand, ts: float
+    connection: Connection, command: PaymentCommand, ts: float, wallets: Mapping[CustomerId, Wallet]
 ) -> PaymentOutcome | UnknownCustomer | Rejected:
-    """Answer one command. `ts` is the time that the batch's entries bear."""
+    """Answer one command. `ts` is the time that the batch's entries bear.
+
+    `wallets` are those that the writer knows: money that the batch has moved is not in the database yet.
+    """
     match command:
         case ReceiveEvents():
             return _receive(connection, command, ts)
@@ -98,7 +102,7 @@ def carry_out(
         case DisarmAutoTopup():
             return _disarm(connection, command)
         case StartAutoTopup():
-            return _start_auto(connection, command, ts)
+            return _start_auto(connection, command, ts, wallets)
         case OpenInvoice():
             return _open_invoice(connection, command, ts)
         case RenumberInvoice():
@@ -500,7 +504,9 @@ def _switch_off(connection: Connection, customer_id: CustomerId, problem: str) -
     )
 
 
-def _start_auto(connection: Connection, command: StartAutoTopup, ts: float) -> TopupOpened | AutoTopupHeld:
+def _start_auto(
+    connection: Connection, command: StartAutoTopup, ts: float, wallets: Mapping[CustomerId, Wallet]
+) -> TopupOpened | AutoTopupHeld:
     known = find_topup(connection, command.topup_id)
     if known is not None:
         return TopupOpened(known)
@@ -518,7 +524,8 @@ def _start_auto(connection: Connection, command: StartAutoTopup, ts: float) -> T
     )
     if not method:
         return AutoTopupHeld("there is no saved card; the next top-up saves one")
-    balance = _balance(connection, command.customer_id)
+    wallet_now = wallets.get(command.customer_id)
+    balance = _balance(connection, command.customer_id) if wallet_now is None else wallet_now.balance
     assert balance is not None, "terms belong to a wallet"
     needed = Mils(max(terms.threshold_mils, command.requested_mils))
     if balance >= needed:

@@ -14,11 +14,20 @@ from sqlalchemy.exc import IntegrityError
 from billing.commands import Credit, Reserve, Reserved, Settle
 from billing.keys import mint_request_id
 from billing.money import Mils
-from billing.payments.commands import MAX_TOPUP_CENTS, Topup
+from billing.payments.commands import (
+    MAX_TOPUP_CENTS,
+    ApplyPayment,
+    AutoTopupHeld,
+    PaymentApplied,
+    StartAutoTopup,
+    Topup,
+    TopupOpened,
+)
 from billing.payments.verdict import PaymentSeen, judge
 from deployments.payments import sweeps
 from deployments.payments.config import PaymentsConfig
 from deployments.payments.errors import StripeUnavailable
+from deployments.payments.service import mint_topup_id
 from tests.fakestripe.state import DECLINED_LATER, GOOD, SUSPICIOUS
 from tests.support.payments import BASE_URL, START, Till, open_till
 
@@ -246,6 +255,19 @@ async def test_declines_back_off_and_the_third_switches_it_off(till: Till) -> No
         await till.payments.shortage(customer, Mils(60_000))
         assert len(charges(till)) == declined + 1
     till.clock.advance(10 * DAY_S)
+async def test_a_shortage_in_the_commit_that_credits_a_charge_begins_no_other(till: Till) -> None:
+    customer = await ready_to_charge(till)
+    begun = till.ledger.apply(StartAutoTopup(mint_topup_id(), customer, Mils(60_000)))
+    assert isinstance(begun, TopupOpened)
+    topup = begun.topup
+    credit = Credit(customer, Mils(topup.amount_cents * 100), "stripe:pi_charged", "evt_charged", "Automatic top-up")
+    paid = ApplyPayment(topup.topup_id, topup.revision, "paid", "", payment_intent="pi_charged", effects=(credit,))
+    again = StartAutoTopup(mint_topup_id(), customer, Mils(60_000))
+    applied, held = till.ledger.writer.submit((paid, again)).result(timeout=30)
+    assert isinstance(applied, PaymentApplied)
+    assert held == AutoTopupHeld("the balance is enough")
+
+
     assert await till.payments.shortage(customer, Mils(60_000)) is None
     terms = till.payments.reader.auto_topup(customer)
     assert terms is not None
