@@ -404,7 +404,12 @@ def _asked_for(connection: Connection, customer_id: CustomerId, to_seq: int) -> 
     earlier = (
         select(stripe_invoice.c.amount_cents, payment.c.credit_seq)
         .join_from(
-            stripe_invoice, payment, payment.c.source == "stripe:" + stripe_invoice.c.payment_intent, isouter=True
+            stripe_invoice,
+            payment,
+            payment.c.source.in_(
+                ("stripe:" + stripe_invoice.c.payment_intent, "stripe:" + stripe_invoice.c.invoice_id)
+            ),
+            isouter=True,
         )
         .where(stripe_invoice.c.customer_id == customer_id, stripe_invoice.c.state != "void")
     )

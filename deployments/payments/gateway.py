@@ -279,6 +279,7 @@ class StripeGateway:
         invoice = await self._ask(lambda: self._stripe.v1.invoices.retrieve_async(invoice_id))
         paid = await self._all(self._stripe.v1.invoice_payments.list_async, {"invoice": invoice_id})
         intents = [str((each.get("payment") or {}).get("payment_intent") or "") for each in paid]
+        paid.sort(key=lambda each: each.get("status") != "paid")  # others were given up, or are still tried
         payment_intent = next(filter(None, intents), "")
         return _invoice(invoice, await self.see("", payment_intent) if payment_intent else PaymentSeen())
 

@@ -101,6 +101,50 @@ async def test_an_overdue_invoice_stops_spending_until_it_is_paid(till: Till) ->
     till.fake.state.tick()
     await till.receive(*till.fake.state.events)
     await till.payments.drain()
+async def test_an_invoice_that_was_paid_outside_stripe_is_not_taken_off_the_next_one(till: Till) -> None:
+    customer = postpaid(till)
+    use(till, customer, 2_000)
+    next_month(till)
+    await invoices.bill_last_month(till.payments)
+    theirs = till.fake.state.get("invoice", invoice_of(till, customer).invoice_id)
+    theirs.update(status="paid", amount_remaining=0)
+    till.fake.state.emit("invoice.paid", theirs)
+    await sweeps.sweep_events(till.payments)
+    assert (invoice_of(till, customer).state, till.balance(customer)) == ("paid", 0)
+    use(till, customer, 2_400)
+    next_month(till)
+    await invoices.bill_last_month(till.payments)
+    assert [each.amount_cents for each in till.payments.reader.invoices(customer)] == [100, 120]
+
+
+async def test_an_invoices_payment_is_the_one_that_paid_it(till: Till) -> None:
+    customer = postpaid(till)
+    use(till, customer, 2_000)
+    next_month(till)
+    await invoices.bill_last_month(till.payments)
+    invoice_id = invoice_of(till, customer).invoice_id
+    given_up = {"type": "payment_intent", "payment_intent": "pi_given_up"}
+    till.fake.state.pay_invoice(invoice_id)
+    till.fake.state._new("invoice_payment", "inpay", invoice=invoice_id, payment=given_up, status="canceled")
+    await sweeps.sweep_events(till.payments)
+    [paid] = [each for each in till.fake.state.all("invoice_payment") if each["status"] == "paid"]
+    assert invoice_of(till, customer).payment_intent == paid["payment"]["payment_intent"]
+
+
+async def test_a_month_that_cannot_be_closed_holds_up_no_other_customer(till: Till) -> None:
+    first, second = sorted((postpaid(till), postpaid(till)))
+    use(till, first, 2_000)
+    use(till, second, 2_000)
+    next_month(till)
+    this_month = datetime.fromtimestamp(till.clock(), UTC).strftime("%Y-%m")
+    assert isinstance(till.ledger.apply(CloseStatement(first, this_month)), StatementClosed)
+    await invoices.bill_last_month(till.payments)
+    assert invoice_of(till, second).state == "open"
+    next_month(till)
+    await invoices.bill_last_month(till.payments)
+    assert (invoice_of(till, first).period, invoice_of(till, first).amount_cents) == (this_month, 100)
+
+
     assert invoice_of(till, customer).state == "overdue"
     assert isinstance(use(till, customer, 10), InsufficientCredits)
     till.fake.state.pay_invoice(invoice_of(till, customer).invoice_id)
