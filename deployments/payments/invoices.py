@@ -47,8 +47,11 @@ async def bill_last_month(payments: "Payments") -> int:
     done = 0
     for customer_id, _, _ in await asyncio.to_thread(payments.reader.postpaid):
         if await asyncio.to_thread(payments.reader.invoice, customer_id, period) is None:
-            await payments.tell(CloseStatement(customer_id, period), StatementClosed)
-            await payments.tell(OpenInvoice(customer_id, period), InvoiceOpened)
+            try:
+                await payments.tell(CloseStatement(customer_id, period), StatementClosed)
+                await payments.tell(OpenInvoice(customer_id, period), InvoiceOpened)
+            except PaymentError as error:  # a later month is closed: what this one left owed is in that
+                log.error("month_not_billed", customer=customer_id, period=period, error=str(error))
     for invoice in await asyncio.to_thread(payments.reader.unpaid_invoices, payments.now()):
         try:
             await look_at_invoice(payments, invoice)

@@ -7,7 +7,17 @@ from typing import Any
 
 import pytest
 
-from billing.commands import CreditLineSet, CustomerId, InsufficientCredits, Reserve, Reserved, SetCreditLine, Settle
+from billing.commands import (
+    CloseStatement,
+    CreditLineSet,
+    CustomerId,
+    InsufficientCredits,
+    Reserve,
+    Reserved,
+    SetCreditLine,
+    Settle,
+    StatementClosed,
+)
 from billing.keys import mint_request_id
 from billing.money import Mils
 from billing.payments.commands import Invoice
@@ -91,16 +101,6 @@ async def test_what_an_unpaid_invoice_asks_for_is_not_asked_for_again(till: Till
     assert len(list(till.fake.state.all("invoice"))) == 2
 
 
-async def test_an_overdue_invoice_stops_spending_until_it_is_paid(till: Till) -> None:
-    customer = postpaid(till)
-    use(till, customer, 2_000)
-    next_month(till)
-    await invoices.bill_last_month(till.payments)
-    assert isinstance(use(till, customer, 10), Reserved)
-    till.clock.advance(15 * DAY_S)
-    till.fake.state.tick()
-    await till.receive(*till.fake.state.events)
-    await till.payments.drain()
 async def test_an_invoice_that_was_paid_outside_stripe_is_not_taken_off_the_next_one(till: Till) -> None:
     customer = postpaid(till)
     use(till, customer, 2_000)
@@ -145,6 +145,16 @@ async def test_a_month_that_cannot_be_closed_holds_up_no_other_customer(till: Ti
     assert (invoice_of(till, first).period, invoice_of(till, first).amount_cents) == (this_month, 100)
 
 
+async def test_an_overdue_invoice_stops_spending_until_it_is_paid(till: Till) -> None:
+    customer = postpaid(till)
+    use(till, customer, 2_000)
+    next_month(till)
+    await invoices.bill_last_month(till.payments)
+    assert isinstance(use(till, customer, 10), Reserved)
+    till.clock.advance(15 * DAY_S)
+    till.fake.state.tick()
+    await till.receive(*till.fake.state.events)
+    await till.payments.drain()
     assert invoice_of(till, customer).state == "overdue"
     assert isinstance(use(till, customer, 10), InsufficientCredits)
     till.fake.state.pay_invoice(invoice_of(till, customer).invoice_id)
