@@ -6,8 +6,9 @@ attempt may be repeated. What Stripe answers is turned into our own records here
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, TypeVar, cast
 
 import stripe
@@ -19,7 +20,7 @@ from deployments.payments.config import PaymentsConfig
 from deployments.payments.errors import CardDeclined, StripeFailed, StripeRefused, StripeUnavailable
 
 MAX_LISTED = 10_000
-"""Rows of one list; what is beyond waits for the next sweep."""
+"""Rows of one list of a customer's or a payment's. Lists by time are read to their end: they are swept once."""
 PAGE = 100
 DAYS_UNTIL_DUE = 14
 """After which an unpaid invoice stops its customer's spending on credit."""
@@ -278,27 +279,28 @@ class StripeGateway:
         """An invoice as it stands now, and its payment."""
         invoice = await self._ask(lambda: self._stripe.v1.invoices.retrieve_async(invoice_id))
         paid = await self._all(self._stripe.v1.invoice_payments.list_async, {"invoice": invoice_id})
-        intents = [str((each.get("payment") or {}).get("payment_intent") or "") for each in paid]
         paid.sort(key=lambda each: each.get("status") != "paid")  # others were given up, or are still tried
+        intents = [str((each.get("payment") or {}).get("payment_intent") or "") for each in paid]
         payment_intent = next(filter(None, intents), "")
         return _invoice(invoice, await self.see("", payment_intent) if payment_intent else PaymentSeen())
 
     async def events(self, types: tuple[str, ...], since: float) -> AsyncIterator[Object]:
         """Newest first, of at most 20 types."""
         filters = {"types": list(types), "created": {"gte": int(since)}}
-        async for event in self._list(self._stripe.v1.events.list_async, filters):
+        async for event in self._list(self._stripe.v1.events.list_async, filters, count()):
             yield event
 
     async def payments_since(self, since: float) -> AsyncIterator[tuple[str, str, str]]:
         """(payment intent, the top-up that it names, the customer) of each, newest first."""
-        async for intent in self._list(self._stripe.v1.payment_intents.list_async, {"created": {"gte": int(since)}}):
+        filters = {"created": {"gte": int(since)}}
+        async for intent in self._list(self._stripe.v1.payment_intents.list_async, filters, count()):
             metadata = intent.get("metadata") or {}
             yield str(intent["id"]), str(metadata.get("topup_id") or ""), str(intent.get("customer") or "")
 
     async def movements(self, since: float, until: float) -> AsyncIterator[BookedMovement]:
         """What moved in [since, until)."""
         filters = {"created": {"gte": int(since), "lt": int(until)}, "expand": ["data.source"]}
-        async for moved in self._list(self._stripe.v1.balance_transactions.list_async, filters):
+        async for moved in self._list(self._stripe.v1.balance_transactions.list_async, filters, count()):
             source = moved.get("source")
             source = source if isinstance(source, dict) else {}
             yield BookedMovement(
@@ -308,10 +310,12 @@ class StripeGateway:
     async def _all(self, method: Callable[[Any], Awaitable[Any]], filters: Object) -> list[Object]:
         return [each async for each in self._list(method, filters)]
 
-    async def _list(self, method: Callable[[Any], Awaitable[Any]], filters: Object) -> AsyncIterator[Object]:
+    async def _list(
+        self, method: Callable[[Any], Awaitable[Any]], filters: Object, pages: Iterable[int] | None = None
+    ) -> AsyncIterator[Object]:
         """Every row, page by page, each page with attempts of its own."""
         after: Object = {}
-        for _ in range(MAX_LISTED // PAGE):
+        for _ in range(MAX_LISTED // PAGE) if pages is None else pages:
             query = {"limit": PAGE, **filters, **after}
             page = await self._ask(lambda query=query: method(query))  # type: ignore[misc]
             for row in page["data"]:

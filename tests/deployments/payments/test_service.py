@@ -24,7 +24,7 @@ from billing.payments.commands import (
     TopupOpened,
 )
 from billing.payments.verdict import PaymentSeen, judge
-from deployments.payments import sweeps
+from deployments.payments import gateway, sweeps
 from deployments.payments.config import PaymentsConfig
 from deployments.payments.errors import StripeUnavailable
 from deployments.payments.service import mint_topup_id
@@ -122,6 +122,17 @@ async def test_a_webhook_that_never_comes_is_healed_by_one_sweep(till: Till, swe
         till.clock.advance(601)
         assert await sweeps.sweep_objects(till.payments) == 1
     assert till.balance(customer) == 250_000
+
+
+async def test_a_sweep_lists_every_event_however_many_there_are(till: Till, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gateway, "MAX_LISTED", gateway.PAGE)
+    customer, other = till.customer(), till.customer()
+    await till.paid(customer)
+    intent = till.fake.state.get("checkout.session", (await till.paid(other)).session_id)["payment_intent"]
+    for _ in range(gateway.PAGE):
+        till.fake.state.emit("payment_intent.processing", till.fake.state.get("payment_intent", intent))
+    await sweeps.sweep_events(till.payments)
+    assert (till.balance(customer), till.balance(other)) == (250_000, 250_000)
 
 
 async def test_an_event_is_kept_while_stripe_is_away_and_applied_when_it_is_back(till: Till) -> None:
@@ -244,17 +255,6 @@ async def test_a_charge_that_stripe_never_answered_is_found_by_the_sweep(till: T
     assert len(charges(till)) == 1
 
 
-async def test_declines_back_off_and_the_third_switches_it_off(till: Till) -> None:
-    customer = await ready_to_charge(till, DECLINED_LATER)
-    await till.payments.shortage(customer, Mils(60_000))
-    for declined, wait_s in ((1, 3_600), (2, 86_400)):
-        till.clock.advance(wait_s - 1)
-        await till.payments.shortage(customer, Mils(60_000))
-        assert len(charges(till)) == declined
-        till.clock.advance(1)
-        await till.payments.shortage(customer, Mils(60_000))
-        assert len(charges(till)) == declined + 1
-    till.clock.advance(10 * DAY_S)
 async def test_a_shortage_in_the_commit_that_credits_a_charge_begins_no_other(till: Till) -> None:
     customer = await ready_to_charge(till)
     begun = till.ledger.apply(StartAutoTopup(mint_topup_id(), customer, Mils(60_000)))
@@ -268,6 +268,17 @@ async def test_a_shortage_in_the_commit_that_credits_a_charge_begins_no_other(ti
     assert held == AutoTopupHeld("the balance is enough")
 
 
+async def test_declines_back_off_and_the_third_switches_it_off(till: Till) -> None:
+    customer = await ready_to_charge(till, DECLINED_LATER)
+    await till.payments.shortage(customer, Mils(60_000))
+    for declined, wait_s in ((1, 3_600), (2, 86_400)):
+        till.clock.advance(wait_s - 1)
+        await till.payments.shortage(customer, Mils(60_000))
+        assert len(charges(till)) == declined
+        till.clock.advance(1)
+        await till.payments.shortage(customer, Mils(60_000))
+        assert len(charges(till)) == declined + 1
+    till.clock.advance(10 * DAY_S)
     assert await till.payments.shortage(customer, Mils(60_000)) is None
     terms = till.payments.reader.auto_topup(customer)
     assert terms is not None
