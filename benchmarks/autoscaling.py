@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.sleep_model import STEP_MS_VARIABLE
-from serve_app.launch import check_port, development_key, local_ray
+from serve_app.launch import check_port, development_token, local_ray, register_development_key
 from serve_app.settings import ModelArgs, ScalingArgs, Settings
 
 STEP_MS = (30.0, 10.0)
@@ -115,8 +115,10 @@ def main() -> None:
 
             serve.start(http_options={"host": settings.host, "port": settings.port})
             serve.run(build(cluster), name="scaling", route_prefix="/")
+            key = development_token(settings)
+            register_development_key(settings, key)
             url = f"http://{settings.host}:{settings.port}"
-            result = asyncio.run(step(url, development_key(settings), args.seconds))
+            result = asyncio.run(step(url, key, args.seconds))
     held = result["answered"] == result["requests"] and result["all_serve_after_s"] and result["one_is_left_after_s"]
     print(json.dumps({"benchmark": "autoscaling", **result, "held": bool(held), "cores": os.cpu_count()}))
     sys.exit(0 if held else 1)

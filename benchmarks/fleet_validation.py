@@ -30,7 +30,7 @@ from PIL import Image
 from benchmarks.fleet_simulator import Arrival, Fleet, Service, Simulator
 from benchmarks.sleep_model import STEP_MS_VARIABLE
 from deployments.scheduler import SchedulerLimits
-from serve_app.launch import check_port, development_key, local_ray
+from serve_app.launch import check_port, development_token, local_ray, register_development_key
 from serve_app.settings import ModelArgs, Settings
 
 ROWS, CHUNKS, CHUNK_SIZE = 8, 2, 12
@@ -103,8 +103,10 @@ def main() -> None:
 
             serve.start(http_options={"host": settings.host, "port": settings.port})
             serve.run(build(cluster), name="validation", route_prefix="/")
+            key = development_token(settings)
+            register_development_key(settings, key)
             url = f"http://{settings.host}:{settings.port}/v1/predict/batch"
-            alone, measured = asyncio.run(real(url, development_key(settings), times))
+            alone, measured = asyncio.run(real(url, key, times))
 
     outside_s = statistics.median(alone) - bare.decision_s(ROWS, CHUNKS)
     # Half of it before and after, the rest between chunks: decode, encode, a call of the scheduler and of the replica.
