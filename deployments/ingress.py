@@ -18,7 +18,6 @@ from billing.commands import (
     Reserve,
     Reserved,
 )
-from billing.keys import mint_quote_id
 from billing.money import Mils, part_of_rate
 from deployments.errors import (
     DeadlinePassed,
@@ -34,6 +33,7 @@ from deployments.gather import roll_out
 from deployments.ledger_client import LedgerClient
 from deployments.messages import RolloutRequest, RolloutResult, TicketTerms
 from deployments.model_client import ModelClient
+from deployments.pricing import check_quoted_class, quote_id_for
 from deployments.reservations import LEASE_S, Reservations
 from deployments.results import ResultStore
 from deployments.status import Outcome, Sample
@@ -175,7 +175,7 @@ class Ingress:
         assert request.price is not None
         outcome = await self._ledger.apply(
             Quote(
-                quote_id=mint_quote_id(),
+                quote_id=quote_id_for(request.service_class),
                 key_id=request.key_id,
                 model=request.model,
                 frames=request.num_frames,
@@ -252,6 +252,7 @@ class Ingress:
     async def reserve(self, request: RolloutRequest, lease_s: float = LEASE_S) -> Reserved | Repeated:
         """Hold the price of `request`, or say which request it repeats. Raises what `Reservations.reserve` does."""
         assert request.price is not None
+        check_quoted_class(request.quote_id, request.service_class)
         kind = "predict" if len(request.candidates) == 1 else f"predict_batch ×{len(request.candidates)}"
         try:
             return await self._reservations.reserve(

@@ -10,12 +10,15 @@ import structlog
 from sqlalchemy.exc import DBAPIError
 
 from billing.commands import CustomerId
+from billing.keys import mint_quote_id
 from billing.prices import NANO_PER_MIL, PriceBook, Priced, PriceVersion, Rate, Work, price
-from deployments.errors import LedgerUnavailable
+from deployments.errors import LedgerUnavailable, QuoteNotAccepted
 from deployments.messages import ModelSpec, ServiceClass
 
 REREAD_EVERY_S = 5.0
 """A price that was added is charged this long after at the latest."""
+QUOTED_CLASSES: dict[ServiceClass, str] = {"standard": "0", "batch": "1", "interactive": "2"}
+"""The first digit of a quote's id: the ledger, which knows no classes, finds a quote only under the id it was given."""
 
 Arguments = ParamSpec("Arguments")
 Answer = TypeVar("Answer")
@@ -86,6 +89,18 @@ class Prices:
 def default_price(model: ModelSpec) -> PriceVersion:
     """Version 0: of no book."""
     return PriceVersion(model.slug, 0, 0.0, (Rate("frame", model.mils_per_frame * NANO_PER_MIL),))
+
+
+def quote_id_for(service_class: ServiceClass) -> str:
+    prefix, digits = mint_quote_id().split("_")
+    return f"{prefix}_{QUOTED_CLASSES[service_class]}{digits[1:]}"
+
+
+def check_quoted_class(quote_id: str, service_class: ServiceClass) -> None:
+    """Raises QuoteNotAccepted if the quote is for work of another class, which may have another price."""
+    for quoted, digit in QUOTED_CLASSES.items():
+        if quote_id.startswith(f"quo_{digit}") and quoted != service_class:
+            raise QuoteNotAccepted(f"the quote is for work of class {quoted}, and this is {service_class}")
 
 
 async def _ask(question: Callable[Arguments, Answer], *args: Arguments.args, **kwargs: Arguments.kwargs) -> Answer:

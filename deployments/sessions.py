@@ -33,6 +33,7 @@ from deployments.errors import (
 )
 from deployments.messages import Actions, Frame, ModelSpec, TicketTerms
 from deployments.model_client import ModelClient
+from deployments.pricing import check_quoted_class
 from deployments.reservations import LEASE_S, Reservations
 from deployments.session_directory import SessionRecord
 from deployments.status import Sample
@@ -271,6 +272,7 @@ class Sessions:
         """
         if self._draining:
             raise ModelOverloaded(model, RESTART_S)
+        check_quoted_class(request.quote_id, "interactive")
         record = SessionRecord(
             request_id=request.request_id,
             customer_id=request.customer_id,

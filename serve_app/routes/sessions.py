@@ -427,6 +427,7 @@ def _as_rollout(
         payload_sha256="",
         quote_id=presented_quote(request),
         price=price,
+        service_class=SERVICE_CLASS,
     )
 
 

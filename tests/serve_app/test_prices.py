@@ -168,6 +168,24 @@ async def test_work_that_nobody_waits_for_is_priced_as_its_class(app: App) -> No
     assert app.ledger.rows(customer)[-1] == ("debit", -245)
 
 
+async def test_a_quote_for_work_of_a_cheaper_class_is_refused(app: App) -> None:
+    headers, customer = app.key(100_000)
+    add(app, per_frame("0.001"), customer, latency_classes=(("batch", Fraction(1, 2)),))
+    files = {"start_frame": png(), "actions": npy(actions(48))}
+    queued = {"params": json.dumps({"model": MODEL, "mode": "async"})}
+    query = {"dryRun": "true"}
+    said = (await app.http.post("/v1/rollouts", headers=headers, params=query, files=files, data=queued)).json()
+    presented = headers | {"X-DreamEngine-Quote-Id": said["quote_id"]}
+    at_once = {"frame": png(), "actions": npy(actions(48))}
+    session = {"model": (None, MODEL), "max_frames": (None, "49"), "initial_frame": png()}
+    for path, form in (("/v1/predict", at_once), ("/v1/sessions", session)):
+        refused = await app.http.post(path, headers=presented, files=form)
+        assert (refused.status_code, "of class batch" in refused.json()["detail"]) == (422, True), path
+    assert app.ledger.rows(customer) == [("credit", 100_000)]
+    taken = await app.http.post("/v1/rollouts", headers=presented, files=files, data=queued)
+    assert taken.status_code == 202, taken.text
+
+
 async def test_the_last_book_stands_while_the_database_is_away(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
     add(app, per_frame("0.0006"))
     spec = model_spec(CATALOG[MODEL])
