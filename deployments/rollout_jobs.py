@@ -392,9 +392,10 @@ class RolloutJobs:
     def _settled_before(self, job: Job, reservation: ReservationRecord | None) -> Ending:
         """A process ended between the settlement and the row, or the lease ran out: the ledger says what it was."""
         captured = Mils(0) if reservation is None else reservation.captured_mils
-        if captured:
-            delivered = job.frames * captured // job.amount
-            return Ending("succeeded" if captured == job.amount else "canceled", delivered, captured)
+        if reservation is not None and captured:
+            delivered = reservation.frames_delivered
+            assert delivered is not None, "it is settled"
+            return Ending("succeeded" if delivered == job.frames else "canceled", delivered, captured)
         if job.cancel_requested_at is not None:
             return Ending("canceled")
         reason = "its reservation is gone" if reservation is None else reservation.reason or "it was refunded"

@@ -3,12 +3,14 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import deployments.rollout_jobs
 from billing.commands import RequestId, Settle
+from billing.money import Mils
 from billing.reader import LedgerReader
 from deployments.messages import RolloutResult
 from deployments.rollout_jobs import RolloutJobs
@@ -232,6 +234,18 @@ class TestCanceling:
         answer = await app.http.delete(f"/v1/rollouts/{rollout_id}", headers=headers)
         assert (answer.status_code, answer.json()) == (200, done)
         assert app.ledger.rows(customer) == [CREDIT, DEBIT]
+
+    async def test_frames_that_a_vanished_cancellation_kept_are_told_by_their_number(self, paced: App) -> None:
+        """Below a mil a frame, a part may cost as much as the whole."""
+        headers, _ = paced.key()
+        job = jobs(paced).store.get(request_id((await queue(paced, headers)).json()["id"]))
+        assert job is not None
+        paced.ledger.apply(Settle(job.request_id, 13, "canceled"))
+        settled = paced.ledger.reader.reservation(job.request_id)
+        assert settled is not None
+        cheap = replace(settled, mils_per_frame=Mils(1), per_frames=100, amount_mils=Mils(1), captured_mils=Mils(1))
+        ending = jobs(paced)._settled_before(replace(job, amount=Mils(1)), cheap)
+        assert (ending.state, ending.delivered, ending.captured) == ("canceled", 13, 1)
 
     async def test_money_that_a_vanished_cancellation_left_is_given_back(self, paced: App) -> None:
         headers, customer = paced.key()
