@@ -387,7 +387,7 @@ class Payments:
             except CardDeclined as declined:
                 intent = declined.payment_intent or await find()
                 if not intent:
-                    raise
+                    return await self._give_up(topup, str(declined))
             except StripeRefused as refused:
                 return await self._give_up(topup, str(refused))
         return await self.look(topup.topup_id, payment_intent=str(intent))

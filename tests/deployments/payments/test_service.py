@@ -26,7 +26,7 @@ from billing.payments.commands import (
 from billing.payments.verdict import PaymentSeen, judge
 from deployments.payments import gateway, sweeps
 from deployments.payments.config import PaymentsConfig
-from deployments.payments.errors import StripeUnavailable
+from deployments.payments.errors import CardDeclined, StripeUnavailable
 from deployments.payments.service import mint_topup_id
 from tests.fakestripe.state import DECLINED_LATER, GOOD, SUSPICIOUS
 from tests.support.payments import BASE_URL, START, Till, open_till
@@ -266,6 +266,20 @@ async def test_a_shortage_in_the_commit_that_credits_a_charge_begins_no_other(ti
     applied, held = till.ledger.writer.submit((paid, again)).result(timeout=30)
     assert isinstance(applied, PaymentApplied)
     assert held == AutoTopupHeld("the balance is enough")
+
+
+async def test_a_decline_that_made_no_payment_is_a_decline_too(till: Till, monkeypatch: pytest.MonkeyPatch) -> None:
+    customer = await ready_to_charge(till)
+
+    async def declined(**_: Any) -> str:
+        raise CardDeclined("card_declined", "", "")
+
+    monkeypatch.setattr(till.payments.gateway, "charge", declined)
+    begun = await till.payments.shortage(customer, Mils(60_000))
+    terms = till.payments.reader.auto_topup(customer)
+    assert begun is not None
+    assert terms is not None
+    assert (begun.state, terms.declines) == ("failed", 1)
 
 
 async def test_declines_back_off_and_the_third_switches_it_off(till: Till) -> None:
