@@ -24,7 +24,7 @@ from billing.commands import RequestId
 from billing.money import usd
 from billing.prices import Priced
 from billing.reader import KeyRecord
-from deployments.errors import ModelOverloaded, RolloutError, SessionUnknown
+from deployments.errors import KeyNotAllowed, ModelOverloaded, RolloutError, SessionUnknown
 from deployments.messages import Frame, ModelSpec, RolloutRequest, ServiceClass
 from deployments.session_directory import SessionRecord
 from deployments.sessions import (
@@ -202,6 +202,7 @@ async def get_session(session_id: str, request: Request, parts: Parts, caller: C
 @router.delete("/v1/sessions/{session_id}")
 async def close_session(session_id: str, request: Request, parts: Parts, caller: Caller) -> SessionEnvelope:
     """End it wherever it streams, settle it, and say what it cost. As often as you like."""
+    _may_spend(caller)
     request_id = _request_id(session_id)
     await _envelope(request, parts, caller, request_id)  # whose it is comes first
     await parts.sessions.close(request_id)
@@ -214,6 +215,7 @@ async def stream(socket: WebSocket, session_id: str) -> None:
     await socket.accept()
     try:
         caller = await authenticate(socket)
+        _may_spend(caller)
         session = await parts.sessions.connect(_request_id(session_id), caller.customer_id)
     except (ApiError, RolloutError) as error:
         await _refuse(socket, error)
@@ -429,6 +431,11 @@ def _as_rollout(
         price=price,
         service_class=SERVICE_CLASS,
     )
+
+
+def _may_spend(caller: KeyRecord) -> None:
+    if caller.terms.scope != "spend":
+        raise KeyNotAllowed("this key may read, and neither steer nor end a session")
 
 
 def session_id(request_id: RequestId) -> str:

@@ -14,7 +14,8 @@ import pytest
 import pytest_asyncio
 from PIL import Image
 
-from billing.commands import CustomerId
+from billing.commands import CustomerId, KeyTerms, SetKeyTerms
+from billing.keys import token_sha256
 from deployments import sessions
 from deployments.messages import Frame
 from serve_app.routes import sessions as routes
@@ -230,6 +231,21 @@ async def test_a_socket_without_a_good_key_is_told_so_and_closed(app: App, heade
     async with socket_of(app, await create(app, good), headers) as socket:
         assert (await socket.receive())["error"]["code"] == "AUTHENTICATION_FAILED"
         assert await socket.close_code() == 4001
+
+
+async def test_a_key_that_may_only_read_neither_steers_nor_ends_a_session(app: App) -> None:
+    headers, customer = app.key(10_000)
+    envelope = await create(app, headers)
+    key = app.ledger.reader.key_by_token_hash(token_sha256(headers["Authorization"].removeprefix("Bearer ")))
+    assert key is not None
+    app.ledger.apply(SetKeyTerms(key.key_id, KeyTerms(scope="read")))
+    async with socket_of(app, envelope, headers) as socket:
+        assert "may read" in (await socket.receive())["error"]["message"]
+        assert await socket.close_code() == 4001
+    refused = await app.http.delete(f"/v1/sessions/{envelope['id']}", headers=headers)
+    assert (refused.status_code, await settled(app, customer)) == (403, [("debit", -1_000)])
+    seen = await app.http.get(f"/v1/sessions/{envelope['id']}", headers=headers)
+    assert seen.json()["state"] == "created"
 
 
 async def test_a_rollout_is_no_session(app: App) -> None:
