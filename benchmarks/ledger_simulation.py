@@ -8,9 +8,9 @@ refuses what the schema refuses), the clock, the network (drops, doubles, reorde
 a commit and after it but before its answers, writers that freeze and wake up after somebody took over, callers that
 leave.
 
-Held after every step: the rules of the schema on what is written; what was acknowledged is in the database; the same
-command has one answer. Held at the end, when all faults are healed: every reservation is settled, and the money adds
-up.
+Held after every step: the rules of the schema on what is written; each answer is the one that a dictionary gives
+(`ledger_oracle.py`); what was acknowledged is in the database; the same command has one answer. Held at the end, when
+all faults are healed: every reservation is settled, and the money adds up.
 
 Prints one JSON line; on failure the seed and the commit that reproduce it.
 """
@@ -25,12 +25,18 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from typing import Any
 
+from benchmarks.ledger_oracle import Oracle
 from billing.checks import malformed
 from billing.commands import (
+    AddPrice,
+    CloseStatement,
     Command,
     CreateKey,
+    Credit,
+    Credited,
     CustomerId,
     ExpireLeases,
     Grant,
@@ -42,28 +48,55 @@ from billing.commands import (
     KeyId,
     KeyRefused,
     Outcome,
-    Rejected,
+    PriceAdded,
+    Quote,
+    Quoted,
     Repeated,
     RequestId,
     Reserve,
     Reserved,
+    Reverse,
     RevokeKey,
+    SetCreditLine,
+    SetMember,
     Settle,
     Settled,
+    StatementClosed,
+    Transfer,
+    Transferred,
     UnknownReservation,
 )
 from billing.core import Book, decide
-from billing.core.book import Entry, Key, Reservation, Submission, Wallet
+from billing.core.book import (
+    CreditLineRow,
+    Entry,
+    Key,
+    Payment,
+    PriceRow,
+    QuoteRow,
+    Reservation,
+    StatementRow,
+    Submission,
+    TransferRow,
+    Unbilled,
+    Wallet,
+)
 from billing.core.reservations import KEY_MEMORY_S
 from billing.keys import initial_grant_id
-from billing.money import Mils
+from billing.money import Mils, part_of_rate
+from billing.price_terms import terms_of
+from billing.prices import PriceVersion, Rate
 
 NUM_CALLERS = 24
-NUM_CUSTOMERS = 5
+NUM_CUSTOMERS = 6
 LEASE_S = 30.0
 GRACE_S = 30.0
 MAX_BATCH = 64
-RATE = Mils(5)
+MODEL = "tiny-pusher"
+RATES = ((5, 1), (60, 1), (7, 3), (1, 49), (333, 1_000))
+"""Mils, for so many frames."""
+UNIQUE = ("credit", "debit", "refund")
+"""Kinds of which there is one entry for each public id."""
 
 
 class Broken(AssertionError):
@@ -90,19 +123,29 @@ class Database:
     by_payload: dict[tuple[CustomerId, str], list[RequestId]] = field(default_factory=dict)
     entries: dict[tuple[str, str], Entry] = field(default_factory=dict)
     """By kind and public id: the schema's partial unique indexes."""
+    payments: dict[str, Payment] = field(default_factory=dict)
+    quotes: dict[str, QuoteRow] = field(default_factory=dict)
+    prices: dict[tuple[str, str], list[PriceRow]] = field(default_factory=dict)
+    transfers: dict[str, TransferRow] = field(default_factory=dict)
+    drawn: dict[CustomerId, Counter[int]] = field(default_factory=dict)
+    statements: dict[CustomerId, list[StatementRow]] = field(default_factory=dict)
+    sums: dict[CustomerId, Counter[str]] = field(default_factory=dict)
+    """What the entries after a wallet's last statement come to, by kind."""
     num_entries: int = 0
     newest_ts: float = 0.0
-    credited: int = 0
+    moved: Counter[str] = field(default_factory=Counter)
+    """What the entries of a kind come to."""
 
     def load(self, commands: list[Command], book: Book) -> None:
         """As `billing.store.load`: what these commands need and the book does not know."""
         request_ids: set[RequestId] = set()
-        expires = False
+        expires = made_members = False
         for command in commands:
             match command:
                 case Reserve():
                     request_ids.add(command.request_id)
                     self._load_key(book, command.key_id)
+                    self._load_quote(book, command.quote_id)
                     self._load_submissions(book, command, commands)
                 case Settle():
                     request_ids.add(command.request_id)
@@ -119,6 +162,33 @@ class Database:
                     self._load_credit(book, initial_grant_id(command.key_id))
                 case RevokeKey():
                     self._load_key(book, command.key_id)
+                case Quote():
+                    self._load_key(book, command.key_id)
+                    self._load_quote(book, command.quote_id)
+                case Credit():
+                    self._load_wallet(book, command.customer_id)
+                    self._load_credit(book, command.public_id)
+                    self._load_payment(book, command.source)
+                case Reverse():
+                    self._load_payment(book, command.source)
+                case SetMember():
+                    made_members = True
+                    for customer_id in (command.customer_id, command.parent_id, self.names.get(command.name)):
+                        self._load_wallet(book, customer_id)
+                case Transfer():
+                    self._load_wallet(book, command.from_id)
+                    self._load_wallet(book, command.to_id)
+                    if command.transfer_id in self.transfers:
+                        book.transfers[command.transfer_id] = self.transfers[command.transfer_id]
+                case SetCreditLine():
+                    self._load_wallet(book, command.customer_id)
+                case CloseStatement():
+                    self._load_wallet(book, command.customer_id)
+                    self._load_statements(book, command.customer_id)
+                case AddPrice():
+                    self._load_wallet(book, CustomerId(command.customer_id))
+                    versions = self.prices.get((command.model, command.customer_id), ())
+                    book.prices[command.model, command.customer_id] = list(versions)
                 case ExpireLeases():
                     expires = True
         if expires:
@@ -137,10 +207,37 @@ class Database:
                 self._load_wallet(book, row.customer_id)
                 if row.state == "settled":
                     book.passing.append(request_id)
+        self._load_drawn(book, commands, made_members)
 
-    def _load_wallet(self, book: Book, customer_id: CustomerId) -> None:
+    def _load_wallet(self, book: Book, customer_id: CustomerId | None) -> None:
         if customer_id in self.wallets and customer_id not in book.wallets:
-            book.add_wallet(copy.copy(self.wallets[customer_id]))
+            wallet = copy.copy(self.wallets[customer_id])
+            book.add_wallet(wallet)
+            self._load_wallet(book, wallet.parent_id)
+
+    def _load_drawn(self, book: Book, commands: list[Command], made_members: bool) -> None:
+        used = {each.key_id for each in commands if isinstance(each, Reserve | Quote | CreateKey | RevokeKey)}
+        named = {each.name for each in commands if isinstance(each, SetMember)}
+        named.update(each.customer_name for each in commands if isinstance(each, CreateKey))
+        owners = {book.keys[key_id].customer_id for key_id in used & book.keys.keys()}
+        owners.update(book.customer_by_name[name] for name in named & book.customer_by_name.keys())
+        for member in owners - book.drawn.keys():
+            if made_members or book.wallets[member].cap is not None:
+                book.drawn[member] = dict(self.drawn.get(member, {}))
+
+    def _load_quote(self, book: Book, quote_id: str) -> None:
+        if quote_id in self.quotes:
+            book.quotes[quote_id] = self.quotes[quote_id]
+
+    def _load_payment(self, book: Book, source: str) -> None:
+        if source in self.payments:
+            book.payments[source] = copy.copy(self.payments[source])
+            self._load_wallet(book, self.payments[source].customer_id)
+
+    def _load_statements(self, book: Book, customer_id: CustomerId) -> None:
+        closed = self.statements.get(customer_id, [])
+        book.statements.update({(customer_id, each.period): each for each in closed})
+        book.unbilled[customer_id] = Unbilled(closed[-1] if closed else None, dict(self.sums.get(customer_id, {})))
 
     def _load_key(self, book: Book, key_id: KeyId) -> None:
         if key_id in self.keys and key_id not in book.keys:
@@ -173,26 +270,125 @@ class Database:
         for wallet in book.new_wallets:
             hold(wallet.customer_id not in self.wallets and wallet.name not in self.names, "two wallets", wallet)
             self.names[wallet.name] = wallet.customer_id
-            self.wallets[wallet.customer_id] = replace(wallet, seq=-1, balance=Mils(0))
+            self.wallets[wallet.customer_id] = Wallet(wallet.customer_id, wallet.name, -1, Mils(0), wallet.created_at)
         for key in [*book.new_keys, *book.revoked_keys]:
             known = self.keys.get(key.key_id)
             hold(known is None or known.revoked_at is None or key in book.new_keys, "a key revoked twice", key)
             self.keys[key.key_id] = copy.copy(key)
         for reservation in book.new_reservations:
             hold(reservation.request_id not in self.reservations, "a request reserved twice", reservation)
-            hold(reservation.amount == reservation.frames * reservation.mils_per_frame, "a price", reservation)
+            price = part_of_rate(reservation.frames, reservation.mils_per_frame, reservation.per_frames)
+            hold(reservation.amount == price, "a price", reservation)
+            if reservation.drawn:
+                hold(f"{reservation.request_id}.draw" in book.transfers, "drawn from nowhere", reservation)
+                days = self.drawn.setdefault(reservation.customer_id, Counter())
+                days[reservation.draw_day or 0] += reservation.drawn - min(reservation.drawn, reservation.refunded)
             self._put(reservation)
         for reservation in [*book.settled, *book.renewed.values()]:
             if not reservation.is_new:
                 known_row = self.reservations[reservation.request_id]
                 hold(known_row.state == "open" or known_row == reservation, "settled twice", known_row, reservation)
+                if reservation.drawn and known_row.state == "open":
+                    back = min(reservation.drawn, reservation.refunded)
+                    self.drawn[reservation.customer_id][reservation.draw_day or 0] -= back
                 self._put(reservation)
         self._commit_submissions(book)
+        self._commit_accounts(book)
+        lines = {each.customer_id: [] for each in book.new_lines}  # type: dict[CustomerId, list[CreditLineRow]]
+        for line in book.new_lines:
+            lines[line.customer_id].append(line)
         for entry in book.entries:
+            self._draw_lines(lines.get(entry.customer_id), before=entry.seq)
             self._append(entry)
-        for wallet in [*book.moved_wallets.values(), *book.new_wallets]:
+        for drawn in lines.values():
+            self._draw_lines(drawn)
+        self._commit_payments(book)
+        for wallet in [
+            *book.moved_wallets.values(),
+            *book.new_wallets,
+            *book.lined_wallets.values(),
+            *book.indebted_wallets.values(),
+        ]:
             row = self.wallets[wallet.customer_id]
-            hold((row.seq, row.balance) == (wallet.seq, wallet.balance), "a wallet is not its tail", wallet, row)
+            hold(row == wallet, "a wallet is not what its rows say", wallet, row)
+            hold(row.debt == 0 or row.balance <= row.floor, "spendable beside a debt", row)
+
+    def _draw_lines(self, lines: list[CreditLineRow] | None, before: int | None = None) -> None:
+        while lines and (before is None or lines[0].entry_seq < before):
+            line = lines.pop(0)
+            wallet = self.wallets[line.customer_id]
+            hold(line.seq == wallet.line_seq + 1 and line.floor in (0, -line.limit), "a credit line", line, wallet)
+            hold(line.limit == 0 or wallet.parent_id is None, "a member with a credit limit", line, wallet)
+            hold(wallet.balance >= -line.limit, "a line above what is owed", line, wallet)
+            wallet.line_seq, wallet.credit_limit, wallet.floor = line.seq, line.limit, line.floor
+
+    def _commit_accounts(self, book: Book) -> None:
+        for member in book.memberships.values():
+            wallet, parent = self.wallets[member.customer_id], self.wallets[member.parent_id]
+            hold(wallet.parent_id in (None, member.parent_id), "a member changed its team", wallet, member)
+            hold(not wallet.has_members and parent.parent_id is None, "a team of three levels", wallet, parent)
+            wallet.parent_id, wallet.cap, wallet.cap_period = member.parent_id, member.cap, member.cap_period
+            parent.has_members = True
+        for quote in book.new_quotes:
+            hold(quote.quote_id not in self.quotes, "two quotes", quote)
+            self.quotes[quote.quote_id] = quote
+        for price in book.new_prices:
+            versions = self.prices.setdefault((price.model, price.customer_id), [])
+            hold(price.version == len(versions) + 1, "a gap between prices", price)
+            hold(not versions or versions[-1].effective_from < price.effective_from, "prices out of order", price)
+            versions.append(price)
+        entries = {(each.customer_id, each.seq): each for each in book.entries} if book.new_transfers else {}
+        for transfer in book.new_transfers:
+            hold(transfer.transfer_id not in self.transfers, "transferred twice", transfer)
+            out = entries[transfer.from_id, transfer.from_seq]
+            into = entries[transfer.to_id, transfer.to_seq]
+            hold(-out.amount == transfer.amount == into.amount, "a transfer in halves", transfer, out, into)
+            pair = {self.wallets[transfer.from_id].parent_id, self.wallets[transfer.to_id].parent_id}
+            hold(bool(pair & {transfer.from_id, transfer.to_id}), "a transfer between teams", transfer)
+            self.transfers[transfer.transfer_id] = transfer
+        for statement in book.new_statements:
+            self._close(statement, book)
+
+    def _close(self, statement: StatementRow, book: Book) -> None:
+        closed = self.statements.setdefault(statement.customer_id, [])
+        last = closed[-1] if closed else None
+        start = (0, Mils(0), "") if last is None else (last.to_seq, last.closing, last.period)
+        hold((statement.from_seq, statement.opening) == start[:2], "statements do not tile", statement, last)
+        hold(statement.period > start[2] and statement.number == len(closed) + 1, "a month twice", statement, last)
+        parts = statement.usage + statement.payments + statement.transfers
+        hold(statement.opening + parts == statement.closing, "a statement does not add up", statement)
+        sums = self.sums.setdefault(statement.customer_id, Counter())
+        for entry in book.entries:
+            if entry.customer_id == statement.customer_id and start[0] < entry.seq <= statement.to_seq:
+                sums[entry.kind] += entry.amount
+        hold(sums["debit"] + sums["refund"] == statement.usage, "a statement's usage", statement, sums)
+        moved = sums["transfer_in"] + sums["transfer_out"]
+        hold(moved == statement.transfers, "a statement's transfers", statement, sums)
+        hold(sum(sums.values()) == parts, "a statement's payments", statement, sums)
+        sums.clear()
+        closed.append(statement)
+
+    def _commit_payments(self, book: Book) -> None:
+        for payment in book.changed_payments.values():
+            hold(0 <= payment.reversed <= payment.granted, "more taken back than was paid", payment)
+            hold(payment.is_new == (payment.source not in self.payments), "a payment twice", payment)
+            before = Mils(0) if payment.is_new else self.payments[payment.source].reversed
+            steps = [each for each in book.new_reversals if each.source == payment.source]
+            for step in steps:
+                hold(step.prev_mils == before, "a reversal from elsewhere", step, before)
+                hold(step.to_mils - step.prev_mils == step.taken + step.owed, "a reversal", step)
+                before = step.to_mils
+            hold(before == payment.reversed, "reversed without a reversal", payment, steps)
+            credit = self.entries["credit", payment.public_id]
+            of_payment = (payment.customer_id, payment.granted, payment.credit_seq)
+            hold((credit.customer_id, credit.amount, credit.seq) == of_payment, "a payment", payment, credit)
+            self.payments[payment.source] = replace(payment, is_new=False)
+        for debt in book.new_debts:
+            wallet = self.wallets[debt.customer_id]
+            hold((debt.prev_seq, debt.prev_debt) == (wallet.debt_seq, wallet.debt), "a debt's chain", debt, wallet)
+            hold(debt.debt_after == debt.prev_debt + debt.amount >= 0, "a wrong debt", debt)
+            wallet.debt, wallet.debt_seq = debt.debt_after, debt.seq
+            self.moved[f"debt: {debt.kind}"] += debt.amount
 
     def _put(self, reservation: Reservation) -> None:
         row = copy.copy(reservation)
@@ -236,10 +432,13 @@ class Database:
         wallet = self.wallets[entry.customer_id]
         hold(entry.seq == wallet.seq + 1, "a gap or a fork", entry, wallet)
         hold(entry.prev_balance == wallet.balance, "a lie about the balance before", entry, wallet)
-        hold(entry.balance_after == entry.prev_balance + entry.amount >= 0, "a wrong sum", entry)
+        hold(entry.balance_after == entry.prev_balance + entry.amount, "a wrong sum", entry)
+        hold(entry.amount >= 0 or entry.balance_after >= wallet.floor, "spent below the floor", entry, wallet)
         hold(entry.epoch == self.epoch, "an entry of a stale writer", entry)
         hold(entry.ts >= self.newest_ts, "time ran back", entry, self.newest_ts)
         hold((entry.kind, entry.public_id) not in self.entries, "an id twice", entry)
+        if entry.kind in UNIQUE:
+            self.entries[entry.kind, entry.public_id] = entry
         if entry.kind in ("debit", "refund"):
             row = self.reservations[RequestId(entry.public_id)]
             hold(row.customer_id == entry.customer_id, "another wallet's request", entry, row)
@@ -248,9 +447,12 @@ class Database:
             else:
                 hold(("debit", entry.public_id) in self.entries, "a refund without a debit", entry)
                 hold(row.state == "settled" and entry.amount == row.refunded, "a refund", entry, row)
-        elif entry.kind == "credit":
-            self.credited += entry.amount
-        self.entries[entry.kind, entry.public_id] = entry
+        elif entry.kind.startswith("transfer"):
+            hold(entry.public_id in self.transfers, "a half of a transfer", entry)
+        self.moved[entry.kind] += entry.amount
+        closed = self.statements.get(entry.customer_id)
+        if not closed or entry.seq > closed[-1].to_seq:
+            self.sums.setdefault(entry.customer_id, Counter())[entry.kind] += entry.amount
         self.num_entries += 1
         wallet.seq, wallet.balance, self.newest_ts = entry.seq, entry.balance_after, entry.ts
 
@@ -258,7 +460,14 @@ class Database:
         spendable = sum(wallet.balance for wallet in self.wallets.values())
         held = sum(self.reservations[request_id].amount for request_id in self.open)
         kept = sum(row.captured for row in self.reservations.values())
-        hold(self.credited == spendable + held + kept, "money", self.credited, spendable, held, kept)
+        came = sum(self.moved[kind] for kind in ("credit", "reversal", "reinstatement", "repayment"))
+        hold(came == spendable + held + kept, "money", came, spendable, held, kept)
+        hold(self.moved["transfer_in"] + self.moved["transfer_out"] == 0, "transfers", self.moved)
+        hold(self.moved["debt: repayment"] == self.moved["repayment"], "repayments", self.moved)
+        debts = sum(wallet.debt for wallet in self.wallets.values())
+        back = sum(payment.reversed for payment in self.payments.values())
+        taken = -self.moved["reversal"] - self.moved["reinstatement"] - self.moved["repayment"]
+        hold(back == taken + debts, "what was taken back", back, taken, debts)
 
 
 class Fenced(Exception):
@@ -274,6 +483,7 @@ class Writer:
     """As `billing.ledger.Ledger`, with a database of this simulation."""
 
     database: Database
+    oracle: Oracle
     epoch: int = 0
     newest_ts: float = 0.0
     book: Book = field(default_factory=Book)
@@ -299,6 +509,13 @@ class Writer:
         if crash == "before commit":
             raise Crashed
         self.database.commit(book, self.epoch)
+        for command, outcome in zip(commands, outcomes, strict=True):
+            right = self.oracle.disputes(command, outcome, book.ts)
+            hold(right is None, "the oracle says otherwise", command, outcome, right)
+        for customer_id in {*book.moved_wallets, *book.indebted_wallets, *book.lined_wallets}:
+            account, row = self.oracle.accounts[customer_id], self.database.wallets[customer_id]
+            theirs = (account.balance, account.debt, account.floor, account.num_entries)
+            hold(theirs == (row.balance, row.debt, row.floor, row.seq), "not as the oracle has it", row, account)
         if crash == "after commit":
             raise Crashed
         self.newest_ts = book.ts
@@ -344,20 +561,75 @@ class Caller:
             return RevokeKey(draw.choice(self.world.key_ids))
         if kind < 0.05:
             return Grant(self.world.customer(), Mils(draw.randint(1, 300)), self.fresh("adm"), "")
+        if kind < 0.15:
+            return self.account_command()
+        if kind < 0.2:
+            return self.quote(draw.choice(self.world.key_ids))
+        return self.reserve(draw.choice(self.world.key_ids), draw.randint(1, 60), *self.world.rate(), "")
+
+    def reserve(self, key_id: KeyId, frames: int, mils: int, per_frames: int, quote_id: str) -> Reserve:
+        draw = self.world.draw
         named = draw.random()
         payload = draw.choice("abcd") * 64
         name, window_s = (f"name-{draw.randrange(6)}", 0.0) if named < 0.3 else ("", 60.0 if named < 0.6 else 0.0)
         return Reserve(
             RequestId(self.fresh("req")),
-            draw.choice(self.world.key_ids),
-            draw.randint(1, 60),
-            RATE,
+            key_id,
+            frames,
+            Mils(mils),
             "predict",
             LEASE_S,
             name,
             payload if named < 0.8 else "",
             window_s,
+            MODEL,
+            quote_id,
+            per_frames,
         )
+
+    def quote(self, key_id: KeyId) -> Quote:
+        draw = self.world.draw
+        mils, per_frames = self.world.rate()
+        valid_s = draw.choice((1.0, 60.0))
+        return Quote(self.fresh("quo"), key_id, MODEL, draw.randint(1, 60), Mils(mils), 0, valid_s, per_frames)
+
+    def account_command(self) -> Command:
+        """What payments, teams, postpaid customers and operators do."""
+        draw, world = self.world.draw, self.world
+        customer = world.customer()
+        member = CustomerId(f"cus_{draw.randint(3, NUM_CUSTOMERS - 1)}")
+        parent = CustomerId(f"cus_{draw.choice((0, 0, 0, 0, 1, 4))}")
+        match draw.choices(range(7), (20, 20, 8, 20, 12, 10, 2))[0]:
+            case 0:
+                if not world.sources or draw.random() < 0.7:
+                    world.sources.append((self.fresh("stripe"), customer, Mils(draw.randint(1, 3_000))))
+                    del world.sources[:-20]
+                source, customer, amount = draw.choice(world.sources)  # a webhook and a sweep may both credit it
+                wrong = draw.random() < 0.02
+                return Credit(customer, Mils(amount + wrong), source, self.fresh("evt"), "top-up")
+            case 1:
+                source = draw.choice(world.sources)[0] if world.sources else "stripe_unknown"
+                return Reverse(source, Mils(draw.choice((0, 500, 9_999, 9_999))), self.fresh("evt"), "refund")
+            case 2:
+                cap = draw.choice((None, 0, 500, 3_000))
+                period = None if cap is None else draw.choice(("day", "month"))
+                name = f"name {member.removeprefix('cus_')}"
+                return SetMember(member, name, parent, None if cap is None else Mils(cap), period)
+            case 3:
+                ends = (parent, member) if draw.random() < 0.7 else (member, parent)
+                return Transfer(self.fresh("tra"), *ends, Mils(draw.randint(1, 400)), "allocation")
+            case 4:
+                return SetCreditLine(customer, Mils(draw.choice((0, 200, 1_000))), draw.random() < 0.3)
+            case 5:
+                month = datetime.fromtimestamp(world.now - draw.choice((0, 0, 30, -30)) * 86_400, UTC)
+                return CloseStatement(customer, f"{month:%Y-%m}")
+            case _:
+                whose = draw.choice(("", customer))
+                version = len(world.database.prices.get((MODEL, whose), ())) + 1
+                mils, per_frames = draw.choice(RATES)
+                rate = Rate("frame", mils * 100_000, per_frames)
+                terms = terms_of(PriceVersion(MODEL, version, world.now, (rate,)))
+                return AddPrice(MODEL, whose, version, world.now, terms)
 
     def make_key(self) -> CreateKey:
         key_id = KeyId(self.fresh("key"))
@@ -366,7 +638,9 @@ class Caller:
         self.world.key_ids.append(key_id)
         del self.world.key_ids[: -3 * NUM_CUSTOMERS]
         sha256 = f"{self.number:032x}{self.serial:032x}"
-        return CreateKey(key_id, sha256, "abcd", f"name {number}", customer, Mils(200), 50.0, 200)
+        return CreateKey(
+            key_id, sha256, "abcd", f"name {number}", customer, Mils(self.world.draw.choice((0, 200))), 50.0, 200
+        )
 
     def answered(self, command: Command, outcome: Outcome) -> None:
         self.world.check(command, outcome)
@@ -379,8 +653,13 @@ class Caller:
                 self.job = command if isinstance(command, Reserve) else None
             case Settled():
                 self.job = None
-            case InsufficientCredits() if isinstance(command, Reserve):
-                self.waiting = Grant(self.world.customer(), Mils(1_000), self.fresh("adm"), "")
+            case Quoted() if isinstance(command, Quote):
+                rates = (command.mils_per_frame, command.per_frames), self.world.rate()
+                frames = command.frames + (self.world.draw.random() < 0.05)
+                reserve = self.reserve(command.key_id, frames, *self.world.draw.choice(rates), command.quote_id)
+                self.waiting = reserve
+            case InsufficientCredits() if isinstance(command, Reserve) and self.world.draw.random() < 0.7:
+                self.waiting = Grant(self.world.customer(), Mils(500), self.fresh("adm"), "")
             case KeyRefused():
                 self.waiting = self.make_key()
 
@@ -390,7 +669,9 @@ class Simulation:
         self.draw = random.Random(seed)
         self.now = 1_800_000_000.0
         self.database = Database()
-        self.writers = [Writer(self.database), Writer(self.database)]
+        oracle = Oracle()
+        self.writers = [Writer(self.database, oracle), Writer(self.database, oracle)]
+        self.sources: list[tuple[str, CustomerId, Mils]] = []
         self.writers[0].take_over(self.now)
         self.key_ids = [KeyId("key_unknown")]
         self.callers = [Caller(self, number) for number in range(NUM_CALLERS)]
@@ -399,6 +680,9 @@ class Simulation:
         self.first_answers: dict[object, Outcome] = {}
         self.operations = 0
         self.seen: Counter[str] = Counter()
+
+    def rate(self) -> tuple[int, int]:
+        return self.draw.choice(RATES)
 
     def customer(self) -> CustomerId:
         return CustomerId(f"cus_{self.draw.randrange(NUM_CUSTOMERS)}")
@@ -451,7 +735,6 @@ class Simulation:
         for (caller, command), outcome in zip(batch, outcomes, strict=True):
             self.operations += 1
             self.seen[type(outcome).__name__] += 1
-            hold(not isinstance(outcome, Rejected), "a right command was rejected", command, outcome)
             if caller is not None:
                 copies = self.draw.choices((0, 1, 2), (5, 85, 10))[0]
                 self.to_callers += [(caller, command, outcome)] * copies
@@ -493,6 +776,20 @@ class Simulation:
                 about = ("settled", outcome.request_id)
             case Granted():
                 hold(("credit", outcome.public_id) in database.entries, "an acknowledged credit is lost", outcome)
+            case Credited():
+                hold(outcome.source in database.payments, "an acknowledged payment is lost", outcome)
+                about = ("credited", outcome.source)
+            case Transferred():
+                hold(outcome.transfer_id in database.transfers, "an acknowledged transfer is lost", outcome)
+            case Quoted():
+                hold(outcome.quote_id in database.quotes, "an acknowledged quote is lost", outcome)
+            case PriceAdded():
+                versions = database.prices[outcome.model, outcome.customer_id]
+                hold(len(versions) >= outcome.version, "an acknowledged price is lost", outcome)
+            case StatementClosed():
+                closed = database.statements[outcome.customer_id][outcome.number - 1]
+                hold(closed.period == outcome.period, "an acknowledged statement is lost", outcome)
+                about = ("closed", outcome.customer_id, outcome.period)
             case KeyCreated():
                 hold(outcome.key_id in database.keys, "an acknowledged key is lost", outcome)
             case Repeated() | IdempotencyConflict():
@@ -548,6 +845,7 @@ def main() -> None:
         "entries": simulation.database.num_entries,
         "epochs": simulation.database.epoch,
         "seen": dict(simulation.seen.most_common()),
+        "moved_mils": dict(simulation.database.moved.most_common()),
         "seconds": round(time.perf_counter() - started, 1),
     }
     print(json.dumps(result))
