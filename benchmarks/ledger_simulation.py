@@ -625,7 +625,7 @@ class Caller:
                 return CloseStatement(customer, f"{month:%Y-%m}")
             case _:
                 whose = draw.choice(("", customer))
-                version = len(world.database.prices.get((MODEL, whose), ())) + 1
+                version = len(world.database.prices.get((MODEL, whose), ())) + draw.choice((1, 1, 1, 2))
                 mils, per_frames = draw.choice(RATES)
                 rate = Rate("frame", mils * 100_000, per_frames)
                 terms = terms_of(PriceVersion(MODEL, version, world.now, (rate,)))
