@@ -31,8 +31,9 @@ soak: $(VENV)/.installed-dev
 # The ledger's slower proofs and its figures, minutes each.
 simulate-ledger chaos-ledger mutate-ledger bench-ledger: $(VENV)/.installed-dev
 
+# Another history each time, unless SEED names one.
 simulate-ledger:
-	$(BIN)/python -m benchmarks.ledger_simulation --operations 1000000
+	$(BIN)/python -m benchmarks.ledger_simulation --operations 1000000 $(if $(SEED),--seed $(SEED))
 
 chaos-ledger:
 	$(BIN)/python -m benchmarks.ledger_chaos --kills 1000

@@ -137,6 +137,30 @@ EDITS = {
     "a transfer moves no more than there is": Edit(
         "billing.core.teams", "if command.amount_mils > source.spendable:", "if False:", "test_teams.py"
     ),
+    "what was drawn and refunded can be drawn again": Edit(
+        "billing.core.teams", "days[reservation.draw_day] -= amount", "pass", "test_simulation.py"
+    ),
+    "what comes in repays a debt": Edit(
+        "billing.core.book", "amount = min(wallet.debt, wallet.spendable)", "amount = 0", "test_payments.py"
+    ),
+    "a quote's rate is charged": Edit(
+        "billing.core.reservations",
+        "rate, per_frames = quote.mils_per_frame, quote.per_frames",
+        "pass",
+        "test_quotes.py",
+    ),
+    "who is overdue spends nothing on credit": Edit(
+        "billing.core.accounts",
+        "0 if command.overdue else -command.limit_mils",
+        "-command.limit_mils",
+        "test_accounts.py",
+    ),
+    "months are closed in order": Edit(
+        "billing.core.accounts", "last is not None and command.period <= last.period", "False", "test_accounts.py"
+    ),
+    "prices follow each other": Edit(
+        "billing.core.price_book", "command.version != len(versions) + 1", "False", "test_simulation.py"
+    ),
     "malformed commands": Edit("billing.ledger", "malformed(command) for", "None for", "test_ledger.py"),
     "durable SQLite": Edit("billing.database", "synchronous = FULL", "synchronous = NORMAL", "test_database.py"),
     "SQLite's foreign keys": Edit("billing.database", "foreign_keys = ON", "foreign_keys = OFF", "test_database.py"),
