@@ -272,7 +272,7 @@ def reconcile_stripe(
     else:
         show([{"customer": customer} | row for customer, row in body["customers"].items()], as_json=False)
         Console().print(f"the books differ by {report.difference_cents} cents")
-    if report.difference_cents or body["unknown_payments"]:
+    if report.difference_cents or body["unknown_payments"] or body["unseen_payments"]:
         raise typer.Exit(1)
 
 

@@ -72,7 +72,11 @@ async def sweep_events(payments: Payments) -> int:
     for first in range(0, len(types), MAX_TYPES):
         waiting: list[EventHint] = []
         async for event in payments.gateway.events(types[first : first + MAX_TYPES], since):
-            waiting.append(events.hint_of(event))
+            try:
+                waiting.append(events.hint_of(event))
+            except events.NotAnEvent as error:  # whatever it was about is found by the other two loops
+                log.error("listed_event_not_understood", event_id=str(event.get("id"))[:64], error=str(error))
+                continue
             if len(waiting) == EVENTS_PER_COMMAND:
                 new += await _receive(payments, waiting)
         new += await _receive(payments, waiting)
@@ -131,10 +135,10 @@ async def _find_page(payments: Payments, topup: Topup) -> None:
         await payments.tell(given_up, PaymentApplied, PaymentStale)
 
 
-async def find_unknown(payments: Payments, since: float) -> list[str]:
-    """Look at payments that name a top-up of ours and are not known to have been paid; the ids of those that name one
-    that we do not have."""
-    unknown = []
+async def find_unknown(payments: Payments, since: float) -> tuple[list[str], list[str]]:
+    """Look at payments that name a top-up of ours and are not known to have been paid. The ids of those that name one
+    that we do not have, and of those that could not be looked at."""
+    unknown, unseen = [], []
     async for payment_intent, topup_id, _ in payments.gateway.payments_since(since):
         if not topup_id:
             continue
@@ -142,14 +146,18 @@ async def find_unknown(payments: Payments, since: float) -> list[str]:
         if topup is None:
             unknown.append(payment_intent)
         elif topup.state != "paid":
-            await payments.look(topup_id, payment_intent=payment_intent)
-    return unknown
+            try:
+                await payments.look(topup_id, payment_intent=payment_intent)
+            except PaymentError as error:
+                log.warning("payment_not_seen", topup=topup_id, error=str(error))
+                unseen.append(payment_intent)
+    return unknown, unseen
 
 
 async def reconcile(payments: Payments, day: int, secret: bytes) -> Report:
     """Compare one day of UTC, per customer and to the cent, and file the report, signed."""
     since, until = float(day * DAY_S), float((day + 1) * DAY_S)
-    unknown = await find_unknown(payments, since - LOOK_BACK_DAYS * DAY_S)
+    unknown, unseen = await find_unknown(payments, since - LOOK_BACK_DAYS * DAY_S)
     booked = [each async for each in payments.gateway.movements(since, until)]
     ours = await asyncio.to_thread(payments.reader.movements, since, until)
     customers = await asyncio.to_thread(payments.reader.customers)
@@ -157,13 +165,20 @@ async def reconcile(payments: Payments, day: int, secret: bytes) -> Report:
         payments.reader.owners_of_payments, [each.payment_intent for each in booked if each.payment_intent]
     )
     mismatches = await asyncio.to_thread(payments.reader.ledger_mismatches)
-    body = _compare(day, booked, ours, customers, owners, unknown, mismatches)
+    body = _compare(day, booked, ours, customers, owners, unknown, unseen, mismatches)
     text = json.dumps(body, sort_keys=True, separators=(",", ":"))
     signature = hmac.new(secret, text.encode(), hashlib.sha256).hexdigest()
     difference = int(body["difference_cents"])
     await payments.tell(FileReport(day, text, signature, difference), ReportFiled)
-    level = log.error if difference or unknown or mismatches else log.info
-    level("reconciled", day=day, difference_cents=difference, unknown=len(unknown), mismatches=len(mismatches))
+    level = log.error if difference or unknown or unseen or mismatches else log.info
+    level(
+        "reconciled",
+        day=day,
+        difference_cents=difference,
+        unknown=len(unknown),
+        unseen=len(unseen),
+        mismatches=len(mismatches),
+    )
     return Report(day, text, signature, difference)
 
 
@@ -174,6 +189,7 @@ def _compare(
     customers: dict[str, Any],
     owners: dict[str, Any],
     unknown: list[str],
+    unseen: list[str],
     mismatches: list[dict[str, Any]],
 ) -> dict[str, Any]:
     totals: dict[str, list[int]] = defaultdict(lambda: [0, 0])
@@ -192,6 +208,7 @@ def _compare(
         "day": day,
         "customers": rows,
         "unknown_payments": unknown,
+        "unseen_payments": unseen,
         "ledger_mismatches": mismatches,
         "difference_cents": sum(abs(row["difference_cents"]) for row in rows.values())
         + sum(abs(each["difference_cents"]) for each in mismatches),

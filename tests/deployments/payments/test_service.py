@@ -26,7 +26,7 @@ from billing.payments.commands import (
 from billing.payments.verdict import PaymentSeen, judge
 from deployments.payments import gateway, sweeps
 from deployments.payments.config import PaymentsConfig
-from deployments.payments.errors import CardDeclined, StripeUnavailable
+from deployments.payments.errors import CardDeclined, StripeRefused, StripeUnavailable
 from deployments.payments.service import mint_topup_id
 from tests.fakestripe.state import DECLINED_LATER, GOOD, SUSPICIOUS
 from tests.support.payments import BASE_URL, START, Till, open_till
@@ -388,6 +388,35 @@ async def test_a_payment_that_was_never_heard_of_is_found_by_the_books(till: Til
     await till.paid(customer)
     report = await sweeps.reconcile(till.payments, int(START // DAY_S), SECRET)
     assert (till.balance(customer), report.difference_cents) == (250_000, 0)
+
+
+async def test_a_payment_that_cannot_be_looked_at_does_not_keep_the_others_from_the_books(
+    till: Till, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, third = [(till.customer(), cents) for cents in (500, 600, 700)]
+    topups = [await till.paid(*each) for each in (first, second, third)]
+    look = till.payments.look
+
+    async def refused(topup_id: str, **more: Any) -> Topup:
+        if topup_id == topups[1].topup_id:
+            raise StripeRefused("resource_missing", "no such payment")
+        return await look(topup_id, **more)
+
+    monkeypatch.setattr(till.payments, "look", refused)
+    report = await sweeps.reconcile(till.payments, int(START // DAY_S), SECRET)
+    intent = till.fake.state.get("checkout.session", topups[1].session_id)["payment_intent"]
+    assert json.loads(report.body)["unseen_payments"] == [intent]
+    assert report.difference_cents == 600
+    assert [till.balance(customer) for customer, _ in (first, second, third)] == [50_000, 0, 70_000]
+
+
+async def test_an_event_that_is_none_does_not_keep_a_sweep_from_the_others(till: Till) -> None:
+    before, after = till.customer(), till.customer()
+    await till.paid(before)
+    till.fake.state.events[-1]["data"] = {"object": None}
+    await till.paid(after)
+    await sweeps.sweep_events(till.payments)
+    assert (till.balance(before), till.balance(after)) == (250_000, 250_000)
 
 
 async def test_a_page_whose_making_was_never_answered_is_found_or_given_up(till: Till) -> None:
