@@ -243,7 +243,13 @@ class PaymentsReader:
         return {row.customer_id: int(row.held) for row in self._all(mine)}
 
     def ledger_mismatches(self) -> list[dict[str, Any]]:
-        """Payments of which the ledger holds another amount than the provider's movements add up to."""
+        """Payments of which the ledger holds another amount than the provider's movements add up to.
+
+        An invoice that was paid outside the provider's books has none, and is not compared.
+        """
+        outside = select("stripe:" + stripe_invoice.c.invoice_id).where(
+            stripe_invoice.c.state == "paid", stripe_invoice.c.payment_intent == ""
+        )
         moved = (
             select(stripe_movement.c.source, func.sum(stripe_movement.c.amount_cents).label("moved"))
             .group_by(stripe_movement.c.source)
@@ -255,6 +261,7 @@ class PaymentsReader:
             select(payment.c.source, payment.c.customer_id, held.label("held_mils"), least.label("moved_cents"))
             .join_from(payment, moved, moved.c.source == payment.c.source, isouter=True)
             .where(payment.c.source.like("stripe:%"), func.coalesce(least, 0) * MILS_PER_CENT != held)
+            .where(payment.c.source.not_in(outside))
             .limit(MAX_MISMATCHES)
         )
         return [

@@ -111,6 +111,7 @@ async def test_an_invoice_that_was_paid_outside_stripe_is_not_taken_off_the_next
     till.fake.state.emit("invoice.paid", theirs)
     await sweeps.sweep_events(till.payments)
     assert (invoice_of(till, customer).state, till.balance(customer)) == ("paid", 0)
+    assert till.payments.reader.ledger_mismatches() == []
     use(till, customer, 2_400)
     next_month(till)
     await invoices.bill_last_month(till.payments)
