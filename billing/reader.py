@@ -134,6 +134,7 @@ _KEY_BY_HASH = (
     .join_from(api_key, key_terms, key_terms.c.key_id == api_key.c.key_id, isouter=True)
     .where(api_key.c.sha256 == bindparam("sha256"))
 )
+_SPENDABLE = select(wallet.c.balance_mils, wallet.c.floor_mils).where(wallet.c.customer_id == bindparam("customer_id"))
 _BALANCE = select(wallet.c.balance_mils).where(wallet.c.customer_id == bindparam("customer_id"))
 _TRANSACTIONS = (
     select(
@@ -240,6 +241,17 @@ class LedgerReader:
         if row is None:
             raise UnknownWallet(customer_id)
         return Mils(row.balance_mils)
+
+    def spendable(self, customer_id: CustomerId) -> Mils:
+        """What of this wallet can be spent now, its credit line included; not what a team's parent may add.
+
+        Raises:
+            UnknownWallet: there is no such customer.
+        """
+        row = self._first(_SPENDABLE, customer_id=customer_id)
+        if row is None:
+            raise UnknownWallet(customer_id)
+        return Mils(max(0, row.balance_mils - row.floor_mils))
 
     def transactions(self, customer_id: CustomerId, limit: int, before_seq: int = MAX_SEQ) -> list[EntryRecord]:
         """The newest entries first, at least 1 and at most `MAX_TRANSACTIONS`; the opening entry is not one of them."""

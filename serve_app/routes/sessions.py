@@ -142,9 +142,9 @@ async def create_session(
     start_frame = await _start_frame(parts, caller, form, params, spec)
     budget = params.max_frames or parts.sessions.limits.budget_frames
     if not params.max_frames:
-        balance = await parts.ask(parts.reader.balance, caller.customer_id)
+        spendable = await parts.ask(parts.reader.spendable, caller.customer_id)
         price = await parts.prices.price(spec, budget, caller.customer_id, SERVICE_CLASS)
-        budget = max(1 + spec.chunk_size, min(budget, balance * price.per_frames // price.mils_per_frame))
+        budget = max(1 + spec.chunk_size, min(budget, spendable * price.per_frames // price.mils_per_frame))
     budget = min(budget, parts.sessions.limits.budget_frames)
     price = await parts.prices.price(spec, budget, caller.customer_id, SERVICE_CLASS)
     if dry_run:

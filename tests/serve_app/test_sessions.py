@@ -14,8 +14,9 @@ import pytest
 import pytest_asyncio
 from PIL import Image
 
-from billing.commands import CustomerId, KeyTerms, SetKeyTerms
+from billing.commands import CustomerId, KeyTerms, SetCreditLine, SetKeyTerms
 from billing.keys import token_sha256
+from billing.money import Mils
 from deployments import sessions
 from deployments.messages import Frame
 from serve_app.routes import sessions as routes
@@ -294,6 +295,12 @@ async def test_the_budget_is_what_the_balance_covers_and_a_chunk_at_least(app: A
     assert refused.status_code == 402
     assert refused.json()["detail"]["requested_mils"] == 13 * RATE
     assert app.ledger.rows(customer) == [("credit", 13 * RATE - 1)]
+
+
+async def test_the_budget_of_a_postpaid_customer_is_what_its_credit_line_covers(app: App) -> None:
+    headers, customer = app.key(0)
+    app.ledger.apply(SetCreditLine(customer, Mils(17 * RATE)))
+    assert (await create(app, headers))["frames_reserved"] == 17
 
 
 async def test_what_the_budget_does_not_cover_is_not_run_and_exactly_the_rest_is(app: App) -> None:
