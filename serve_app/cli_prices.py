@@ -40,7 +40,7 @@ def show_prices(as_json: Json = False) -> None:
 
 @prices_app.command("load")
 def load_prices(
-    file: Annotated[Path, typer.Argument(help="TOML with [[price]] tables; docs/05-prices.md says how.")],
+    file: Annotated[Path, typer.Argument(help="TOML with [[price]] tables; docs/07-prices.md says how.")],
     as_json: Json = False,
 ) -> None:
     """Add the prices of a file as new versions. One that is already the newest of its model is left as it is."""
