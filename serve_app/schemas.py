@@ -128,6 +128,9 @@ class PredictParams(BaseModel):
     frame_id: str | None = Field(None, description="Of a frame uploaded to /v1/frames, in place of the file `frame`")
     deadline_ms: int | None = Field(None, ge=1, le=MAX_DEADLINE_MS, description="From the request's arrival")
     score: bool = Field(False, description="Measure the frames against full steps, or against `ground_truth`")
+    service_class: Literal["standard", "batch"] = Field(
+        "standard", description="`batch` takes a small share of a busy model, at the price of that class"
+    )
 
 
 class BatchParams(PredictParams):

@@ -6,6 +6,8 @@ variances, averaged over the positions where the window fits, over channels and 
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -36,6 +38,17 @@ def psnr_per_frame(frames: Image, reference: Image) -> npt.NDArray[np.float64]:
 
 def ssim(image: Image, reference: Image) -> float:
     """Structural similarity, 1 for equal images. Both sides must be at least 11 pixels."""
+    return float(_similarity(image, reference).mean())
+
+
+def ssim_per_frame(frames: Image, reference: Image) -> npt.NDArray[np.float64]:
+    """SSIM of each image of (..., H, W, C)."""
+    similarity: npt.NDArray[np.float64] = _similarity(frames, reference).mean((-3, -2, -1)).numpy()
+    return similarity
+
+
+def _similarity(image: Image, reference: Image) -> Tensor:
+    """(..., C, H - 10, W - 10): of each channel at each position where the window fits."""
     a, b = (x.movedim(-1, -3) for x in unit_range(image, reference))  # (..., C, H, W)
     if min(a.shape[-2:]) < WINDOW:
         raise ValueError(f"images are {tuple(a.shape[-2:])}, SSIM needs at least {WINDOW}x{WINDOW}")
@@ -51,9 +64,10 @@ def ssim(image: Image, reference: Image) -> float:
     c1, c2 = K1**2, K2**2
     luminance = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
     structure = (2 * covariance + c2) / (variance_a + variance_b + c2)
-    return float((luminance * structure).mean())
+    return luminance * structure
 
 
+@lru_cache(maxsize=16)
 def _window_matrix(side: int) -> Tensor:
     """The Gaussian window at each position where it fits, (side - WINDOW + 1, side): faster than a convolution."""
     offsets = torch.arange(WINDOW, dtype=torch.float64) - WINDOW // 2

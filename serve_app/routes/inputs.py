@@ -12,7 +12,7 @@ from fastapi import Request
 from billing.money import Mils
 from billing.reader import KeyRecord
 from deployments.errors import DeadlinePassed
-from deployments.messages import Actions, Extras, Frame, Frames, Goal, ModelSpec, RolloutRequest
+from deployments.messages import Actions, Extras, Frame, Frames, Goal, ModelSpec, RolloutRequest, ServiceClass
 from serve_app.context import Services
 from serve_app.errors import InvalidRequest
 from serve_app.routes.quotes import presented_quote
@@ -104,7 +104,7 @@ async def assemble(
         payload_sha256="",
         idempotency_key=_idempotency_key(request),
         quote_id=presented_quote(request),
-        service_class="batch" if isinstance(params, RolloutParams) and params.mode == "async" else "standard",
+        service_class=_service_class(params),
         deadline_s=_deadline_s(request, model, params),
         extras=Extras(
             returns=batch.returns,
@@ -148,6 +148,13 @@ def _check_bounds(parts: Services, model: ModelSpec, batch: BatchParams, rollout
     raw_bytes, most = rollout.num_frames * height * width * 3, parts.args.limits.max_raw_bytes
     if batch.returns == "npz" and raw_bytes > most:
         raise InvalidRequest("return", f"npz would be {raw_bytes} bytes of frames; up to {most} are accepted")
+
+
+def _service_class(params: RolloutParams | PredictParams) -> ServiceClass:
+    """Any key may ask to wait longer; none may ask to go before others."""
+    if isinstance(params, PredictParams):
+        return params.service_class
+    return "batch" if params.mode == "async" else "standard"
 
 
 def _deadline_s(request: Request, model: ModelSpec, params: RolloutParams | PredictParams) -> float | None:

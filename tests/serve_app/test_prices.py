@@ -168,6 +168,22 @@ async def test_work_that_nobody_waits_for_is_priced_as_its_class(app: App) -> No
     assert app.ledger.rows(customer)[-1] == ("debit", -245)
 
 
+async def test_any_key_may_ask_to_wait_longer_for_less_and_none_to_go_first(app: App) -> None:
+    headers, customer = app.key(100_000)
+    add(app, per_frame("0.001"), customer, latency_classes=(("batch", Fraction(1, 2)),))
+    files = {"frame": png(), "actions": npy(actions(48))}
+    for path in ("/v1/predict", "/v1/predict/batch"):
+        fields = {"service_class": "batch", "seed": str(time.time_ns())}
+        query = {"dryRun": "true"}
+        said = (await app.http.post(path, headers=headers, params=query, files=files, data=fields)).json()
+        assert said["cost_mils"] == 245, path
+        answer = await app.http.post(path, headers=headers, files=files, data=fields)
+        assert answer.headers["X-DreamEngine-Estimated-Charge-USD"] == "0.0245", path
+        assert app.ledger.rows(customer)[-1] == ("debit", -245)
+        refused = await app.http.post(path, headers=headers, files=files, data={"service_class": "interactive"})
+        assert (refused.status_code, "'standard' or 'batch'" in refused.json()["detail"]) == (422, True), path
+
+
 async def test_a_quote_for_work_of_a_cheaper_class_is_refused(app: App) -> None:
     headers, customer = app.key(100_000)
     add(app, per_frame("0.001"), customer, latency_classes=(("batch", Fraction(1, 2)),))

@@ -3,7 +3,7 @@ import pytest
 import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from deployments.world_model.metrics import psnr, psnr_per_frame, ssim
+from deployments.world_model.metrics import psnr, psnr_per_frame, ssim, ssim_per_frame
 
 
 def image(seed: int = 0) -> np.ndarray:
@@ -60,6 +60,12 @@ def test_both_agree_with_scikit_image(noise: int) -> None:
         a, b, channel_axis=-1, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=255
     )
     assert ssim(b, a) == pytest.approx(expected, abs=1e-9)
+
+
+def test_the_similarity_of_a_frame_is_the_same_alone_and_among_others() -> None:
+    frames, others = np.random.default_rng(3).integers(0, 256, (2, 4, 16, 24, 3), np.uint8)
+    expected = [ssim(frame, other) for frame, other in zip(frames, others, strict=True)]
+    assert ssim_per_frame(frames, others) == pytest.approx(expected)
 
 
 def test_images_of_different_types_are_not_compared() -> None:
