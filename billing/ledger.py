@@ -4,7 +4,9 @@ Callers gather what arrived while the last commit ran and hand it over at once; 
 makes a synchronous disk affordable. Which writer is the single one is decided by an epoch in the database.
 """
 
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from threading import Lock
 
 from sqlalchemy import Connection, Engine
@@ -16,6 +18,7 @@ from billing.commands import Command, Credited, CreditLineSet, Outcome, PaymentC
 from billing.core import Book, decide
 from billing.database import writer
 from billing.errors import Fenced, LedgerUnavailable
+from billing.money import Mils
 from billing.payments import records
 
 
@@ -29,16 +32,36 @@ def _with_money(command: Command) -> tuple[Command, ...]:
     return (command, *command.money) if isinstance(command, PaymentCommand) else (command,)
 
 
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """What one transaction wrote, for whoever counts it."""
+
+    num_commands: int
+    took_s: float
+    entries: tuple[str, ...]
+    """Their kinds."""
+    settled: tuple[tuple[str, int, Mils, Mils], ...]
+    """Of each reservation that it closed: model, frames delivered, captured, refunded."""
+
+
 class Ledger:
     """Owns every write. Safe to call from several threads, which take turns; meant to be fed whole batches by one.
 
-    `clock` gives POSIX seconds. It stamps entries and judges leases; tests inject it.
+    `clock` gives POSIX seconds. It stamps entries and judges leases; tests inject it. `on_commit` is told of each
+    transaction once it is durable, in the thread that made it.
     """
 
-    def __init__(self, engine: Engine, clock: Callable[[], float], takeover_grace_s: float = 30.0) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        clock: Callable[[], float],
+        takeover_grace_s: float = 30.0,
+        on_commit: Callable[[Commit], None] = lambda _: None,
+    ) -> None:
         self._engine = writer(engine)
         self._clock = clock
         self._takeover_grace_s = takeover_grace_s
+        self._on_commit = on_commit
         self._epoch = 0
         self._newest_ts = 0.0
         self._book = Book()
@@ -113,6 +136,7 @@ class Ledger:
         return records.carry_out(connection, command, book.ts, book.wallets)
 
     def _commit(self, commands: Sequence[Command]) -> list[Outcome]:
+        started = time.perf_counter()
         now = self._clock()
         ts = max(now, self._newest_ts)  # a clock that steps back must not put a refund before its debit
         book, self._book = self._book, Book()  # whatever fails below, its picture of the database is not used again
@@ -130,7 +154,19 @@ class Ledger:
         except DBAPIError as error:
             raise LedgerUnavailable(f"the database failed during a commit: {error.orig}") from error
         self._newest_ts = ts
+        commit = _commit_of(book, len(commands), time.perf_counter() - started)
         book.committed()
         self._book = book
         assert len(outcomes) == len(commands)
+        self._on_commit(commit)
         return outcomes
+
+
+def _commit_of(book: Book, num_commands: int, took_s: float) -> Commit:
+    closed = [*book.settled, *(each for each in book.new_reservations if each.state == "settled")]
+    return Commit(
+        num_commands,
+        took_s,
+        tuple(entry.kind for entry in book.entries),
+        tuple((each.model, each.frames_delivered or 0, each.captured, each.refunded) for each in closed),
+    )

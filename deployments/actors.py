@@ -60,7 +60,7 @@ def start_session_directory(max_per_customer: int, max_sessions: int, labels: La
 
 
 def start_scheduler(model: str, limits: SchedulerLimits, labels: Labels) -> Any:
-    return _remote(SchedulerActor, _scheduler_name(model, limits), labels).remote(limits)
+    return _remote(SchedulerActor, _scheduler_name(model, limits), labels).remote(limits, model)
 
 
 def scheduler_handle(model: str, limits: SchedulerLimits) -> Any:

@@ -12,6 +12,26 @@ MEMORY_S = 30.0
 """A measurement loses two thirds of its weight in this time."""
 
 
+class RecentRate:
+    """Row-steps completed per second, over about the last `MEMORY_S`. `clock` in seconds."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._weighed = 0.0
+        self._at = clock()
+
+    def completed(self, cost: int) -> None:
+        self._weighed = self._now_weighed() + cost
+        self._at = self._clock()
+
+    @property
+    def cost_per_s(self) -> float:
+        return self._now_weighed() / MEMORY_S
+
+    def _now_weighed(self) -> float:
+        return self._weighed * math.exp(-max(0.0, self._clock() - self._at) / MEMORY_S)
+
+
 class DrainRate:
     """In row-steps per second. `clock` in seconds."""
 

@@ -21,6 +21,15 @@ import structlog
 
 from deployments.batching import BatchProfile
 from deployments.messages import ChunkFailed, ChunkOutcome, ChunkReport, ChunkRow, Frame, ServiceClass
+from deployments.meter import Meter
+from deployments.metrics import (
+    ENGINE_BISECTIONS,
+    ENGINE_OUT_OF_MEMORY,
+    ENGINE_PLACES,
+    ENGINE_ROWS_FAILED,
+    ENGINE_STEP_ROWS,
+    ENGINE_STEP_SECONDS,
+)
 from deployments.model import OUT_OF_MEMORY, Model
 from deployments.presenter import FrameDistance, Presenter
 
@@ -78,8 +87,12 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
         lpips: FrameDistance | None = None,
         profile: BatchProfile | None = None,
+        slug: str = "",
+        meter: Meter | None = None,
     ) -> None:
         self._model = model
+        self._slug = slug
+        self._meter = meter or Meter()
         self._presenter = Presenter(model, resolution, fps, lpips)
         self._profile = profile
         self._max_rows = max_rows
@@ -233,14 +246,20 @@ class Engine:
         if not active:
             return
         try:
+            started = time.perf_counter()
             self._call(self._model.step, [each.row for each in active])
+            self._meter.observe(ENGINE_STEP_SECONDS, self._slug, value=time.perf_counter() - started)
+            self._meter.observe(ENGINE_STEP_ROWS, self._slug, value=len(active))
+            self._meter.count(ENGINE_PLACES, self._slug, by=max(self.cap, len(active)))
         except Exception as error:  # the rows are as they were
             if len(active) == 1:
                 self._active.remove(active[0])
                 self._settle(active[0].job, active[0].index, ChunkFailed(_reason(error)))
                 return
             half = len(active) // 2
+            self._meter.count(ENGINE_BISECTIONS, self._slug)
             if isinstance(error, OUT_OF_MEMORY):
+                self._meter.count(ENGINE_OUT_OF_MEMORY, self._slug)
                 self._max_rows = self.cap = min(self.cap, half)
                 log.warning("out_of_memory", rows=len(active), cap=self.cap)
             self._advance(active[:half])
@@ -267,6 +286,8 @@ class Engine:
 
     def _settle(self, job: _Job, index: int, outcome: ChunkOutcome) -> None:
         """Called from every thread of the engine; whoever settles the last row completes the job."""
+        if isinstance(outcome, ChunkFailed):
+            self._meter.count(ENGINE_ROWS_FAILED, self._slug)
         with self._wake:
             job.outcomes[index] = outcome
             outcomes = tuple(outcome for outcome in job.outcomes if outcome is not None)

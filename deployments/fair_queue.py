@@ -60,6 +60,7 @@ class _Class:
     """Customers who wait for nothing, and the virtual time at which nothing needs to be remembered of them."""
     num_active: int = 0
     num_tickets: int = 0
+    num_rows: int = 0
     cost: int = 0
     active_weight: float = 0.0
     """Of the flows that have tickets."""
@@ -88,6 +89,10 @@ class FairQueue:
 
     def get(self, ticket_id: TicketId) -> Waiting | None:
         return self._entries.get(ticket_id)
+
+    def by_class(self) -> dict[ServiceClass, tuple[int, int]]:
+        """Rows and row-steps that wait."""
+        return {name: (group.num_rows, group.cost) for name, group in self._classes.items()}
 
     def add(self, waiting: Waiting) -> None:
         ticket = waiting.ticket
@@ -249,6 +254,7 @@ class FairQueue:
         flow.num_tickets += sign
         flow.cost += sign * ticket.cost
         group.num_tickets += sign
+        group.num_rows += sign * ticket.num_rows
         group.cost += sign * ticket.cost
         self.cost += sign * ticket.cost
         self.num_rows += sign * ticket.num_rows

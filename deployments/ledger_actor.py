@@ -14,11 +14,20 @@ import structlog
 from billing.auditor import Auditor, AuditReport
 from billing.database import migrate, open_database
 from billing.errors import BillingError
-from billing.ledger import Ledger
+from billing.ledger import Commit, Ledger
 from billing.writer import LedgerWriter, collect_rarely
-from deployments.ledger_audits import AuditGauges
+from deployments.ledger_audits import measure_audits
 from deployments.ledger_wire import pack, unpack_commands
 from deployments.logs import configure_logs
+from deployments.meter import Meter, Series
+from deployments.metrics import (
+    LEDGER_CAPTURED_MILS,
+    LEDGER_COMMIT_COMMANDS,
+    LEDGER_COMMIT_SECONDS,
+    LEDGER_ENTRIES,
+    LEDGER_FRAMES_BILLED,
+    LEDGER_REFUNDED_MILS,
+)
 
 log = structlog.get_logger(__name__)
 
@@ -39,7 +48,7 @@ class LedgerActor:
         self._writer: LedgerWriter | None = None
         self._starting = Lock()
         self._audits: AuditReport | None = None
-        self._gauges = AuditGauges()
+        self._meter = Meter()
 
     def apply(self, packed: bytes) -> bytes:
         """Outcomes of commands, both as `ledger_wire` has them, once they are durable."""
@@ -53,11 +62,14 @@ class LedgerActor:
         """The last round of audits; None until this actor is the writer and has finished one."""
         return self._audits
 
+    def metrics(self) -> Series:
+        return self._meter.series()
+
     def _take_over(self) -> LedgerWriter:
         try:
             engine = open_database(self._database_url)
             migrate(engine)
-            ledger = Ledger(engine, time.time)
+            ledger = Ledger(engine, time.time, on_commit=lambda commit: measure_commit(self._meter, commit))
             epoch = ledger.take_over()
         except BillingError as error:  # the database may be back in seconds: callers ask again, of the next process
             time.sleep(RESTART_PAUSE_S)
@@ -69,7 +81,18 @@ class LedgerActor:
 
     def _publish(self, report: AuditReport) -> None:
         self._audits = report
-        self._gauges.set(report)
+        measure_audits(self._meter, report)
+
+
+def measure_commit(meter: Meter, commit: Commit) -> None:
+    meter.observe(LEDGER_COMMIT_SECONDS, value=commit.took_s)
+    meter.observe(LEDGER_COMMIT_COMMANDS, value=commit.num_commands)
+    for kind in commit.entries:
+        meter.count(LEDGER_ENTRIES, kind)
+    for model, frames, captured, refunded in commit.settled:
+        meter.count(LEDGER_FRAMES_BILLED, model, by=frames)
+        meter.count(LEDGER_CAPTURED_MILS, model, by=captured)
+        meter.count(LEDGER_REFUNDED_MILS, model, by=refunded)
 
 
 def _end_process(error: BaseException) -> NoReturn:

@@ -30,6 +30,7 @@ from deployments.messages import (
     TicketId,
     TicketTerms,
 )
+from deployments.meter import Series
 from deployments.scheduler import Grant, Overloaded, SchedulerStatus, TooLate
 
 MAX_ATTEMPTS = 3
@@ -142,6 +143,12 @@ class ModelClient:
         async with asyncio.timeout(STATUS_TIMEOUT_S):
             status: SchedulerStatus = await self._scheduler.status.remote()
         return status
+
+    async def metrics(self) -> tuple[SchedulerStatus, Series]:
+        """Of the model's scheduler and all its replicas."""
+        async with asyncio.timeout(STATUS_TIMEOUT_S):
+            answer: tuple[SchedulerStatus, Series] = await self._scheduler.metrics.remote()
+        return answer
 
     async def _acquire(self, ticket: Ticket) -> Grant:
         """Wait for room. A scheduler that restarts has lost its queue, so the ticket is sent again until time is up."""

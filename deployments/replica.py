@@ -5,6 +5,7 @@ Torch never runs on the event loop: a blocked loop would fail health checks and 
 
 import asyncio
 import importlib
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,15 @@ from deployments.checkpoints import local_checkpoint
 from deployments.engine import Engine
 from deployments.logs import configure_logs
 from deployments.messages import ChunkFailed, ChunkJob, ChunkReport, ChunkRow, ModelSpec, ReplicaId
+from deployments.meter import Meter, Series
+from deployments.metrics import (
+    LATENT_CACHE_BYTES,
+    LATENT_CACHE_HITS,
+    LATENT_CACHE_MISSES,
+    REPLICA_BOOT_SECONDS,
+    REPLICA_GPU_SECONDS,
+    REPLICA_SECONDS,
+)
 from deployments.model import Model
 from deployments.presenter import FrameDistance
 from deployments.profiling import measure
@@ -50,6 +60,7 @@ class ReplicaConfig:
     lpips_weights: str = ""
     """File of the LPIPS network; empty without that metric."""
     lpips_sha256: str = ""
+    num_gpus: float = 0.0
 
 
 class Replica:
@@ -57,7 +68,9 @@ class Replica:
         from ray import serve
 
         configure_logs()
+        started = time.monotonic()
         self._config = config
+        self._meter = Meter()
         self._id = ReplicaId(serve.get_replica_context().replica_id.unique_id)
         self._scheduler = start_scheduler(config.spec.slug, config.scheduler_limits, config.control_labels)
         if config.torch_threads:
@@ -66,6 +79,7 @@ class Replica:
             torch.set_num_threads(config.torch_threads)
         model = load_runner(config.runner)(local_checkpoint(config.checkpoint, Path(config.cache_dir)), config.device)
         self._attention = str(getattr(model, "attention", ""))
+        self._cache = CacheCounts(getattr(model, "latent_cache", None))
         spec = config.spec
         self._profile = measure(model, blank_row(spec), config.max_rows)
         log.info("profiled", model=spec.slug, base_s=self._profile.base_s, row_s=self._profile.row_s)
@@ -78,9 +92,13 @@ class Replica:
             config.stall_s,
             lpips=load_lpips(config.lpips_weights, config.lpips_sha256),
             profile=self._profile,
+            slug=spec.slug,
+            meter=self._meter,
         )
         warm_up(self._engine, spec)
-        log.info("replica_ready", model=spec.slug, replica=self._id)
+        self._ready_at = time.monotonic()
+        self._meter.observe(REPLICA_BOOT_SECONDS, spec.slug, value=self._ready_at - started)
+        log.info("replica_ready", model=spec.slug, replica=self._id, boot_s=round(self._ready_at - started, 3))
         self._announcing = asyncio.get_running_loop().create_task(self._announce())
 
     async def run_chunk(self, job: ChunkJob) -> ChunkReport:
@@ -102,11 +120,41 @@ class Replica:
 
     async def _announce(self) -> None:
         while True:
+            measured = self._measured()
             try:
-                await self._scheduler.replica_alive.remote(self._id, self._engine.cap, self._attention, self._profile)
+                await self._scheduler.replica_alive.remote(
+                    self._id, self._engine.cap, self._attention, self._profile, measured
+                )
             except Exception as error:
+                self._meter.add(measured)
                 log.warning("scheduler_unreachable", model=self._config.spec.slug, error=type(error).__name__)
             await asyncio.sleep(ANNOUNCE_EVERY_S)
+
+    def _measured(self) -> Series:
+        """Since the last time."""
+        slug, now = self._config.spec.slug, time.monotonic()
+        elapsed_s, self._ready_at = now - self._ready_at, now
+        self._meter.count(REPLICA_SECONDS, slug, by=elapsed_s)
+        self._meter.count(REPLICA_GPU_SECONDS, slug, by=elapsed_s * self._config.num_gpus)
+        self._cache.measure(self._meter, slug)
+        return self._meter.drain()
+
+
+class CacheCounts:
+    """Of a model's `latent_cache`, if it has one."""
+
+    def __init__(self, cache: Any) -> None:
+        self._cache = cache
+        self._hits = self._misses = 0
+
+    def measure(self, meter: Meter, slug: str) -> None:
+        if self._cache is None:
+            return
+        hits, misses = self._cache.hits, self._cache.misses
+        meter.count(LATENT_CACHE_HITS, slug, by=hits - self._hits)
+        meter.count(LATENT_CACHE_MISSES, slug, by=misses - self._misses)
+        meter.set(LATENT_CACHE_BYTES, slug, to=self._cache.num_bytes)
+        self._hits, self._misses = hits, misses
 
 
 def load_runner(path: str) -> Callable[[Path, str], Model]:

@@ -9,14 +9,14 @@ be done by its deadline is refused as soon as that is known: at the door, and ag
 import heapq
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 from billing.commands import CustomerId
 from deployments.batching import BatchProfile
-from deployments.drain_rate import DrainRate
+from deployments.drain_rate import DrainRate, RecentRate
 from deployments.fair_queue import FairQueue, Waiting
-from deployments.messages import ReplicaId, Ticket, TicketId
+from deployments.messages import ReplicaId, ServiceClass, Ticket, TicketId
 
 BATCHES_AHEAD = 2
 """Rows that a replica holds, in batches: the one that runs and the next."""
@@ -90,6 +90,16 @@ class SchedulerStatus:
     """How long a customer's first ticket would wait now; None while no rate is known."""
     profile: BatchProfile | None = None
     """What a replica measured when it started."""
+    cost_per_s: float = 0.0
+    """Row-steps that the replicas do in full batches, corrected by what they did; 0 while that is not known."""
+    recent_cost_per_s: float = 0.0
+    """Row-steps that they did lately."""
+    queued: Mapping[ServiceClass, tuple[int, int]] = field(default_factory=dict)
+    """Rows and row-steps that wait."""
+
+    @property
+    def headroom_cost_per_s(self) -> float:
+        return max(0.0, self.cost_per_s - self.recent_cost_per_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +180,7 @@ class Scheduler:
         self._offered_cost = 0
         self._replica_cost_per_s = UNKNOWN_COST_PER_S
         self._drain = DrainRate(clock)
+        self._recent = RecentRate(clock)
 
     def submit(self, ticket: Ticket) -> Overloaded | TooLate | None:
         """Queue `ticket`, or refuse it. A rollout that has begun is refused only when its deadline is lost.
@@ -223,6 +234,7 @@ class Scheduler:
         running = self._release(ticket_id)
         if running is not None:
             self._drain.completed(running.ticket.cost)
+            self._recent.completed(running.ticket.cost)
 
     def withdraw(self, ticket_id: TicketId) -> None:
         """Its client is gone: drop it from the queue, or free what it holds. Unknown tickets are ignored."""
@@ -313,7 +325,14 @@ class Scheduler:
             attention="" if first is None else first.attention,
             wait_s=waiting / rate if rate else None,
             profile=None if first is None else first.profile,
+            cost_per_s=rate,
+            recent_cost_per_s=self._recent.cost_per_s,
+            queued=self._queue.by_class(),
         )
+
+    @property
+    def replica_ids(self) -> Collection[ReplicaId]:
+        return self._replicas.keys()
 
     def demand(self) -> Demand:
         """Looks at every ticket, so it is for a policy that asks once a second."""

@@ -10,6 +10,8 @@ import time
 from deployments.batching import BatchProfile
 from deployments.logs import configure_logs
 from deployments.messages import ReplicaId, Ticket, TicketId
+from deployments.meter import Meter, Series
+from deployments.metrics import BY_NAME, SCHEDULER_GRANT_SECONDS, SCHEDULER_REFUSALS
 from deployments.scheduler import (
     Demand,
     Grant,
@@ -25,8 +27,11 @@ EXPIRE_EVERY_S = 1.0
 
 
 class SchedulerActor:
-    def __init__(self, limits: SchedulerLimits) -> None:
+    def __init__(self, limits: SchedulerLimits, slug: str = "") -> None:
         configure_logs()
+        self._slug = slug
+        self._meter = Meter()
+        self._replica_gauges: dict[ReplicaId, Series] = {}
         self._scheduler = Scheduler(time.monotonic, limits)
         self._waiting: dict[TicketId, asyncio.Future[Grant | Overloaded | TooLate]] = {}
         self._expiry: asyncio.Task[None] | None = None
@@ -36,8 +41,10 @@ class SchedulerActor:
         granted_before = self._scheduler.granted(ticket.ticket_id)
         if granted_before is not None:
             return granted_before
+        started = time.monotonic()
         refusal = self._scheduler.submit(ticket)
         if refusal is not None:
+            self._measure(ticket, refusal, started)
             return refusal
         earlier = self._waiting.get(ticket.ticket_id)
         if earlier is not None:  # asked again over a connection that broke: both get the one answer
@@ -46,12 +53,15 @@ class SchedulerActor:
         self._waiting[ticket.ticket_id] = granted
         self._dispatch()
         try:
-            return await granted
+            answer = await granted
         except asyncio.CancelledError:
+            self._measure(ticket, None, started)
             await self.withdraw(ticket.ticket_id)
             raise
         finally:
             self._waiting.pop(ticket.ticket_id, None)
+        self._measure(ticket, answer, started)
+        return answer
 
     async def complete(self, ticket_id: TicketId) -> None:
         self._scheduler.complete(ticket_id)
@@ -62,8 +72,17 @@ class SchedulerActor:
         self._dispatch()
 
     async def replica_alive(
-        self, replica_id: ReplicaId, capacity_rows: int, attention: str = "", profile: BatchProfile | None = None
+        self,
+        replica_id: ReplicaId,
+        capacity_rows: int,
+        attention: str = "",
+        profile: BatchProfile | None = None,
+        measured: Series | None = None,
     ) -> None:
+        """`measured`: what the replica has counted since it last said so."""
+        gauges = {key: values for key, values in (measured or {}).items() if BY_NAME[key[0]].kind == "gauge"}
+        self._meter.add({key: values for key, values in (measured or {}).items() if key not in gauges})
+        self._replica_gauges[replica_id] = gauges
         if self._expiry is None:
             self._expiry = asyncio.get_running_loop().create_task(self._expire_forever())
         self._scheduler.replica_alive(replica_id, capacity_rows, attention, profile)
@@ -75,12 +94,35 @@ class SchedulerActor:
     async def status(self) -> SchedulerStatus:
         return self._scheduler.status()
 
+    async def metrics(self) -> tuple[SchedulerStatus, Series]:
+        """The state, and what was counted here and on the replicas; their gauges are summed."""
+        present = self._scheduler.replica_ids
+        self._replica_gauges = {name: each for name, each in self._replica_gauges.items() if name in present}
+        gauges: dict[tuple[str, tuple[str, ...]], tuple[float, ...]] = {}
+        for each in self._replica_gauges.values():
+            for key, (value,) in each.items():
+                gauges[key] = (gauges.get(key, (0.0,))[0] + value,)
+        return self._scheduler.status(), {**self._meter.series(), **gauges}
+
     async def finish_s(self, ticket: Ticket) -> float | None:
         """See `Scheduler.finish_s`; the ticket is not queued."""
         return self._scheduler.finish_s(ticket)
 
     async def demand(self) -> Demand:
         return self._scheduler.demand()
+
+    def _measure(self, ticket: Ticket, answer: Grant | Overloaded | TooLate | None, started: float) -> None:
+        service_class = ticket.terms.service_class
+        match answer:
+            case Grant():
+                waited_s = time.monotonic() - started
+                self._meter.observe(SCHEDULER_GRANT_SECONDS, self._slug, service_class, value=waited_s)
+            case Overloaded():
+                self._meter.count(SCHEDULER_REFUSALS, self._slug, service_class, "overloaded")
+            case TooLate():
+                self._meter.count(SCHEDULER_REFUSALS, self._slug, service_class, "too_late")
+            case None:
+                self._meter.count(SCHEDULER_REFUSALS, self._slug, service_class, "withdrawn")
 
     def _dispatch(self) -> None:
         for answer in self._scheduler.dispatch():

@@ -23,6 +23,13 @@ import structlog
 from datasketches import req_floats_sketch
 
 from deployments.logs import configure_logs
+from deployments.meter import Meter, Series
+from deployments.metrics import (
+    ROLLOUT_INFER_SECONDS,
+    ROLLOUT_QUEUE_SECONDS,
+    ROLLOUT_SECONDS,
+    ROLLOUTS,
+)
 
 WINDOW_S = 24 * 3600.0
 QUARTER_S = 900.0
@@ -249,14 +256,18 @@ class StatusActor:
         self._histories: dict[str, ModelHistory] = {}
         self._saved_at = self._reported_at = -math.inf
         self._reports: dict[str, ModelReport] = {}
+        self._meter = Meter()
         if self._directory.is_dir():
             for each in sorted(self._directory.iterdir()):
                 if each.is_dir():
                     self._history(each.name).load(each)
 
-    async def add(self, samples: list[Sample]) -> None:
+    async def add(self, samples: list[Sample], measured: Series | None = None) -> None:
+        """`measured`: what an ingress replica has counted since it last said so."""
+        self._meter.add(measured or {})
         for sample in samples:
             self._history(sample.model).add(sample)
+            measure_sample(self._meter, sample)
         if self._clock() - self._saved_at >= SAVE_EVERY_S:
             self._saved_at = self._clock()
             self._save()
@@ -267,6 +278,9 @@ class StatusActor:
             self._reported_at = self._clock()
             self._reports = {model: history.report() for model, history in self._histories.items()}
         return self._started_at, self._reports
+
+    async def metrics(self) -> Series:
+        return self._meter.series()
 
     def _history(self, model: str) -> ModelHistory:
         if model not in self._histories:
@@ -279,6 +293,18 @@ class StatusActor:
                 history.save(self._directory / model)
         except OSError as error:
             log.error("status_not_saved", directory=str(self._directory), error=error.strerror)
+
+
+def measure_sample(meter: Meter, sample: Sample) -> None:
+    meter.count(ROLLOUTS, sample.model, sample.outcome)
+    if sample.outcome == "succeeded":
+        for metric, milliseconds in (
+            (ROLLOUT_QUEUE_SECONDS, sample.queue_ms),
+            (ROLLOUT_INFER_SECONDS, sample.infer_ms),
+            (ROLLOUT_SECONDS, sample.total_ms),
+        ):
+            if milliseconds is not None:
+                meter.observe(metric, sample.model, value=milliseconds / 1e3)
 
 
 def _percentiles(sketch: req_floats_sketch) -> Percentiles | None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import structlog
 
+from deployments.meter import Meter, Series
 from deployments.status import ModelReport, Sample
 
 SEND_EVERY_S = 0.5
@@ -22,6 +23,8 @@ class StatusClient:
     def __init__(self, actor: Any) -> None:
         self._actor = actor
         self._waiting: deque[Sample] = deque(maxlen=MAX_WAITING)
+        self.meter = Meter()
+        """Of this process; what it counts goes the same way."""
         self._sender: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -40,17 +43,25 @@ class StatusClient:
             report: tuple[float, dict[str, ModelReport]] = await self._actor.report.remote()
         return report
 
+    async def metrics(self) -> Series:
+        """Of all ingress replicas, and of the status actor; raises as `report` does."""
+        await self._send()  # what this one counted is in what it answers
+        async with asyncio.timeout(REPORT_TIMEOUT_S):
+            series: Series = await self._actor.metrics.remote()
+        return series
+
     async def _send_forever(self) -> None:
         while True:
             await asyncio.sleep(SEND_EVERY_S)
             await self._send()
 
     async def _send(self) -> None:
-        samples = list(self._waiting)
-        if not samples:
+        samples, measured = list(self._waiting), self.meter.drain()
+        if not samples and not measured:
             return
         self._waiting.clear()
         try:
-            await self._actor.add.remote(samples)
+            await self._actor.add.remote(samples, measured)
         except Exception as error:
+            self.meter.add(measured)
             log.warning("status_report_lost", error=type(error).__name__, samples=len(samples))

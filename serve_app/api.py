@@ -17,6 +17,7 @@ from serve_app.routes import (
     catalog,
     frames,
     jobs,
+    metrics,
     payments,
     predict,
     requests,
@@ -78,10 +79,16 @@ def create_api(parts: Services) -> FastAPI:
         ):
             api.include_router(router, prefix=base, include_in_schema=in_schema, dependencies=first, responses=ERRORS)
     api.include_router(status.pages, responses=ERRORS)
+    api.include_router(metrics.router, responses=ERRORS)
     api.include_router(sessions.sockets)
     errors.install(api, charge_for)
     limits = parts.args.limits
-    api.add_middleware(RequestEnvelope, max_body_bytes=limits.max_body_bytes, max_held_bytes=limits.max_held_bytes)
+    api.add_middleware(
+        RequestEnvelope,
+        max_body_bytes=limits.max_body_bytes,
+        max_held_bytes=limits.max_held_bytes,
+        meter=parts.status.meter,
+    )
     return api
 
 

@@ -135,6 +135,7 @@ class Gateway:
                 status=status,
                 booting=BootingReplicas(_booting_by_model),
                 audits=AuditsClient(ledger_actor),
+                metrics_secret=load_secret(args.data_dir / "metrics-secret").hex(),
                 open_to=self._open_to,
                 payments=PaymentsDesk(payments, ledger, PaymentsReader(database), payments_actor),
                 decoders=ThreadPoolExecutor(limits.image_decoders, thread_name_prefix="decode"),
@@ -179,6 +180,7 @@ def _replicas(model: ModelArgs, args: ClusterArgs) -> serve.Application:
         stall_s=args.limits.chunk_timeout_s,
         lpips_weights=args.lpips_weights,
         lpips_sha256=args.lpips_sha256,
+        num_gpus=model.num_gpus,
         scheduler_limits=scheduler_limits(model.slug, args),
         control_labels=args.control_labels,
     )

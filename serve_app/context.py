@@ -71,6 +71,8 @@ class Services:
     status: StatusClient
     booting: BootingReplicas
     audits: AuditsClient
+    metrics_secret: str
+    """Whoever scrapes the metrics sends it as a bearer token."""
     open_to: str
     """SHA-256 of the key that every request is taken to carry; empty but in development: each needs its own."""
     payments: PaymentsDesk

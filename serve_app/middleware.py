@@ -9,6 +9,8 @@ import structlog
 from starlette.datastructures import Headers, MutableHeaders
 
 from billing.keys import mint_request_id
+from deployments.meter import Meter
+from deployments.metrics import HTTP_REQUESTS, HTTP_SECONDS
 from serve_app.errors import ApiError, BodyTooLarge, GatewayFull, error_response
 
 Message = MutableMapping[str, Any]
@@ -17,6 +19,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+METHODS = ("GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH")
 REQUEST_ID_HEADER = "X-DreamEngine-Request-Id"
 
 _MAX_DIGITS = 18
@@ -39,8 +42,9 @@ class RequestEnvelope:
     refused, so that no number of uploads takes more memory than that allows.
     """
 
-    def __init__(self, app: Application, max_body_bytes: int, max_held_bytes: int) -> None:
+    def __init__(self, app: Application, max_body_bytes: int, max_held_bytes: int, meter: Meter) -> None:
         self._app = app
+        self._meter = meter
         self._max_body_bytes = max_body_bytes
         self._max_held_bytes = max_held_bytes
         self._held_bytes = 0
@@ -77,14 +81,23 @@ class RequestEnvelope:
             await response(scope, receive, send_with_id)
         finally:
             self._held_bytes -= body.held_bytes
+            took_s = time.perf_counter() - started
+            self._measure(scope, status, took_s)
             log.info(
                 "request",
                 request_id=request_id,
                 method=scope["method"],
                 path=scope["path"],
                 status=status,
-                ms=round((time.perf_counter() - started) * 1e3, 1),
+                ms=round(took_s * 1e3, 1),
             )
+
+    def _measure(self, scope: Scope, status: int, took_s: float) -> None:
+        """`status` is 0 where the client left before an answer began."""
+        route = getattr(scope.get("route"), "path", "none")  # the template: nobody can make up new ones
+        method = scope["method"] if scope["method"] in METHODS else "other"
+        self._meter.count(HTTP_REQUESTS, route, method, str(status))
+        self._meter.observe(HTTP_SECONDS, route, value=took_s)
 
     def _refusal(self, declared_bytes: int, body: _Body) -> ApiError | None:
         """Why a body of that length is not even begun. Room for it is held from here on: one that is begun is ended."""

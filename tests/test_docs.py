@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 
+from deployments.metrics import METRICS
 from serve_app.errors import PAYMENT_ERRORS, ROLLOUT_ERRORS, ApiError
 from serve_app.settings import Settings
 from tests.support.app import App
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
+METRICS_PAGE = (ROOT / "docs" / "08-metrics.md").read_text()
 WIRE = (ROOT / "docs" / "02-wire.md").read_text()
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("billing/*.md")])
 
@@ -18,6 +20,15 @@ PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *ROOT.glob("docs/**/*
 @pytest.mark.parametrize("name", [name.upper() for name in Settings.model_fields])
 def test_every_setting_is_in_the_readme(name: str) -> None:
     assert f"`{name}`" in README
+
+
+def test_every_metric_is_in_the_table_as_the_code_declares_it_and_no_other() -> None:
+    rows = [row for row in METRICS_PAGE.splitlines() if row.startswith("| `dream_")]
+    declared = [
+        f"| `{each.name}` | {each.kind} | {', '.join(f'`{label}`' for label in each.labels)} | {each.help} |"
+        for each in METRICS
+    ]
+    assert rows == declared
 
 
 async def test_every_route_is_in_the_wire_document(app: App) -> None:

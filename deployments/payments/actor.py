@@ -19,6 +19,8 @@ from billing.payments.reader import PaymentsReader
 from deployments import ledger_client
 from deployments.errors import LedgerUnavailable
 from deployments.logs import configure_logs
+from deployments.meter import Meter, Series
+from deployments.metrics import STRIPE_DIFFERENCE_CENTS, STRIPE_INBOX_AGE_SECONDS
 from deployments.payments import invoices, sweeps
 from deployments.payments.config import PaymentsConfig
 from deployments.payments.errors import PaymentError
@@ -53,6 +55,10 @@ class PaymentsActor:
         self._loops: list[asyncio.Task[None]] = []
         self._events = asyncio.Event()
         self._called_at = time.monotonic()
+        self._meter = Meter()
+
+    async def metrics(self) -> Series:
+        return self._meter.series()
 
     async def wake(self) -> None:
         """There may be something in the inbox; and somebody still wants this to run."""
@@ -126,12 +132,10 @@ class PaymentsActor:
         filed = await asyncio.to_thread(payments.reader.report, yesterday)
         if filed is None:
             report = await sweeps.reconcile(payments, yesterday, self._report_secret)
-            _gauge("dream_stripe_difference_cents", "Stripe's books less ours, of the last day").set(
-                report.difference_cents
-            )
+            self._meter.set(STRIPE_DIFFERENCE_CENTS, to=report.difference_cents)
         inbox = await asyncio.to_thread(payments.reader.inbox)
         age_s = 0.0 if inbox.oldest_received_at is None else payments.now() - inbox.oldest_received_at
-        _gauge("dream_stripe_inbox_age_seconds", "Of the oldest event that was not applied").set(age_s)
+        self._meter.set(STRIPE_INBOX_AGE_SECONDS, to=age_s)
 
 
 async def _value(work: Awaitable[Answer]) -> Answer | PaymentError | LedgerUnavailable:
@@ -139,14 +143,3 @@ async def _value(work: Awaitable[Answer]) -> Answer | PaymentError | LedgerUnava
         return await work
     except (PaymentError, LedgerUnavailable) as error:
         return error
-
-
-_gauges: dict[str, Any] = {}
-
-
-def _gauge(name: str, description: str) -> Any:
-    from ray.util.metrics import Gauge
-
-    if name not in _gauges:
-        _gauges[name] = Gauge(name, description)
-    return _gauges[name]

@@ -14,12 +14,14 @@ from billing.payments.commands import AutoTopup, AutoTopupSet, EventHint, Receiv
 from billing.payments.reader import PaymentsReader
 from deployments.errors import LedgerUnavailable
 from deployments.ledger_client import LedgerClient
+from deployments.meter import Series
 from deployments.payments import events
 from deployments.payments.config import PaymentsConfig
 from deployments.payments.errors import LedgerRefused, PaymentError, PaymentsDisabled, StripeUnavailable
 
 WAKE_EVERY_S = 5.0
 """Also what starts the actor's loops again after it was restarted."""
+METRICS_WITHIN_S = 2.0
 ANSWER_WITHIN_S = 30.0
 """How long a request waits for Stripe, however often that is asked again."""
 MAX_SHORTAGES = 1_000
@@ -44,6 +46,14 @@ class PaymentsDesk:
         """Called outside any request: Ray would cancel calls made in a cancelled request's context."""
         if self._actor is not None:
             self._waking = asyncio.get_running_loop().create_task(self._wake_for_ever())
+
+    async def metrics(self) -> Series:
+        """Of the payments actor; none while payments are off. Raises TimeoutError or a Ray error."""
+        if self._actor is None:
+            return {}
+        async with asyncio.timeout(METRICS_WITHIN_S):
+            series: Series = await self._actor.metrics.remote()
+        return series
 
     def stop(self) -> None:
         for task in (self._waking, *self._background):

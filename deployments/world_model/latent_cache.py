@@ -25,6 +25,8 @@ class LatentCache:
         self._latents: OrderedDict[bytes, Tensor] = OrderedDict()
         self.num_bytes = 0
         self.hits = 0
+        self.misses = 0
+        """Frames that were encoded."""
 
     def get_or_encode(
         self, frames: Sequence[Frame], encode: Callable[[list[Frame]], list[Tensor]], keep: Sequence[bool]
@@ -40,6 +42,7 @@ class LatentCache:
                 latents[digest] = self._latents[digest]
             elif digest not in unknown:
                 unknown[digest] = frame
+        self.misses += len(unknown)
         if unknown:
             latents |= zip(unknown, encode(list(unknown.values())), strict=True)
         worth_keeping = {digest for digest, kept in zip(digests, keep, strict=True) if kept}

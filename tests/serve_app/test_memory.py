@@ -7,6 +7,7 @@ from typing import Any
 
 from starlette.requests import Request
 
+from deployments.meter import Meter
 from serve_app.errors import GatewayFull
 from serve_app.forms import Form, read_form
 from serve_app.middleware import RequestEnvelope
@@ -78,7 +79,7 @@ async def test_a_hundred_uploads_at_once_stay_under_the_bound_and_who_does_not_f
         if len(arrived) + refused == 100:
             decided.set()
 
-    gateway = RequestEnvelope(application, 2**20, MAX_HELD_BYTES)
+    gateway = RequestEnvelope(application, 2**20, MAX_HELD_BYTES, Meter())
     gc.collect()
     tracemalloc.start()
     try:
@@ -109,7 +110,7 @@ async def test_a_body_that_does_not_say_its_length_is_counted_as_it_arrives() ->
 
     unsized = SCOPE | {"headers": [header for header in SCOPE["headers"] if header[0] != b"content-length"]}
     for max_held_bytes in (len(UPLOAD), len(UPLOAD) - 1):
-        gateway = RequestEnvelope(application, 2**20, max_held_bytes)
+        gateway = RequestEnvelope(application, 2**20, max_held_bytes, Meter())
         await gateway(dict(unsized), Arriving(UPLOAD), send)
         assert gateway._held_bytes == 0
     assert outcomes == ["read", "refused"]

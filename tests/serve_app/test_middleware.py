@@ -11,6 +11,7 @@ import pytest
 import structlog
 from structlog.testing import capture_logs
 
+from deployments.meter import Meter
 from serve_app.errors import BodyTooLarge
 from serve_app.middleware import RequestEnvelope
 from serve_app.settings import Limits
@@ -185,7 +186,7 @@ class TestAnswer:
             seen.append((scope, receive, send))
 
         arguments: Any = ({"type": "websocket"}, object(), object())
-        await RequestEnvelope(application, MAX_BODY_BYTES, MAX_HELD_BYTES)(*arguments)
+        await RequestEnvelope(application, MAX_BODY_BYTES, MAX_HELD_BYTES, Meter())(*arguments)
         assert seen == [arguments]
 
 
@@ -212,7 +213,7 @@ class TestLog:
 
 
 def _client(application: Any) -> httpx.AsyncClient:
-    envelope: Any = RequestEnvelope(application, MAX_BODY_BYTES, MAX_HELD_BYTES)
+    envelope: Any = RequestEnvelope(application, MAX_BODY_BYTES, MAX_HELD_BYTES, Meter())
     return httpx.AsyncClient(transport=httpx.ASGITransport(envelope), base_url="http://cluster.test")
 
 

@@ -34,9 +34,11 @@ from deployments.errors import DeadlinePassed
 from deployments.file_groups import open_file_groups
 from deployments.frame_store import FrameStore
 from deployments.ingress import Ingress
+from deployments.ledger_actor import measure_commit
 from deployments.ledger_audits import AuditsClient
 from deployments.ledger_client import LedgerClient
 from deployments.messages import NO_TERMS, ChunkReport, ChunkRow, ModelSpec, TicketTerms
+from deployments.meter import Meter, Series
 from deployments.model_client import ChunkTiming
 from deployments.payments.config import PaymentsConfig
 from deployments.payments.desk import PaymentsDesk
@@ -60,6 +62,7 @@ from serve_app.signing import LinkSigner
 from tests.support.models import StandInModel
 
 SLUG = "tiny-pusher"
+METRICS_SECRET = "5ec" * 8
 
 
 class LocalModel:
@@ -69,7 +72,8 @@ class LocalModel:
         self.spec = spec
         self.model = model
         self.terms: list[TicketTerms] = []
-        self.engine = Engine(model, spec.resolution, spec.fps, max_rows=16)
+        self.meter = Meter()
+        self.engine = Engine(model, spec.resolution, spec.fps, max_rows=16, slug=spec.slug, meter=self.meter)
 
     def start(self) -> None:
         pass
@@ -89,7 +93,10 @@ class LocalModel:
         return report, ChunkTiming(0.0, report.infer_ms)
 
     async def status(self) -> SchedulerStatus:
-        return SchedulerStatus(replicas=1, capacity_rows=16, running_rows=0, queued_rows=0)
+        return SchedulerStatus(replicas=1, capacity_rows=16, running_rows=0, queued_rows=0, cost_per_s=160.0)
+
+    async def metrics(self) -> tuple[SchedulerStatus, Series]:
+        return await self.status(), self.meter.series()
 
 
 class _Method:
@@ -114,6 +121,7 @@ class Ledgered:
     database: Database
     writer: LedgerWriter
     deaths: list[BaseException]
+    meter: Meter
 
     @property
     def reader(self) -> LedgerReader:
@@ -149,12 +157,13 @@ class Ledgered:
 def ledgered(url: str, clock: Callable[[], float] = time.time) -> Iterator[Ledgered]:
     database = open_database(url)
     migrate(database)
-    ledger = Ledger(database, clock)
+    meter = Meter()
+    ledger = Ledger(database, clock, on_commit=lambda commit: measure_commit(meter, commit))
     ledger.take_over()
     deaths: list[BaseException] = []
     writer = LedgerWriter(ledger, deaths.append)
     try:
-        yield Ledgered(database, writer, deaths)
+        yield Ledgered(database, writer, deaths, meter)
     finally:
         writer.stop()
         database.dispose()
@@ -189,6 +198,9 @@ class LedgerCall:
 
     async def audits(self) -> AuditReport | None:
         return self.audit_report
+
+    async def metrics(self) -> Series:
+        return self.ledger.meter.series()
 
 
 def no_payments(ledger: Ledgered, client: LedgerClient) -> PaymentsDesk:
@@ -255,6 +267,7 @@ async def running_app(
             status=status,
             booting=BootingReplicas(lambda: {SLUG: 0}),
             audits=AuditsClient(LocalActor(ledger_call)),
+            metrics_secret=METRICS_SECRET,
             open_to=open_to,
             payments=(payments or no_payments)(ledger, ledger_client),
             decoders=ThreadPoolExecutor(2),

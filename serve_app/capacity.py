@@ -1,0 +1,11 @@
+"""What row-steps per second are in rollouts: of the standard length, one candidate, the model's own number of steps."""
+
+import math
+
+from deployments.messages import ModelSpec
+from serve_app.catalog import STANDARD_FRAMES
+
+
+def rollouts_per_s(spec: ModelSpec, cost_per_s: float) -> float:
+    chunks = math.ceil((STANDARD_FRAMES - 1) / spec.chunk_size)
+    return cost_per_s / (chunks * spec.default_num_steps * (2 if spec.default_guidance else 1))
