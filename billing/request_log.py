@@ -12,7 +12,7 @@ from sqlalchemy import ColumnElement, Connection, Engine, Select, and_, case, fu
 from billing.commands import CustomerId, KeyId, RequestId
 from billing.errors import UnknownCursor
 from billing.money import Mils
-from billing.tables import api_key, entry, key_terms, reservation
+from billing.tables import api_key, entry, has_frames, key_terms, reservation
 
 MAX_EXAMINED = 20_000
 
@@ -211,7 +211,7 @@ def _passes(columns: Any, where: RequestFilter) -> list[ColumnElement[bool]]:
 
 
 def _of(customer_id: CustomerId, where: RequestFilter) -> list[ColumnElement[bool]]:
-    conditions = [reservation.c.customer_id == customer_id]
+    conditions = [reservation.c.customer_id == customer_id, has_frames]
     if where.since is not None:
         conditions.append(reservation.c.created_at >= where.since)
     if where.until is not None:

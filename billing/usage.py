@@ -9,7 +9,7 @@ from sqlalchemy import ColumnElement, Engine, func, literal_column, select, tupl
 from billing.commands import CustomerId, KeyId
 from billing.errors import TooManyRows, UnknownCursor
 from billing.money import Mils
-from billing.tables import budget_event, reservation
+from billing.tables import budget_event, has_frames, reservation
 
 MAX_USAGE_ROWS = 10_000
 
@@ -137,7 +137,7 @@ class UsageReader:
 
 
 def _of(customer_id: CustomerId, since: float | None, until: float | None) -> list[ColumnElement[bool]]:
-    conditions = [reservation.c.customer_id == customer_id]
+    conditions = [reservation.c.customer_id == customer_id, has_frames]
     if since is not None:
         conditions.append(reservation.c.created_at >= since)
     if until is not None:

@@ -87,9 +87,8 @@ def insert_all(table: Table, conflict: str = "") -> Write:
     )
 
 
-def update_all(table: Table, key: str, columns: Sequence[str], only: str = "") -> Write:
+def update_all(table: Table, key: str, columns: Sequence[str]) -> Write:
     """Rows are the new values and then the key."""
-    condition = f" AND {table.name}.{only}" if only else ""
     given = [*columns, key]
 
     def update(rows: str, names: Sequence[str]) -> str:
@@ -97,13 +96,13 @@ def update_all(table: Table, key: str, columns: Sequence[str], only: str = "") -
         changes = ", ".join(f"{name} = new.{new[name]}" for name in columns)
         return (
             f"UPDATE {table.name} SET {changes} FROM ({rows}) AS new"  # noqa: S608 - our own names
-            f" WHERE {table.name}.{key} = new.{new[key]}{condition}"
+            f" WHERE {table.name}.{key} = new.{new[key]}"
         )
 
     one = ", ".join(f"{name} = ?" for name in columns)
     numbered = [f"column{position}" for position in range(1, len(given) + 1)]
     return Write(
-        f"UPDATE {table.name} SET {one} WHERE {key} = ?{condition}",  # noqa: S608 - our own names
+        f"UPDATE {table.name} SET {one} WHERE {key} = ?",  # noqa: S608 - our own names
         tuple((size, update(f"VALUES {_values(given, size)}", numbered)) for size in _BLOCKS),
         update(recordset(table, given), given),
     )

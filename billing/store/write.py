@@ -63,9 +63,8 @@ _SETTLE = update_all(
     reservation,
     "request_id",
     ("captured", "refunded", "state", "reason", "settled_at", "settled_seq", "frames_delivered"),
-    only="state = 'open'",
 )
-_RENEW = update_all(reservation, "request_id", ("lease_until",), only="state = 'open'")
+_RENEW = update_all(reservation, "request_id", ("lease_until",))
 _RELEASE = update_all(submission, "request_id", ("released_at",))
 _FORGET = delete_all(submission, "request_id")
 

@@ -1,0 +1,86 @@
+"""The writer finds a request by its id: a batch costs the same however many requests its customer has or had."""
+
+from typing import Any
+
+import pytest
+from sqlalchemy import event, text
+
+from billing.commands import Heartbeat, Settle
+from billing.store import read_fence
+from tests.billing.conftest import Desk
+
+FOREIGN_KEYS = text(
+    """
+    SELECT conname,
+      ARRAY(SELECT attname FROM unnest(confkey) WITH ORDINALITY AS key (number, place)
+        JOIN pg_attribute ON attrelid = confrelid AND attnum = number ORDER BY place),
+      ARRAY(SELECT format_type(atttypid, NULL) FROM unnest(confkey) WITH ORDINALITY AS key (number, place)
+        JOIN pg_attribute ON attrelid = confrelid AND attnum = number ORDER BY place)
+    FROM pg_constraint WHERE contype = 'f' AND confrelid = 'reservation'::regclass
+    """
+)
+
+
+@pytest.fixture(params=["young", "settled", "analysed"])
+def desk(request: pytest.FixtureRequest, desk: Desk) -> Desk:
+    """A ledger with no request yet; with some, all settled; and with statistics that say so."""
+    if request.param != "young":
+        account = desk.account(credits_mils=1_000_000)
+        requests = [desk.reserve(account) for _ in range(500)]
+        desk.ledger.apply(requests)
+        desk.ledger.apply([Settle(each.request_id, 20, "") for each in requests])
+    if request.param == "analysed":
+        with desk.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            connection.execute(text("ANALYZE"))
+    return desk
+
+
+def test_a_batch_finds_its_requests_by_their_ids(desk: Desk) -> None:
+    account = desk.account(credits_mils=1_000_000)
+    before, now = ([desk.reserve(account) for _ in range(100)] for _ in range(2))
+    desk.ledger.apply(before)
+    commands = [
+        Heartbeat(tuple(each.request_id for each in before), 3_600.0),
+        *(Settle(each.request_id, 20, "") for each in before),
+        *now,
+    ]
+    asked: list[tuple[str, Any]] = []
+
+    def listen(_c: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
+        if "reservation" in statement:
+            asked.append((statement, parameters[0] if isinstance(parameters, list) else parameters))
+
+    successor = desk.new_ledger()  # it has everything yet to read
+    event.listen(desk.engine, "before_cursor_execute", listen)
+    try:
+        successor.apply(commands)
+    finally:
+        event.remove(desk.engine, "before_cursor_execute", listen)
+    wanted = ("SELECT", "INSERT INTO reservation", "UPDATE reservation SET lease", "UPDATE reservation SET captured")
+    for kind in wanted:
+        assert any(statement.startswith(kind) for statement, _ in asked), kind
+    explain = "EXPLAIN QUERY PLAN " if desk.engine.dialect.name == "sqlite" else "EXPLAIN "
+    with desk.engine.connect() as connection:
+        read_fence(connection)
+        for statement, parameters in asked:
+            rows = connection.exec_driver_sql(explain + statement, parameters)
+            plan = "\n".join(str(row[-1]) for row in rows)
+            assert "ix_reservation" not in plan, f"{statement}\n{plan}"
+
+
+def test_a_foreign_key_finds_its_request_by_the_id(desk: Desk) -> None:
+    """SQLite uses the key's own index and no other; PostgreSQL plans the query that is put here."""
+    if desk.engine.dialect.name == "sqlite":
+        return
+    with desk.engine.connect() as connection:
+        keys = connection.execute(FOREIGN_KEYS).all()
+        assert "fk_entry_reservation" in {key[0] for key in keys}
+        read_fence(connection)
+        connection.execute(text("SET LOCAL plan_cache_mode = force_generic_plan"))
+        for name, columns, types in keys:
+            found = " AND ".join(f"{column} = ${place}" for place, column in enumerate(columns, 1))
+            look_up = f"SELECT 1 FROM ONLY reservation x WHERE {found} FOR KEY SHARE OF x"
+            connection.exec_driver_sql(f"PREPARE {name} ({', '.join(types)}) AS {look_up}")
+            nothing = ", ".join(["NULL"] * len(types))
+            plan = "\n".join(connection.exec_driver_sql(f"EXPLAIN EXECUTE {name} ({nothing})").scalars())
+            assert "ix_reservation" not in plan, f"{look_up}\n{plan}"
