@@ -10,7 +10,7 @@ export HOST ?= 127.0.0.1
 export DATA_DIR ?= ./.data
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: serve test fuzz soak lint clean simulate-payments pay-in-browser simulate-ledger chaos-ledger mutate-ledger bench-ledger chaos-jobs
+.PHONY: serve test fuzz soak lint clean simulate-payments pay-in-browser simulate-ledger chaos-ledger mutate-ledger bench-ledger chaos-jobs scale-cluster
 
 # FAKE_STRIPE=1 turns payments on, against the fake Stripe of the tests: pay with a fake card.
 serve: $(VENV)/.installed
@@ -56,6 +56,10 @@ pay-in-browser: $(VENV)/.installed-dev
 # Async rollouts on a cluster whose processes are killed, a minute or two.
 chaos-jobs: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.job_chaos
+
+# Ray's autoscaler adds GPU nodes under load and takes them away after it, on one machine: two minutes.
+scale-cluster: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.cluster_autoscaling
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

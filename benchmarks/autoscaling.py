@@ -37,12 +37,12 @@ SCALING = ScalingArgs(boot_s=5, drain_s=10, window_s=5, calm_s=10)
 PATIENCE_S = 120.0
 
 
-def request_parts(seed: int) -> dict[str, Any]:
+def request_parts(seed: int, num_actions: int = ACTIONS, num_steps: int = NUM_STEPS) -> dict[str, Any]:
     frame, actions = io.BytesIO(), io.BytesIO()
     Image.fromarray(np.full((64, 64, 3), 128, np.uint8)).save(frame, "PNG")
-    np.save(actions, np.zeros((ACTIONS, 8), np.float32))
+    np.save(actions, np.zeros((num_actions, 8), np.float32))
     files = {"frame": frame.getvalue(), "actions": actions.getvalue()}
-    return {"files": files, "data": {"seed": str(seed), "num_steps": str(NUM_STEPS)}}
+    return {"files": files, "data": {"seed": str(seed), "num_steps": str(num_steps)}}
 
 
 async def watch(
