@@ -10,7 +10,7 @@ export HOST ?= 127.0.0.1
 export DATA_DIR ?= ./.data
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: serve test fuzz soak lint clean simulate-payments pay-in-browser simulate-ledger chaos-ledger mutate-ledger bench-ledger chaos-jobs scale-cluster
+.PHONY: serve test fuzz soak lint clean simulate-payments pay-in-browser simulate-ledger chaos-ledger mutate-ledger bench-ledger chaos-jobs scale-cluster dashboard check-metrics
 
 # FAKE_STRIPE=1 turns payments on, against the fake Stripe of the tests: pay with a fake card.
 serve: $(VENV)/.installed
@@ -60,6 +60,16 @@ chaos-jobs: $(VENV)/.installed-dev
 # Ray's autoscaler adds GPU nodes under load and takes them away after it, on one machine: two minutes.
 scale-cluster: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.cluster_autoscaling
+
+# After a change of serve_app/dashboard.py.
+dashboard: $(VENV)/.installed-dev
+	$(BIN)/python -m serve_app.dashboard > serve_app/config/dashboard.json
+
+# The alert rules by promtool, and a real Prometheus that scrapes a real cluster; `apt-get install prometheus` first.
+check-metrics: $(VENV)/.installed-dev
+	promtool check rules serve_app/config/alerts.yaml
+	promtool test rules tests/serve_app/alerts_test.yaml
+	$(BIN)/python -m benchmarks.scrape
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
