@@ -356,6 +356,10 @@ class ModelStatus(BaseModel):
     capacity_rows: int
     utilisation: float
     """Running rows over what the replicas take at a time, 0 to 1."""
+    capacity_rollouts_per_s: float | None
+    """Rollouts of 49 frames and one candidate that the replicas make in full batches; None while no rate is known."""
+    headroom_rollouts_per_s: float | None
+    """What of that the last half minute left unused."""
     cold_start_s: float
     """What the operator says a replica takes from being asked for until it serves."""
     requests: int

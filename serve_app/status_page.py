@@ -53,11 +53,18 @@ def _section(slug: str, model: ModelStatus, health: str) -> str:
     return (
         f"<h2>{escape(slug)} <span class={health}>{WORDS[health]}</span></h2>"
         f"<p>{model.replicas} replicas serve, {booting} start; {model.utilisation:.0%} busy, "
-        f"{model.queued_rows} candidates wait.</p>"
+        f"{model.queued_rows} candidates wait. {_headroom(model)}"
+        f"<small>A replica that is asked for now serves in about {model.cold_start_s:,.0f} s.</small></p>"
         f"{sparkline(model.quarters)}"
         f"<table><tr><th>latency, last 24 h<th>p50<th>p90<th>p99</tr>{times}</table>"
         f"<table><tr><th>outcomes<th>requests<th>errors<th>refunds</tr>{rates}</table>"
     )
+
+
+def _headroom(model: ModelStatus) -> str:
+    if model.headroom_rollouts_per_s is None or model.capacity_rollouts_per_s is None:
+        return ""
+    return f"Room for {model.headroom_rollouts_per_s:,.1f} of {model.capacity_rollouts_per_s:,.1f} rollouts a second. "
 
 
 def sparkline(quarters: list[LatencyQuarter]) -> str:

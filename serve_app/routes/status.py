@@ -13,9 +13,11 @@ from fastapi import APIRouter
 from fastapi.responses import HTMLResponse
 
 from deployments.ledger_audits import AuditsClient
+from deployments.messages import ModelSpec
 from deployments.model_client import ModelClient
 from deployments.scheduler import SchedulerStatus
 from deployments.status import NOTHING_YET, WINDOW_S, ModelReport, Percentiles
+from serve_app.capacity import rollouts_per_s
 from serve_app.context import ActiveSlug, Parts, Services
 from serve_app.schemas import (
     Health,
@@ -109,8 +111,8 @@ async def _status(parts: Services, active: str) -> Status:
     return Status(
         model=active,
         models={
-            slug: _model_status(models[slug], reports.get(slug, NOTHING_YET), queue, started)
-            for slug, queue in zip(parts.models, queues, strict=True)
+            slug: _model_status(models[slug], model.spec, reports.get(slug, NOTHING_YET), queue, started)
+            for (slug, model), queue in zip(parts.models.items(), queues, strict=True)
         },
         ledger=await ledger,
         uptime_s=round(time.time() - counting_since, 3),
@@ -152,13 +154,18 @@ async def _booting(parts: Services) -> Mapping[str, int] | None:
 
 
 def _model_status(
-    model: ModelArgs, report: ModelReport, queue: SchedulerStatus | None, booting: Mapping[str, int] | None
+    model: ModelArgs,
+    spec: ModelSpec,
+    report: ModelReport,
+    queue: SchedulerStatus | None,
+    booting: Mapping[str, int] | None,
 ) -> ModelStatus:
     state: Literal["ready", "starting", "idle", "unreachable"] = "ready"
     if queue is None:
         queue, state = SchedulerStatus(0, 0, 0, 0), "unreachable"
     elif not queue.replicas:
         state = "idle" if model.min_replicas == 0 and not queue.queued_rows else "starting"
+    rated = queue.cost_per_s > 0 or not queue.replicas
     return ModelStatus(
         state=state,
         replicas=queue.replicas,
@@ -168,6 +175,8 @@ def _model_status(
         queued_rows=queue.queued_rows,
         capacity_rows=queue.capacity_rows,
         utilisation=round(min(1.0, queue.running_rows / queue.capacity_rows), 4) if queue.capacity_rows else 0.0,
+        capacity_rollouts_per_s=round(rollouts_per_s(spec, queue.cost_per_s), 3) if rated else None,
+        headroom_rollouts_per_s=round(rollouts_per_s(spec, queue.headroom_cost_per_s), 3) if rated else None,
         cold_start_s=model.scaling.boot_s,
         requests=report.day.requests,
         frames=report.day.frames,

@@ -714,3 +714,20 @@ def test_a_hundred_thousand_waiting_tickets_cost_little_more_each_than_a_thousan
                 scheduler.expire()
         calls[size] = touched.lines
     assert calls[100_000] < 3 * calls[1_000]
+
+
+def test_the_status_tells_what_was_done_lately_and_forgets_it_again() -> None:
+    clock = Clock()
+    scheduler = Scheduler(clock, SchedulerLimits())
+    scheduler.replica_alive(ReplicaId("r"), 4, profile=ROW_S)
+    for index in range(60):
+        scheduler.submit(ticket(f"t{index}"))
+        scheduler.dispatch()
+        scheduler.complete(TicketId(f"t{index}"))
+        clock.now += 1.0
+    assert scheduler.status().recent_cost_per_s == pytest.approx(1 - math.exp(-2), rel=0.05)  # one a second
+    assert scheduler.status().headroom_cost_per_s == pytest.approx(
+        scheduler.status().cost_per_s - scheduler.status().recent_cost_per_s
+    )
+    clock.now += 300.0
+    assert scheduler.status().recent_cost_per_s < 1e-3

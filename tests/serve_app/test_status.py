@@ -6,6 +6,7 @@ import pytest
 
 from billing.auditor import AuditReport
 from billing.invariants import Violation
+from deployments.scheduler import SchedulerStatus
 from deployments.status import Sample
 from tests.support.app import App
 
@@ -46,6 +47,34 @@ async def test_the_status_gives_replicas_load_and_rates_of_each_model(app: App) 
     assert (model["state"], model["replicas"], model["booting_replicas"]) == ("ready", 1, 0)
     assert (model["utilisation"], model["max_replicas"]) == (0.0, 1)
     assert set(model["rates"]) == {"1m", "15m", "24h"}
+
+
+@pytest.mark.parametrize(
+    ("status", "capacity", "headroom"),
+    [
+        # 4 chunks of 4 steps are 16 row-steps a rollout.
+        (SchedulerStatus(2, 16, 8, 0, cost_per_s=160.0, recent_cost_per_s=40.0), 10.0, 7.5),
+        (SchedulerStatus(2, 16, 8, 9, cost_per_s=160.0, recent_cost_per_s=170.0), 10.0, 0.0),
+        (SchedulerStatus(2, 16, 0, 0), None, None),
+        (SchedulerStatus(0, 0, 0, 0), 0.0, 0.0),
+    ],
+    ids=["half busy", "overfull", "no rate known", "no replica"],
+)
+async def test_the_status_gives_capacity_and_headroom_in_rollouts(
+    app: App,
+    monkeypatch: pytest.MonkeyPatch,
+    status: SchedulerStatus,
+    capacity: float | None,
+    headroom: float | None,
+) -> None:
+    async def now() -> SchedulerStatus:
+        return status
+
+    monkeypatch.setattr(app.model, "status", now)
+    model = (await app.http.get("/v1/status")).json()["models"]["tiny-pusher"]
+    assert (model["capacity_rollouts_per_s"], model["headroom_rollouts_per_s"]) == (capacity, headroom)
+    page = (await app.http.get("/status")).text
+    assert ("rollouts a second" in page) == (capacity is not None)
 
 
 async def test_a_controller_that_is_away_leaves_the_number_of_booting_replicas_unknown(
