@@ -283,6 +283,7 @@ class Engine:
         except Exception as error:
             outcome = ChunkFailed(_reason(error))
         self._settle(active.job, active.index, outcome)
+        self._presenter.prepare()
 
     def _settle(self, job: _Job, index: int, outcome: ChunkOutcome) -> None:
         """Called from every thread of the engine; whoever settles the last row completes the job."""

@@ -6,7 +6,6 @@ as `s3://bucket/prefix`, is durable once it has answered.
 
 import os
 import shutil
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from datetime import datetime
@@ -73,8 +72,12 @@ class LocalFileGroups(FileGroups):
         target = self._directory / name
         if target.exists():
             return
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f"{target.name}.", suffix=".partial", dir=target.parent))
+        partial = target.with_name(f"{target.name}.{uuid4().hex}.partial")
+        try:
+            partial.mkdir(mode=0o700)
+        except FileNotFoundError:  # the first of its kind
+            target.parent.mkdir(parents=True, exist_ok=True)
+            partial.mkdir(mode=0o700)
         try:
             for file, content in files.items():
                 _write(partial / file, content, durable)
@@ -87,8 +90,10 @@ class LocalFileGroups(FileGroups):
             except OSError:  # it was stored meanwhile
                 if not target.exists():
                     raise
-        finally:
+                shutil.rmtree(partial, ignore_errors=True)
+        except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
+            raise
 
     def read(self, name: str, file: str) -> bytes:
         return (self._directory / name / file).read_bytes()

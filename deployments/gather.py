@@ -6,6 +6,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from deployments.chunk_loop import (
     finished_chunks,
     no_references,
 )
-from deployments.messages import ChunkDone, Closeness, Frames, RolloutRequest, TicketTerms
+from deployments.messages import ChunkDone, ChunkForm, Closeness, Frames, ModelSpec, RolloutRequest, TicketTerms
 from deployments.model_client import ModelClient
 from deployments.presenter import exact_png
 from deployments.video import join_chunks
@@ -46,7 +47,7 @@ async def run_chunks(
     model: ModelClient, request: RolloutRequest, terms: TicketTerms, finished: list[FinishedChunk]
 ) -> None:
     """Append each chunk to `finished`, which so holds what was made even if this raises or is cancelled."""
-    plan = plan_of(request, terms)
+    plan = replace(plan_of(request, terms), form=form_of(request, model.spec))
     extras = request.extras
     survivors: Survivors = everyone if extras.keep == 1 else lambda chunk: nearest(chunk, extras.keep)
     async with AsyncExitStack() as stack:
@@ -67,8 +68,9 @@ async def gather(model: ModelClient, request: RolloutRequest, finished: Sequence
         1 + min(len(actions), size * len(parts)) for actions, parts in zip(request.candidates, done, strict=True)
     )
     distances = tuple(parts[-1].distance for parts in done if parts[-1].distance is not None)
+    outputs = partial(_outputs, request, done, frames, distances, model.spec)
     return Gathered(
-        outputs=await asyncio.to_thread(_outputs, request, done, frames, distances, model.spec.fps),
+        outputs=outputs() if form_of(request, model.spec) == "mp4" else await asyncio.to_thread(outputs),
         candidate_frames=frames,
         distances=distances,
         closeness=_mean_closeness(done, frames, size) if extras.score else None,
@@ -89,6 +91,12 @@ def plan_of(request: RolloutRequest, terms: TicketTerms) -> ChunkPlan:
         goal=request.extras.goal,
         terms=terms,
     )
+
+
+def form_of(request: RolloutRequest, model: ModelSpec) -> ChunkForm:
+    """What replicas make of its frames. Video that is never joined is made an mp4 there, beside the model."""
+    is_one_chunk = max(len(actions) for actions in request.candidates) <= model.chunk_size
+    return "mp4" if request.extras.form == "h264" and is_one_chunk else request.extras.form
 
 
 def nearest(chunk: FinishedChunk, keep: float) -> Collection[int]:
@@ -129,11 +137,12 @@ def _outputs(
     done: Sequence[Sequence[ChunkDone]],
     frames: Sequence[int],
     distances: Sequence[float],
-    fps: int,
+    model: ModelSpec,
 ) -> tuple[bytes, ...]:
+    form, fps = form_of(request, model), model.fps
     match request.extras.returns:
         case "mp4":
-            return tuple(_mp4(parts, fps, count) for parts, count in zip(done, frames, strict=True))
+            return tuple(_mp4(parts, form, fps, count) for parts, count in zip(done, frames, strict=True))
         case "npz":
             return tuple(_npy(request, parts) for parts in done)
         case "last_frame":
@@ -141,12 +150,14 @@ def _outputs(
         case "scores":
             best = min(range(len(done)), key=distances.__getitem__) if request.extras.best_clip else None
             return tuple(
-                _mp4(parts, fps, count) if index == best else b""
+                _mp4(parts, form, fps, count) if index == best else b""
                 for index, (parts, count) in enumerate(zip(done, frames, strict=True))
             )
 
 
-def _mp4(parts: Sequence[ChunkDone], fps: int, num_frames: int) -> bytes:
+def _mp4(parts: Sequence[ChunkDone], form: ChunkForm, fps: int, num_frames: int) -> bytes:
+    if form == "mp4":
+        return parts[0].video
     return join_chunks([part.video for part in parts], fps, num_frames)
 
 

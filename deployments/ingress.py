@@ -7,6 +7,7 @@ import asyncio
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 import structlog
 
@@ -211,16 +212,27 @@ class Ingress:
                 closeness=gathered.closeness,
                 seed=request.seed,
             )
-            await asyncio.to_thread(self._results.put, result, lasting)
+            if lasting:
+                await asyncio.to_thread(self._results.put, result, True)
         except BaseException as failure:
             await self._refund(request, failure)
             raise
         # No await from here on: the frames exist, so nothing may come between them and their caller.
         self._reservations.settle_later(
-            request.request_id, num_frames, "pruned" if num_frames < request.num_frames else ""
+            request.request_id,
+            num_frames,
+            "pruned" if num_frames < request.num_frames else "",
+            first=None if lasting else partial(self._keep, result),
         )
         self._report(request, "succeeded", result)
         return result
+
+    async def _keep(self, result: RolloutResult) -> None:
+        """For a repetition, which reads it once it is captured; without it, it learns that the result has expired."""
+        try:
+            await asyncio.to_thread(self._results.put, result, False)
+        except Exception as error:  # an object store has its own
+            log.error("result_not_kept", request_id=result.request_id, error=repr(error))
 
     async def _cost(self, request: RolloutRequest, reserved: Reserved, num_frames: int) -> Mils:
         """What the settlement will keep: at the rate that was reserved, which is a quote's if there was one."""

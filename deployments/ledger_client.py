@@ -49,6 +49,7 @@ class LedgerClient:
     async def flush(self) -> None:
         """Return once everything submitted so far has been answered."""
         while self._num_unanswered:
+            self._arrived.set()
             self._idle.clear()
             await self._idle.wait()
 
@@ -58,8 +59,9 @@ class LedgerClient:
         if self._sender is not None:
             self._sender.cancel()
 
-    def submit(self, command: Command) -> "asyncio.Future[Outcome]":
-        """The command's outcome to come. It is sent whether or not anybody waits, even if the future is cancelled.
+    def submit(self, command: Command, within_s: float = 0.0) -> "asyncio.Future[Outcome]":
+        """The command's outcome to come. It is sent whether or not anybody waits, even if the future is cancelled: with
+        the next command, and `within_s` at the latest.
 
         Raises:
             LedgerUnavailable: too many commands are waiting already.
@@ -69,23 +71,26 @@ class LedgerClient:
         answer: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         self._num_unanswered += 1
         self._waiting.append(_Waiting(command, answer, time.monotonic() + RETRY_FOR_S))
-        self._arrived.set()
+        if within_s:
+            asyncio.get_running_loop().call_later(within_s, self._arrived.set)
+        else:
+            self._arrived.set()
         return answer
 
-    async def apply(self, command: Command) -> Outcome:
+    async def apply(self, command: Command, within_s: float = 0.0) -> Outcome:
         """The command's outcome; being cancelled while waiting does not take the command back.
 
         Raises:
             LedgerUnavailable: the writer could not be reached in time; the command may or may not have been applied.
         """
-        return await self.submit(command)
+        return await self.submit(command, within_s)
 
     async def _send_forever(self) -> None:
         while True:
+            await self._arrived.wait()
+            batch = [self._waiting.popleft() for _ in range(min(MAX_BATCH, len(self._waiting)))]
             if not self._waiting:
                 self._arrived.clear()
-                await self._arrived.wait()
-            batch = [self._waiting.popleft() for _ in range(min(MAX_BATCH, len(self._waiting)))]
             while batch:
                 try:
                     async with asyncio.timeout(RETRY_FOR_S):

@@ -48,8 +48,9 @@ class ModelSpec:
 Metric = Literal["mse", "psnr", "ssim", "lpips", "latent"]
 """How alike two pictures are: mean squared error of values in [0, 1], decibels, similarity, the published network's
 distance, or the mean squared distance in the space that the model's own tokenizer maps them to."""
-ChunkForm = Literal["h264", "png", "jpeg", "raw", "none"]
-"""What a replica makes of a chunk's frames, beside the last of them, before they travel."""
+ChunkForm = Literal["h264", "mp4", "png", "jpeg", "raw", "none"]
+"""What a replica makes of a chunk's frames, beside the last of them, before they travel. An mp4 is of a chunk that is
+the whole rollout; H.264 is joined with other chunks'."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,8 +260,8 @@ class ChunkJob:
 @dataclass(frozen=True, slots=True)
 class ChunkDone:
     video: bytes
-    """H.264 Annex B of this chunk's frames, starting with a key frame; chunk 0 begins with the start frame. Empty
-    unless that form was asked for."""
+    """H.264 Annex B of this chunk's frames, starting with a key frame, or an mp4 of them; chunk 0 begins with the start
+    frame. Empty unless one of these forms was asked for."""
     last_frame: Frame
     """The start frame of the next chunk."""
     pictures: tuple[bytes, ...] = ()

@@ -8,7 +8,7 @@ import asyncio
 import hashlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,11 +31,13 @@ from deployments.messages import (
     TicketTerms,
 )
 from deployments.meter import Series
-from deployments.scheduler import Grant, Overloaded, SchedulerStatus, TooLate
+from deployments.scheduler import Grant, Notice, Overloaded, SchedulerStatus, TooLate
 
 MAX_ATTEMPTS = 3
 """A chunk is tried on another replica at most twice."""
 SCHEDULER_RETRY_S = 0.1
+NOTICE_EVERY_S = 0.002
+"""Notices that come within this time of the last call travel in one."""
 STATUS_TIMEOUT_S = 2.0
 RETRY_AFTER_TIMEOUT_S = 5
 """What a client is told after it waited in vain: the queue drains slower than anybody should wait."""
@@ -62,7 +64,7 @@ class ModelClient:
         self._chunk_timeout_s = chunk_timeout_s
         self._begun_timeout_s = queue_timeout_s + 2 * chunk_timeout_s
         """What has begun waits for whatever runs now, and for what had begun before it."""
-        self._notices: asyncio.Queue[Callable[[], Any]] = asyncio.Queue()
+        self._notices: asyncio.Queue[Notice] = asyncio.Queue()
         self._notifier: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -124,12 +126,11 @@ class ModelClient:
                 return report, ChunkTiming((granted - started) * 1e3, report.infer_ms)
             except RayActorError as error:
                 log.warning("replica_lost", model=self.spec.slug, replica=grant.replica_id, attempt=attempt)
-                self._notify(self._scheduler.replica_gone.remote, grant.replica_id)
+                self._notices.put_nowait(("replica_gone", grant.replica_id))
                 if attempt + 1 == MAX_ATTEMPTS:
                     raise EngineFailed(self.spec.slug, "its replica died") from error
             finally:
-                end = self._scheduler.complete if finished else self._scheduler.withdraw
-                self._notify(end.remote, ticket.ticket_id)
+                self._notices.put_nowait(("complete" if finished else "withdraw", ticket.ticket_id))
         raise AssertionError("unreachable: the last attempt returns or raises")
 
     async def finish_s(self, num_rows: int, num_steps: int, guidance: float, terms: TicketTerms) -> float | None:
@@ -194,14 +195,15 @@ class ModelClient:
             raise EngineFailed(self.spec.slug, "its replica could not run the work") from error
         return report
 
-    def _notify(self, call: Callable[..., Any], argument: str) -> None:
-        self._notices.put_nowait(lambda: call(argument))
-
     async def _notify_forever(self) -> None:
         while True:
-            send = await self._notices.get()
-            send()
-            self._notices.task_done()
+            notices = [await self._notices.get()]
+            while not self._notices.empty():
+                notices.append(self._notices.get_nowait())
+            self._scheduler.notice.remote(notices)
+            for _ in notices:
+                self._notices.task_done()
+            await asyncio.sleep(NOTICE_EVERY_S)
 
 
 def _digest(frame: Frame) -> str:

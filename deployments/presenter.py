@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from deployments.messages import ChunkDone, ChunkRow, Closeness, Frame, Frames, Metric
-from deployments.video import encode_chunk
+from deployments.video import Encoders, encode_chunk, join_chunks
 
 MAX_PICTURE_BYTES = 700_000
 """A PNG that is larger travels as JPEG: in base64 it would be more than the 1 MiB that clients take in one message."""
@@ -34,7 +34,8 @@ class Presenter:
 
     def __init__(self, model: Any, resolution: tuple[int, int], fps: int, lpips: FrameDistance | None = None) -> None:
         self._model = model
-        self._resolution, self._fps = resolution, fps
+        self._fps = fps
+        self._encoders = Encoders(resolution, fps)
         self._lpips = lpips
 
     def present(self, row: ChunkRow, frames: Frames) -> ChunkDone:
@@ -43,7 +44,9 @@ class Presenter:
         video, pictures, raw = b"", tuple[bytes, ...](), None
         match row.form:
             case "h264":
-                video = encode_chunk(shown, self._resolution, self._fps)
+                video = encode_chunk(shown, self._encoders.take())
+            case "mp4":
+                video = join_chunks([encode_chunk(shown, self._encoders.take())], self._fps, len(shown))
             case "png":
                 pictures = tuple(png(frame) for frame in shown)
             case "jpeg":
@@ -65,6 +68,10 @@ class Presenter:
             else self._distance(frames[-1], np.array(row.goal.frame), row.goal.metric),
             closeness=None if row.reference is None else self._closeness(frames, np.array(row.reference)),
         )
+
+    def prepare(self) -> None:
+        """Make the next chunk's video start sooner; for when nobody waits for this thread."""
+        self._encoders.refill()
 
     def _distance(self, frame: Frame, goal: Frame, metric: Metric) -> float:
         match metric:

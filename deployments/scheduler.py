@@ -11,6 +11,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from billing.commands import CustomerId
 from deployments.batching import BatchProfile
@@ -29,6 +30,10 @@ UNKNOWN_COST_PER_S = 10.0
 """A replica's rate, for counting demand, until one has said its own."""
 UNKNOWN_RATE_RETRY_AFTER_S = 5.0
 """What is said while nothing is known that a rate could be read from."""
+
+
+Notice = tuple[Literal["complete", "withdraw", "replica_gone"], str]
+"""What became of a ticket, or of a replica, by the name of the method that takes it."""
 
 
 @dataclass(frozen=True, slots=True)

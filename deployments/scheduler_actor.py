@@ -6,6 +6,7 @@ announce themselves again within a heart-beat, and callers submit again what was
 
 import asyncio
 import time
+from collections.abc import Sequence
 
 from deployments.batching import BatchProfile
 from deployments.logs import configure_logs
@@ -15,6 +16,7 @@ from deployments.metrics import BY_NAME, SCHEDULER_GRANT_SECONDS, SCHEDULER_REFU
 from deployments.scheduler import (
     Demand,
     Grant,
+    Notice,
     Overloaded,
     Refused,
     Scheduler,
@@ -56,19 +58,24 @@ class SchedulerActor:
             answer = await granted
         except asyncio.CancelledError:
             self._measure(ticket, None, started)
-            await self.withdraw(ticket.ticket_id)
+            self._scheduler.withdraw(ticket.ticket_id)
+            self._dispatch()
             raise
         finally:
             self._waiting.pop(ticket.ticket_id, None)
         self._measure(ticket, answer, started)
         return answer
 
-    async def complete(self, ticket_id: TicketId) -> None:
-        self._scheduler.complete(ticket_id)
-        self._dispatch()
-
-    async def withdraw(self, ticket_id: TicketId) -> None:
-        self._scheduler.withdraw(ticket_id)
+    async def notice(self, notices: Sequence[Notice]) -> None:
+        """What callers saw, in order."""
+        for kind, name in notices:
+            match kind:
+                case "complete":
+                    self._scheduler.complete(TicketId(name))
+                case "withdraw":
+                    self._scheduler.withdraw(TicketId(name))
+                case "replica_gone":
+                    self._scheduler.replica_gone(ReplicaId(name))
         self._dispatch()
 
     async def replica_alive(

@@ -5,6 +5,7 @@ concatenation. libx264 (GPL, inside the PyAV wheel) does the encoding.
 """
 
 import io
+from collections import deque
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 
@@ -22,8 +23,7 @@ UNITS_PER_FRAME = 1000
 """Of the time that fragments are counted in."""
 
 
-def encode_chunk(frames: Iterable[Frame], resolution: tuple[int, int], fps: int) -> bytes:
-    """H.264 Annex B of `frames`, uint8 (H, W, 3) each: one key frame, then its differences."""
+def open_encoder(resolution: tuple[int, int], fps: int) -> av.VideoCodecContext:
     height, width = resolution
     encoder = av.CodecContext.create("libx264", "w")
     assert isinstance(encoder, av.VideoCodecContext)
@@ -32,6 +32,36 @@ def encode_chunk(frames: Iterable[Frame], resolution: tuple[int, int], fps: int)
     encoder.time_base = Fraction(1, fps)
     encoder.framerate = Fraction(fps)
     encoder.options = ENCODER_OPTIONS
+    encoder.open()
+    return encoder
+
+
+class Encoders:
+    """One encoder opened ahead, since opening takes as long as a dozen small frames (2 ms). For several threads.
+
+    Each encodes one chunk: what it remembered of another would change the bytes."""
+
+    def __init__(self, resolution: tuple[int, int], fps: int) -> None:
+        self._resolution, self._fps = resolution, fps
+        self._ready: deque[av.VideoCodecContext] = deque(maxlen=1)
+        self._taken = False
+
+    def take(self) -> av.VideoCodecContext:
+        self._taken = True
+        try:
+            return self._ready.pop()
+        except IndexError:
+            return open_encoder(self._resolution, self._fps)
+
+    def refill(self) -> None:
+        """Open the next one, if one has been taken since."""
+        if self._taken:
+            self._taken = False
+            self._ready.append(open_encoder(self._resolution, self._fps))
+
+
+def encode_chunk(frames: Iterable[Frame], encoder: av.VideoCodecContext) -> bytes:
+    """H.264 Annex B of `frames`, uint8 (H, W, 3) each: one key frame, then its differences. `encoder` is spent."""
     packets: list[bytes] = []
     for index, pixels in enumerate(frames):
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")

@@ -41,6 +41,7 @@ from serve_app.catalog import CATALOG, PACKAGED_CHECKPOINTS, model_spec
 from serve_app.context import Services
 from serve_app.envelopes import Envelopes
 from serve_app.job_services import job_services
+from serve_app.known_keys import KnownKeys
 from serve_app.rate_limit import TokenBuckets
 from serve_app.settings import ClusterArgs, ModelArgs
 from serve_app.signing import LinkSigner, load_secret
@@ -126,6 +127,7 @@ class Gateway:
                 statements=StatementReader(database),
                 prices=Prices(reader.prices, usage.frames_since),
                 buckets=TokenBuckets(time.monotonic, share=1 / args.ingress_replicas),
+                known_keys=KnownKeys(time.monotonic),
                 results=results,
                 sessions=self._sessions,
                 frames=FrameStore(open_file_groups(args.results)),

@@ -34,6 +34,7 @@ from serve_app.catalog import CATALOG
 from serve_app.envelopes import Envelopes
 from serve_app.errors import ModelNotFound, NotAuthenticated, RateLimited
 from serve_app.job_services import JobServices
+from serve_app.known_keys import KnownKeys
 from serve_app.no_auth import refuse_strangers
 from serve_app.rate_limit import TokenBuckets
 from serve_app.settings import ClusterArgs
@@ -62,6 +63,7 @@ class Services:
     statements: StatementReader
     prices: Prices
     buckets: TokenBuckets
+    known_keys: KnownKeys
     results: ResultStore
     frames: FrameStore
     sessions: Sessions
@@ -106,11 +108,25 @@ def base_url(request: Request, parts: Services) -> str:
 
 
 async def authenticate(request: HTTPConnection) -> KeyRecord:
-    """The caller's key, after its bucket gave a token. Runs before the body is read."""
+    """The caller's key as it is now, after its bucket gave a token. Runs before the body is read."""
     parts = services(request)
-    if parts.open_to:
-        refuse_strangers(request)
-    key = await parts.ask(parts.reader.key_by_token_hash, parts.open_to or _presented(request))
+    sha256 = _presented(request, parts)
+    return _admit(request, parts, await parts.ask(parts.reader.key_by_token_hash, sha256))
+
+
+async def authenticate_for_work(request: HTTPConnection) -> KeyRecord:
+    """The same where nothing is done for a key but what the ledger permits it again: read lately is enough there."""
+    parts = services(request)
+    sha256 = _presented(request, parts)
+    key = parts.known_keys.get(sha256)
+    if key is None:
+        key = await parts.ask(parts.reader.key_by_token_hash, sha256)
+        if key is not None:
+            parts.known_keys.add(sha256, key)
+    return _admit(request, parts, key)
+
+
+def _admit(request: HTTPConnection, parts: Services, key: KeyRecord | None) -> KeyRecord:
     if key is None:
         raise NotAuthenticated("the API key is not known here")
     if key.revoked:
@@ -124,8 +140,11 @@ async def authenticate(request: HTTPConnection) -> KeyRecord:
     return key
 
 
-def _presented(request: HTTPConnection) -> str:
-    """SHA-256 of the key that the request carries."""
+def _presented(request: HTTPConnection, parts: Services) -> str:
+    """SHA-256 of the key that the request carries, or is taken to carry."""
+    if parts.open_to:
+        refuse_strangers(request)
+        return parts.open_to
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() != "bearer" or not token:
         raise NotAuthenticated("send your API key as `Authorization: Bearer dre_...`")
@@ -139,7 +158,7 @@ def charge_for(request: Request, refused: CreditsInsufficient) -> None:
     services(request).payments.note_shortage(request.state.customer_id, refused.requested_mils)
 
 
-def check_base(request: Request) -> None:
+async def check_base(request: Request) -> None:
     """Refuse what is under `/models/{base_model}` for a model that there is not. The paid routes see to it themselves:
     `POST /v1/rollouts` never answers 404, see `errors`."""
     slug = request.path_params["base_model"]
@@ -147,21 +166,27 @@ def check_base(request: Request) -> None:
         raise ModelNotFound(f"{slug!r} is not in the catalog; see /v1/models")
 
 
-def active_slug(request: Request) -> str:
+async def active_slug(request: Request) -> str:
     """The one model that is active under this base URL: the one in the path, else the deployment's default."""
     slug: str = request.path_params.get("base_model") or services(request).args.default_model
     return slug
 
 
-def active_model(request: Request) -> ModelSpec:
-    slug = active_slug(request)
+async def active_model(request: Request) -> ModelSpec:
+    slug = await active_slug(request)
     model = services(request).models.get(slug)
     if model is None:
         raise ModelNotFound(f"{slug} is not served here; see /v1/models")
     return model.spec
 
 
-Parts = Annotated[Services, Depends(services)]
+async def _services(request: HTTPConnection) -> Services:
+    return services(request)
+
+
+# Coroutines all of them: FastAPI calls anything else in a thread, at half a millisecond each.
+Parts = Annotated[Services, Depends(_services)]
 Caller = Annotated[KeyRecord, Depends(authenticate)]
+PayingCaller = Annotated[KeyRecord, Depends(authenticate_for_work)]
 ActiveSlug = Annotated[str, Depends(active_slug)]
 ActiveModel = Annotated[ModelSpec, Depends(active_model)]

@@ -33,7 +33,7 @@ import httpx
 import numpy as np
 from tqdm import tqdm
 
-from deployments.video import encode_chunk, join_chunks
+from deployments.video import encode_chunk, join_chunks, open_encoder
 from deployments.world_model.lpips import Lpips
 from deployments.world_model.metrics import psnr_per_frame, ssim
 from serve_app.jobs.episodes import BadDataset, BadEpisode, Episode, EpisodeRef, Frames, list_episodes, load_episode
@@ -161,7 +161,7 @@ class Evaluator:
         directory.mkdir(parents=True, exist_ok=True)
         beside = np.concatenate([episode.frames, generated], axis=2)
         name = f"{work_name(self._plan.run, episode, self._plan.seed)[5:21]}.mp4"
-        chunk = encode_chunk(beside, beside.shape[1:3], CLIP_FPS)
+        chunk = encode_chunk(beside, open_encoder(beside.shape[1:3], CLIP_FPS))
         (directory / name).write_bytes(join_chunks([chunk], CLIP_FPS, len(beside)))
         return f"clips/{name}"
 

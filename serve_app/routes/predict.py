@@ -7,7 +7,7 @@ from fastapi import APIRouter, Depends, Query, Request, Response
 from billing.reader import KeyRecord
 from deployments.messages import ModelSpec, RolloutRequest
 from deployments.streaming import StreamForm
-from serve_app.context import ActiveModel, Caller, Parts, Services, authenticate
+from serve_app.context import ActiveModel, Parts, PayingCaller, Services, authenticate_for_work
 from serve_app.errors import InvalidRequest
 from serve_app.forms import Form, read_form
 from serve_app.routes.answers import BATCH, MP4, batch_answer, result_headers
@@ -17,7 +17,7 @@ from serve_app.routes.quotes import DryRun, as_json, estimate
 from serve_app.routes.streams import asked_form, streamed
 from serve_app.schemas import BatchParams, PredictParams
 
-paid = APIRouter(tags=["rollouts"], dependencies=[Depends(authenticate)])
+paid = APIRouter(tags=["rollouts"], dependencies=[Depends(authenticate_for_work)])
 
 
 def knobs(schema: type[PredictParams]) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def knobs(schema: type[PredictParams]) -> dict[str, Any]:
 async def predict(
     request: Request,
     parts: Parts,
-    caller: Caller,
+    caller: PayingCaller,
     model: ActiveModel,
     dry_run: DryRun = False,
     stream: Annotated[StreamForm | None, Query(description="Send frames as they are made")] = None,
@@ -67,7 +67,7 @@ async def predict(
     ),
 )
 async def predict_batch(
-    request: Request, parts: Parts, caller: Caller, model: ActiveModel, dry_run: DryRun = False
+    request: Request, parts: Parts, caller: PayingCaller, model: ActiveModel, dry_run: DryRun = False
 ) -> Response:
     """K rollouts that share a start frame, reserved and charged as one; the answer is a tar of K mp4s in order."""
     if asked_form(request, "mp4" if "stream" in request.query_params else None) is not None:

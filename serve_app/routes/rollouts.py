@@ -11,7 +11,7 @@ from billing.commands import RequestId
 from billing.reader import KeyRecord
 from deployments.messages import ModelSpec, RolloutRequest, RolloutResult
 from deployments.webhooks import check_url
-from serve_app.context import ActiveSlug, Caller, Parts, Services, authenticate, base_url
+from serve_app.context import ActiveSlug, Parts, PayingCaller, Services, authenticate_for_work, base_url
 from serve_app.errors import ApiError, Forbidden, Gone, InvalidRequest, ModelRefused, NotFound
 from serve_app.forms import read_form, validate
 from serve_app.middleware import REQUEST_ID_HEADER
@@ -23,7 +23,7 @@ from serve_app.schemas import Estimate, RolloutEnvelope, RolloutParams
 log = structlog.get_logger(__name__)
 
 router = APIRouter(tags=["rollouts"])
-paid = APIRouter(tags=["rollouts"], dependencies=[Depends(authenticate)])
+paid = APIRouter(tags=["rollouts"], dependencies=[Depends(authenticate_for_work)])
 """Whatever costs money. Each takes `DryRun`: a price that was asked for must never be charged instead."""
 
 
@@ -41,7 +41,12 @@ paid = APIRouter(tags=["rollouts"], dependencies=[Depends(authenticate)])
     ),
 )
 async def create_rollout(
-    request: Request, response: Response, parts: Parts, caller: Caller, active: ActiveSlug, dry_run: DryRun = False
+    request: Request,
+    response: Response,
+    parts: Parts,
+    caller: PayingCaller,
+    active: ActiveSlug,
+    dry_run: DryRun = False,
 ) -> RolloutEnvelope | Response:
     """One rollout; the answer links to its video. `params` is JSON text with the fields of `RolloutParams`; with
     `"mode": "async"` the answer is 202 as soon as it is paid for and queued."""

@@ -314,15 +314,45 @@ async def test_a_settlement_is_tried_until_the_ledger_is_back(app: App, monkeypa
     assert failures == 0
 
 
-async def test_a_video_that_cannot_be_kept_is_not_charged(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
-    def disk_full(*_: object) -> None:
-        raise OSError("no space left on device")
+def disk_full(*_: object) -> None:
+    raise OSError("no space left on device")
 
+
+async def test_a_video_whose_link_cannot_be_kept_is_not_charged(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(app.services.results, "put", disk_full)
     key = customer(app, 1_000)
     with pytest.raises(OSError, match="no space"):
-        await ingress(app).run(request_of(key))
+        await ingress(app).run(request_of(key), lasting=True)
     assert balance(app, key.customer_id) == 1_000
+
+
+async def test_what_only_a_repetition_would_miss_is_delivered_though_it_cannot_be_kept(
+    app: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app.services.results, "put", disk_full)
+    key = customer(app, 1_000)
+    assert (await ingress(app).run(request_of(key, payload="same"))).videos
+    with pytest.raises(ResultExpired):
+        await ingress(app).run(request_of(key, payload="same"))
+    assert balance(app, key.customer_id) == 755
+
+
+async def test_a_repetition_waits_until_the_first_result_can_be_read(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
+    may_store, put = threading.Event(), app.services.results.put
+
+    def slow(*arguments: Any) -> None:
+        assert may_store.wait(timeout=30)
+        put(*arguments)
+
+    monkeypatch.setattr(app.services.results, "put", slow)
+    key = customer(app, 1_000)
+    first = await ingress(app).run(request_of(key, payload="same"))
+    again = asyncio.create_task(ingress(app).run(request_of(key, payload="same")))
+    await asyncio.wait([again], timeout=0.2)
+    assert not again.done()
+    may_store.set()
+    assert (await again).videos == first.videos
+    assert balance(app, key.customer_id) == 755
 
 
 async def test_stopping_waits_for_the_settlements_that_are_left(app: App) -> None:

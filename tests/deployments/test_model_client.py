@@ -104,6 +104,7 @@ def replicas() -> Replicas:
 @pytest.fixture
 async def client(scheduler: Remote, replicas: Replicas, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[ModelClient]:
     monkeypatch.setattr(deployments.model_client.ray, "cancel", lambda call: call.cancel())
+    monkeypatch.setattr(deployments.model_client, "NOTICE_EVERY_S", 0.0)
     running = ModelClient(SPEC, scheduler, Remote(replicas), queue_timeout_s=30.0, chunk_timeout_s=30.0)
     running.start()
     yield running

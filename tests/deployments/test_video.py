@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from deployments.messages import Frame
-from deployments.video import encode_chunk, join_chunks
+from deployments.video import Encoders, encode_chunk, join_chunks, open_encoder
 from tests.support.video import decode
 
 FPS = 10
@@ -20,6 +20,10 @@ def moving_gradient(num_frames: int, height: int, width: int) -> list[Frame]:
     return [np.roll(picture, index, axis=1) for index in range(num_frames)]
 
 
+def encode(frames: list[Frame]) -> bytes:
+    return encode_chunk(frames, open_encoder((64, 64), FPS))
+
+
 def psnr(one: list[Frame], other: list[Frame]) -> float:
     error = np.mean((np.stack(one).astype(float) - np.stack(other).astype(float)) ** 2)
     return float(10 * np.log10(255**2 / error))
@@ -29,7 +33,7 @@ def psnr(one: list[Frame], other: list[Frame]) -> float:
 def test_chunks_encoded_apart_join_into_one_video_of_all_frames_in_order(resolution: tuple[int, int]) -> None:
     frames = moving_gradient(49, *resolution)
     pieces = [frames[:13], frames[13:25], frames[25:37], frames[37:]]
-    video = join_chunks([encode_chunk(piece, resolution, FPS) for piece in pieces], FPS, 49)
+    video = join_chunks([encode_chunk(piece, open_encoder(resolution, FPS)) for piece in pieces], FPS, 49)
     decoded = decode(video)
     assert len(decoded) == 49
     assert psnr(frames, decoded) > 35
@@ -37,7 +41,7 @@ def test_chunks_encoded_apart_join_into_one_video_of_all_frames_in_order(resolut
 
 def test_the_mp4_says_its_true_rate_and_length() -> None:
     frames = moving_gradient(49, 64, 64)
-    video = join_chunks([encode_chunk(frames[:13], (64, 64), FPS), encode_chunk(frames[13:], (64, 64), FPS)], FPS, 49)
+    video = join_chunks([encode(frames[:13]), encode(frames[13:])], FPS, 49)
     with av.open(io.BytesIO(video), "r") as container:
         stream = container.streams.video[0]
         assert stream.codec_context.name == "h264"
@@ -51,10 +55,19 @@ def test_the_mp4_says_its_true_rate_and_length() -> None:
 
 def test_the_same_frames_give_the_same_bytes() -> None:
     frames = moving_gradient(13, 64, 64)
-    assert encode_chunk(frames, (64, 64), FPS) == encode_chunk(frames, (64, 64), FPS)
+    assert encode(frames) == encode(frames)
+
+
+def test_an_encoder_that_was_opened_ahead_changes_no_byte_and_is_used_once() -> None:
+    frames, encoders = moving_gradient(13, 64, 64), Encoders((64, 64), FPS)
+    first = encode_chunk(moving_gradient(5, 64, 64), encoders.take())
+    encoders.refill()
+    ahead = encoders.take()
+    assert encode_chunk(frames, ahead) == encode(frames) != first
+    assert encoders.take() is not ahead
 
 
 def test_a_clip_that_lost_a_frame_is_never_passed_off_as_whole() -> None:
-    chunk = encode_chunk(moving_gradient(12, 64, 64), (64, 64), FPS)
+    chunk = encode(moving_gradient(12, 64, 64))
     with pytest.raises(ValueError, match="hold 12 frames, not 13"):
         join_chunks([chunk], FPS, 13)

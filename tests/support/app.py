@@ -56,6 +56,7 @@ from serve_app.catalog import CATALOG, model_spec
 from serve_app.context import Services
 from serve_app.envelopes import Envelopes
 from serve_app.job_services import job_services
+from serve_app.known_keys import KnownKeys
 from serve_app.rate_limit import TokenBuckets
 from serve_app.settings import ClusterArgs, Limits, ModelArgs
 from serve_app.signing import LinkSigner
@@ -256,6 +257,7 @@ async def running_app(
             statements=StatementReader(ledger.database),
             prices=Prices(ledger.reader.prices, UsageReader(ledger.database).frames_since),
             buckets=TokenBuckets(time.monotonic),
+            known_keys=KnownKeys(time.monotonic),
             results=results,
             sessions=sessions,
             frames=FrameStore(open_file_groups(str(data_dir / "results"))),
