@@ -18,6 +18,7 @@ from deployments.batching import BatchProfile
 from deployments.drain_rate import DrainRate, RecentRate
 from deployments.fair_queue import FairQueue, Waiting
 from deployments.messages import ReplicaId, ServiceClass, Ticket, TicketId
+from deployments.present_batches import PresentBatches
 
 BATCHES_AHEAD = 2
 """Rows that a replica holds, in batches: the one that runs and the next."""
@@ -135,12 +136,17 @@ class _Replica:
     cost_per_s: float = 0.0
     """In full batches; 0 without a profile."""
 
-    def present_batch_s(self, now: float) -> float:
-        """What is left of the batch that runs."""
+    @property
+    def batch_ends_at(self) -> float | None:
+        """When the batch that runs is done; None while nothing runs, or no profile tells."""
         if not self.running or self.profile is None:
-            return 0.0
-        took_s = self.cost / self.rows * self.profile.step_s(min(self.rows, self.capacity_rows))
-        return max(0.0, self.progress_at + took_s - now)
+            return None
+        return self.progress_at + self.cost / self.rows * self.profile.step_s(min(self.rows, self.capacity_rows))
+
+    @property
+    def cost_ahead(self) -> float:
+        """Of what was granted beyond the batch that runs."""
+        return self.cost * (self.rows - self.capacity_rows) / self.rows if self.rows > self.capacity_rows else 0.0
 
     def has_room_for(self, ticket: Ticket) -> bool:
         """A ticket wider than the whole replica still runs, alone."""
@@ -179,6 +185,13 @@ class Scheduler:
         self._running_cost = 0
         self._num_full = 0
         """Replicas with a full batch."""
+        self._num_busy = 0
+        self._cost_ahead = 0.0
+        """Granted to replicas beyond their present batches."""
+        self._present = PresentBatches()
+        self._promised_per_s = 0.0
+        self._backlog_cost = 0
+        """Of the rollouts whose tickets wait or run, with their later chunks."""
         self._busy_cost_per_s = 0.0
         self._busy_since = 0.0
         """Of the replicas that run something: their rates, and the sum of rate times `progress_at`."""
@@ -210,6 +223,7 @@ class Scheduler:
             return Overloaded(self._retry_after_s(ticket))
         self._arrivals += 1
         self._queue.add(Waiting(ticket, self._arrivals, deadline))
+        self._backlog_cost += ticket.cost * terms.chunks_left
         heapq.heappush(self._patience, (min(deadline, now + ticket.patience_s), ticket.ticket_id))
         return None
 
@@ -225,7 +239,7 @@ class Scheduler:
             if replica is None:
                 break
             if now + self._shortest_run_s(ticket, replica) > waiting.deadline:
-                self._queue.remove(ticket.ticket_id)
+                self._leave_queue(ticket)
                 answers.append(Refused(ticket.ticket_id, TooLate()))
                 continue
             self._queue.take(ticket.ticket_id)
@@ -243,8 +257,9 @@ class Scheduler:
 
     def withdraw(self, ticket_id: TicketId) -> None:
         """Its client is gone: drop it from the queue, or free what it holds. Unknown tickets are ignored."""
-        if ticket_id in self._queue:
-            self._queue.remove(ticket_id)
+        waiting = self._queue.get(ticket_id)
+        if waiting is not None:
+            self._leave_queue(waiting.ticket)
         else:
             self._release(ticket_id)
 
@@ -290,7 +305,7 @@ class Scheduler:
             _, ticket_id = heapq.heappop(self._patience)
             waiting = self._queue.get(ticket_id)
             if waiting is not None:
-                self._queue.remove(ticket_id)
+                self._leave_queue(waiting.ticket)
                 why = TooLate() if waiting.deadline < now else Overloaded(self._retry_after_s(waiting.ticket))
                 refused.append(Refused(ticket_id, why))
         if len(self._patience) > 2 * len(self._queue) + 64:
@@ -340,10 +355,11 @@ class Scheduler:
         return self._replicas.keys()
 
     def demand(self) -> Demand:
-        """Looks at every ticket, so it is for a policy that asks once a second."""
-        tickets = [*(waiting.ticket for waiting in self._queue), *(each.ticket for each in self._running.values())]
-        backlog = sum(ticket.cost * ticket.terms.chunks_left for ticket in tickets)
-        return Demand(self._offered_cost / self._replica_cost_per_s, backlog / self._replica_cost_per_s)
+        return Demand(self._offered_cost / self._replica_cost_per_s, self._backlog_cost / self._replica_cost_per_s)
+
+    def _leave_queue(self, ticket: Ticket) -> None:
+        self._queue.remove(ticket.ticket_id)
+        self._backlog_cost -= ticket.cost * ticket.terms.chunks_left
 
     def _replica_for(self, ticket: Ticket) -> _Replica | None:
         """The replica that has its start frame already, if the rows fit into its present batch; else the roomiest."""
@@ -382,6 +398,7 @@ class Scheduler:
         if running is None:
             return None
         ticket, replica = running.ticket, self._replicas[running.replica_id]
+        self._backlog_cost -= ticket.cost * ticket.terms.chunks_left
         self._count_busy(replica, -1)
         replica.running.remove(ticket_id)
         replica.progress_at = self._clock()
@@ -401,20 +418,37 @@ class Scheduler:
         self._running_rows += sign * replica.rows
         self._running_cost += sign * replica.cost
         self._num_full += sign * (replica.rows >= replica.capacity_rows)
+        self._cost_ahead += sign * replica.cost_ahead
+        self._promised_per_s += sign * replica.cost_per_s
         if replica.running:
             self._count_busy(replica, sign)
+        if sign > 0:
+            self._expect(replica)
+        else:
+            self._present.forget(replica.replica_id)
+
+    def _expect(self, replica: _Replica) -> None:
+        end = replica.batch_ends_at
+        if end is None:
+            self._present.forget(replica.replica_id)
+        else:
+            self._present.expect(replica.replica_id, end)
 
     def _count_busy(self, replica: _Replica, sign: int) -> None:
+        self._num_busy += sign
         self._busy_cost_per_s += sign * replica.cost_per_s
         self._busy_since += sign * replica.cost_per_s * replica.progress_at
 
     def _add(self, replica: _Replica, rows: int, cost: int) -> None:
         was_full = replica.rows >= replica.capacity_rows
+        self._cost_ahead -= replica.cost_ahead
         replica.rows += rows
         replica.cost += cost
         self._running_rows += rows
         self._running_cost += cost
         self._num_full += (replica.rows >= replica.capacity_rows) - was_full
+        self._cost_ahead += replica.cost_ahead
+        self._expect(replica)
         self._place(replica)
 
     def _place(self, replica: _Replica) -> None:
@@ -432,7 +466,7 @@ class Scheduler:
         return replica is not None and replica.turn == entry[2]
 
     def _promise(self) -> None:
-        promised = sum(replica.cost_per_s for replica in self._replicas.values())
+        promised = round(self._promised_per_s, 6) if self._replicas else 0.0  # what is added and taken away leaves dust
         self._drain.promise(promised)
         if promised:
             self._replica_cost_per_s = promised / len(self._replicas)
@@ -462,14 +496,9 @@ class Scheduler:
 
         Of `ahead` row-steps of the queue and of what was granted ahead, if all have `num_steps`.
         """
-        now, replicas = self._clock(), self._replicas.values()
-        cap = next(iter(replicas)).capacity_rows
-        beyond = [replica for replica in replicas if replica.rows > cap]
-        ahead += sum(replica.cost * (replica.rows - cap) / replica.rows for replica in beyond)
-        present_s = 0.0
-        if all(replica.running for replica in replicas):
-            present_s = sum(replica.present_batch_s(now) for replica in replicas) / len(replicas)
-        batches, rows = divmod(round(ahead / len(replicas) / num_steps), cap)
+        num_replicas, cap = len(self._replicas), next(iter(self._replicas.values())).capacity_rows
+        present_s = self._present.left_s(self._clock()) / num_replicas if self._num_busy == num_replicas else 0.0
+        batches, rows = divmod(round((ahead + self._cost_ahead) / num_replicas / num_steps), cap)
         return present_s, batches, rows
 
     def _shortest_run_s(self, ticket: Ticket, replica: _Replica) -> float:

@@ -664,6 +664,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.scheduler._running_cost == sum(replica.cost for replica in replicas)
         assert self.scheduler._num_full == sum(replica.rows >= replica.capacity_rows for replica in replicas)
         assert math.isclose(self.scheduler._busy_cost_per_s, sum(replica.cost_per_s for replica in busy), abs_tol=1e-6)
+        assert self.scheduler._num_busy == len(busy)
+        assert math.isclose(self.scheduler._cost_ahead, sum(each.cost_ahead for each in replicas), abs_tol=1e-6)
+        assert math.isclose(self.scheduler._promised_per_s, sum(each.cost_per_s for each in replicas), abs_tol=1e-6)
+        tickets = [*self.waiting.values(), *(each for each, _ in self.running.values())]
+        assert self.scheduler._backlog_cost == sum(each.cost * each.terms.chunks_left for each in tickets)
+        ends = [each.batch_ends_at for each in replicas if each.batch_ends_at is not None]
+        left_s = sum(max(0.0, end - self.scheduler._clock()) for end in ends)
+        assert math.isclose(self.scheduler._present.left_s(self.scheduler._clock()), left_s, abs_tol=1e-6)
 
     @invariant()
     def no_replica_idles_while_somebody_may_run(self) -> None:
