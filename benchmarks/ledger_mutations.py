@@ -79,7 +79,7 @@ EDITS = {
         "test_idempotency.py",
     ),
     "refunded work is no repetition": Edit(
-        "billing.core.reservations", 'if each.state == "open" or each.captured > 0]', "]", "test_idempotency.py"
+        "billing.core.reservations", 'if each.state == "open" or each.frames_delivered]', "]", "test_idempotency.py"
     ),
     "keys are forgotten": Edit("billing.core.reservations", "book.forget(submission)", "pass", "test_idempotency.py"),
     "keys are kept for a day": Edit(
@@ -161,6 +161,31 @@ EDITS = {
     "prices follow each other": Edit(
         "billing.core.price_book", "command.version != len(versions) + 1", "False", "test_simulation.py"
     ),
+    "units are charged once a month": Edit(
+        "billing.core.units", "or (customer_id, model, period) in book.allotments:", "or False:", "test_units.py"
+    ),
+    "units are charged to who can pay": Edit("billing.core.units", "> wallet.spendable:", "> 10**15:", "test_units.py"),
+    "units pay for no more than their allotment": Edit(
+        "billing.core.units", "min(frames, allotment.frames - allotment.used)", "frames", "test_units.py"
+    ),
+    "units of who owes pay for nothing": Edit(
+        "billing.core.units", "wallet.debt > 0 or wallet.balance < wallet.floor", "False", "test_units.py"
+    ),
+    "what units were to pay for comes back": Edit(
+        "billing.core.units", "if missing > 0:", "if False:", "test_units.py"
+    ),
+    "a charged month stands": Edit(
+        "billing.core.units",
+        "if (command.customer_id, command.model, command.from_period) in book.allotments:",
+        "if False:",
+        "test_units.py",
+    ),
+    "units follow each other": Edit(
+        "billing.core.units", "command.from_period <= newest.from_period", "False", "test_units.py"
+    ),
+    "units begin now or later": Edit(
+        "billing.core.units", "if command.from_period < period_of(book.ts):", "if False:", "test_units.py"
+    ),
     "malformed commands": Edit("billing.ledger", "malformed(command) for", "None for", "test_ledger.py"),
     "durable SQLite": Edit("billing.database", "synchronous = FULL", "synchronous = NORMAL", "test_database.py"),
     "SQLite's foreign keys": Edit("billing.database", "foreign_keys = ON", "foreign_keys = OFF", "test_database.py"),
@@ -176,6 +201,7 @@ ENTRY_CHECKS = {
     "tr_entry_reversal": "kind IN ('reversal'",
     "tr_entry_repayment": "kind = 'repayment'",
     "tr_entry_transfer": "kind IN ('transfer_out'",
+    "tr_entry_fee": "kind = 'fee'",
 }
 
 
@@ -192,6 +218,10 @@ def schema_rules() -> list[str]:
         "uq_debt_after",
         "uq_price_effective",
         "uq_statement_end",
+        "uq_provision_period",
+        "uq_provision_terms",
+        "uq_unit_charge_frames",
+        "uq_unit_use_after",
         "ck_wallet_floor",  # its credit line has the same rule
     }
     rules = set()

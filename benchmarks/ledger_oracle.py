@@ -11,6 +11,7 @@ from datetime import UTC, datetime, timedelta
 from billing.commands import (
     AddPrice,
     BudgetExceeded,
+    ChargeUnits,
     CloseStatement,
     Command,
     CreateKey,
@@ -41,13 +42,17 @@ from billing.commands import (
     SetMember,
     Settle,
     Settled,
+    SetUnits,
     StatementClosed,
     Transfer,
     Transferred,
+    UnitsCharged,
+    UnitsSet,
     UnknownCustomer,
     UnknownPayment,
     UnknownReservation,
 )
+from billing.keys import unit_charge_id
 from billing.money import Mils
 
 DAY_S = 86_400
@@ -90,7 +95,18 @@ class Held:
     per_frames: int
     drawn: int
     day: int
+    units: "Allotment | None" = None
+    """Those that pay for the first `covered` frames."""
+    covered: int = 0
     settled: Settled | None = None
+
+
+@dataclass
+class Allotment:
+    """Frames of one model that a month's units pay for."""
+
+    frames: int
+    used: int = 0
 
 
 class Oracle:
@@ -107,6 +123,8 @@ class Oracle:
         self.quotes: dict[str, tuple[Quote, str, Quoted]] = {}
         self.prices: defaultdict[tuple[str, str], list[AddPrice]] = defaultdict(list)
         self.statements: dict[tuple[str, str], StatementClosed] = {}
+        self.units: defaultdict[tuple[str, str], list[SetUnits]] = defaultdict(list)
+        self.allotments: dict[tuple[str, str, str], Allotment] = {}
 
     def disputes(self, command: Command, outcome: Outcome, ts: float) -> Outcome | None:
         """What the answer should have been, if it is another. `ts` is the time of the batch's entries."""
@@ -154,6 +172,10 @@ class Oracle:
                 return self.close_statement(command, ts)
             case AddPrice():
                 return self.add_price(command)
+            case SetUnits():
+                return self.set_units(command, ts)
+            case ChargeUnits():
+                return self.charge_units(ts)
             case _:
                 return None
 
@@ -175,7 +197,11 @@ class Oracle:
             if (owner, quote.model, quote.frames) != wanted or quoted.expires_at <= ts:
                 return QuoteRefused("")
             rate, per_frames = quote.mils_per_frame, quote.per_frames
-        amount = cost(command.frames, rate, per_frames)
+        units = self.allotments.get((customer, command.model, month_of(ts)))
+        covered = 0
+        if units is not None and account.debt == 0 and account.balance >= account.floor:
+            covered = min(command.frames, units.frames - units.used)
+        amount = cost(command.frames - covered, rate, per_frames)
         missing, today = amount - account.spendable, int(ts // DAY_S)
         if missing > 0:
             if account.debt or account.cap is None or account.parent is None:
@@ -191,18 +217,23 @@ class Oracle:
                 return InsufficientCredits(Mils(both), Mils(amount), Mils(parent.debt))
             self.move(parent, account, missing)
             account.drawn[today] += missing
+        if units is not None:
+            units.used += covered
         account.change(-amount, "usage")
         reserved = Reserved(
             command.request_id, self.keys[command.key_id][1].customer_id, Mils(amount), Mils(account.balance)
         )
-        self.requests[command.request_id] = Held(reserved, command.frames, rate, per_frames, max(0, missing), today)
+        held = Held(reserved, command.frames, rate, per_frames, max(0, missing), today, units, covered)
+        self.requests[command.request_id] = held
         return reserved
 
     def settle(self, request_id: str, delivered: int) -> Settled:
         held = self.requests[request_id]
         if held.settled is None:
             account = self.accounts[held.reserved.customer_id]
-            captured = cost(delivered, held.rate, held.per_frames)
+            captured = cost(max(0, delivered - held.covered), held.rate, held.per_frames)
+            if held.units is not None:
+                held.units.used -= max(0, held.covered - delivered)
             refunded = held.reserved.amount_mils - captured
             if refunded:
                 account.change(refunded, "usage")
@@ -362,6 +393,36 @@ class Oracle:
             return Rejected("")
         return PriceAdded(command.model, command.customer_id, command.version)
 
+    def set_units(self, command: SetUnits, ts: float) -> Outcome:
+        if command.customer_id not in self.accounts:
+            return UnknownCustomer(command.customer_id)
+        versions = self.units[command.customer_id, command.model]
+        if command.version == len(versions) + 1:
+            charged = (command.customer_id, command.model, command.from_period) in self.allotments
+            too_early = versions and versions[-1].from_period >= command.from_period
+            if charged or too_early or command.from_period < month_of(ts):
+                return Rejected("")
+            versions.append(command)
+        if command.version > len(versions) or versions[command.version - 1] != command:
+            return Rejected("")
+        return UnitsSet(command.customer_id, command.model, command.version)
+
+    def charge_units(self, ts: float) -> UnitsCharged:
+        month = month_of(ts)
+        charged, unpaid = [], []
+        for (customer, model), versions in sorted(self.units.items()):
+            standing = [each for each in versions if each.from_period <= month]
+            if not standing or not standing[-1].units or (customer, model, month) in self.allotments:
+                continue
+            price, account = standing[-1].units * standing[-1].unit_mils, self.accounts[customer]
+            if price > account.spendable:
+                unpaid.append(standing[-1].customer_id)
+                continue
+            account.change(-price, "usage")
+            self.allotments[customer, model, month] = Allotment(standing[-1].units * standing[-1].unit_frames)
+            charged.append(unit_charge_id(standing[-1].customer_id, model, month))
+        return UnitsCharged(tuple(charged), tuple(dict.fromkeys(unpaid)))
+
     def move(self, source: Account, target: Account, amount: int) -> None:
         source.change(-amount, "transfers")
         target.change(amount, "transfers")
@@ -376,6 +437,10 @@ class Oracle:
 def cost(frames: int, rate: int, per_frames: int) -> int:
     whole, rest = divmod(frames * rate, per_frames)
     return whole + (rest > 0)
+
+
+def month_of(ts: float) -> str:
+    return f"{datetime.fromtimestamp(ts, UTC):%Y-%m}"
 
 
 def days_of(period: str, ts: float) -> tuple[range, float]:

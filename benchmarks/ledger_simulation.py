@@ -32,6 +32,7 @@ from benchmarks.ledger_oracle import Oracle
 from billing.checks import malformed
 from billing.commands import (
     AddPrice,
+    ChargeUnits,
     CloseStatement,
     Command,
     CreateKey,
@@ -61,18 +62,22 @@ from billing.commands import (
     SetMember,
     Settle,
     Settled,
+    SetUnits,
     StatementClosed,
     Transfer,
     Transferred,
+    UnitsSet,
     UnknownReservation,
 )
 from billing.core import Book, decide
 from billing.core.book import (
+    Allotment,
     CreditLineRow,
     Entry,
     Key,
     Payment,
     PriceRow,
+    ProvisionRow,
     QuoteRow,
     Reservation,
     StatementRow,
@@ -126,6 +131,8 @@ class Database:
     payments: dict[str, Payment] = field(default_factory=dict)
     quotes: dict[str, QuoteRow] = field(default_factory=dict)
     prices: dict[tuple[str, str], list[PriceRow]] = field(default_factory=dict)
+    provisions: dict[tuple[CustomerId, str], list[ProvisionRow]] = field(default_factory=dict)
+    allotments: dict[tuple[CustomerId, str, str], Allotment] = field(default_factory=dict)
     transfers: dict[str, TransferRow] = field(default_factory=dict)
     drawn: dict[CustomerId, Counter[int]] = field(default_factory=dict)
     statements: dict[CustomerId, list[StatementRow]] = field(default_factory=dict)
@@ -189,8 +196,17 @@ class Database:
                     self._load_wallet(book, CustomerId(command.customer_id))
                     versions = self.prices.get((command.model, command.customer_id), ())
                     book.prices[command.model, command.customer_id] = list(versions)
+                case SetUnits() | ChargeUnits():
+                    for (customer_id, model), known in self.provisions.items():
+                        self._load_wallet(book, customer_id)
+                        book.provisions[customer_id, model] = list(known)
+                    if isinstance(command, SetUnits):
+                        self._load_wallet(book, command.customer_id)
                 case ExpireLeases():
                     expires = True
+        for allotment in self.allotments.values() if len(book.allotments) < len(self.allotments) else ():
+            month = (allotment.customer_id, allotment.model, allotment.period)
+            book.allotments.setdefault(month, copy.copy(allotment))
         if expires:
             request_ids.update(id_ for id_ in self.open if self.reservations[id_].lease_until <= book.now)
             for request_id, submission in self.submissions.items():
@@ -277,7 +293,8 @@ class Database:
             self.keys[key.key_id] = copy.copy(key)
         for reservation in book.new_reservations:
             hold(reservation.request_id not in self.reservations, "a request reserved twice", reservation)
-            price = part_of_rate(reservation.frames, reservation.mils_per_frame, reservation.per_frames)
+            paid = reservation.frames - (reservation.covered or 0)
+            price = part_of_rate(paid, reservation.mils_per_frame, reservation.per_frames)
             hold(reservation.amount == price, "a price", reservation)
             if reservation.drawn:
                 hold(f"{reservation.request_id}.draw" in book.transfers, "drawn from nowhere", reservation)
@@ -337,7 +354,9 @@ class Database:
             hold(price.version == len(versions) + 1, "a gap between prices", price)
             hold(not versions or versions[-1].effective_from < price.effective_from, "prices out of order", price)
             versions.append(price)
-        entries = {(each.customer_id, each.seq): each for each in book.entries} if book.new_transfers else {}
+        rows = book.new_transfers or book.new_charges
+        entries = {(each.customer_id, each.seq): each for each in book.entries} if rows else {}
+        self._commit_units(book, entries)
         for transfer in book.new_transfers:
             hold(transfer.transfer_id not in self.transfers, "transferred twice", transfer)
             out = entries[transfer.from_id, transfer.from_seq]
@@ -361,7 +380,7 @@ class Database:
         for entry in book.entries:
             if entry.customer_id == statement.customer_id and start[0] < entry.seq <= statement.to_seq:
                 sums[entry.kind] += entry.amount
-        hold(sums["debit"] + sums["refund"] == statement.usage, "a statement's usage", statement, sums)
+        hold(sums["debit"] + sums["refund"] + sums["fee"] == statement.usage, "a statement's usage", statement, sums)
         moved = sums["transfer_in"] + sums["transfer_out"]
         hold(moved == statement.transfers, "a statement's transfers", statement, sums)
         hold(sum(sums.values()) == parts, "a statement's payments", statement, sums)
@@ -390,6 +409,30 @@ class Database:
             wallet.debt, wallet.debt_seq = debt.debt_after, debt.seq
             self.moved[f"debt: {debt.kind}"] += debt.amount
 
+    def _commit_units(self, book: Book, entries: dict[tuple[CustomerId, int], Entry]) -> None:
+        for terms in book.new_provisions:
+            versions = self.provisions.setdefault((terms.customer_id, terms.model), [])
+            hold(terms.version == len(versions) + 1, "a gap between units", terms)
+            hold(not versions or versions[-1].from_period < terms.from_period, "units out of order", terms)
+            month = (terms.customer_id, terms.model, terms.from_period)
+            hold(month not in self.allotments, "other units for a month that was charged", terms)
+            versions.append(terms)
+        for charge in book.new_charges:
+            month = (charge.customer_id, charge.model, charge.period)
+            hold(month not in self.allotments, "a month charged twice", charge)
+            fee = entries[charge.customer_id, charge.entry_seq]
+            hold((fee.kind, fee.amount) == ("fee", -charge.amount), "units that nobody paid", charge, fee)
+            self.allotments[month] = Allotment(*month, charge.frames)
+        for use in book.new_uses:
+            units = self.allotments[use.customer_id, use.model, use.period]
+            row = self.reservations[use.request_id]
+            hold((use.prev_seq, use.used_before) == (units.seq, units.used), "a chain of uses", use, units)
+            hold(0 <= use.used_before + use.frames == use.used_after <= units.frames, "more than there is", use, units)
+            back = (row.frames_delivered or 0) - (row.covered or 0)
+            right = row.covered if use.frames > 0 else back if row.state == "settled" else None
+            hold(use.frames == right, "another use than the request's", use, row)
+            units.used, units.seq = use.used_after, use.seq
+
     def _put(self, reservation: Reservation) -> None:
         row = copy.copy(reservation)
         row.is_new = False
@@ -412,7 +455,7 @@ class Database:
             known = self.submissions.get(submission.request_id)
             if known is not None:
                 row = self.reservations[submission.request_id]
-                hold(row.state == "settled" and row.captured == 0, "a paid request released its key", row)
+                hold(row.state == "settled" and not row.frames_delivered, "a delivered request released its key", row)
                 known.released_at = submission.released_at
                 self.holders.pop((known.customer_id, known.idempotency_key), None)
         for submission in book.new_submissions:
@@ -460,7 +503,7 @@ class Database:
         spendable = sum(wallet.balance for wallet in self.wallets.values())
         held = sum(self.reservations[request_id].amount for request_id in self.open)
         kept = sum(row.captured for row in self.reservations.values())
-        came = sum(self.moved[kind] for kind in ("credit", "reversal", "reinstatement", "repayment"))
+        came = sum(self.moved[kind] for kind in ("credit", "reversal", "reinstatement", "repayment", "fee"))
         hold(came == spendable + held + kept, "money", came, spendable, held, kept)
         hold(self.moved["transfer_in"] + self.moved["transfer_out"] == 0, "transfers", self.moved)
         hold(self.moved["debt: repayment"] == self.moved["repayment"], "repayments", self.moved)
@@ -599,7 +642,7 @@ class Caller:
         customer = world.customer()
         member = CustomerId(f"cus_{draw.randint(3, NUM_CUSTOMERS - 1)}")
         parent = CustomerId(f"cus_{draw.choice((0, 0, 0, 0, 1, 4))}")
-        match draw.choices(range(7), (20, 20, 8, 20, 12, 10, 2))[0]:
+        match draw.choices(range(9), (20, 20, 8, 20, 12, 10, 2, 3, 5))[0]:
             case 0:
                 if not world.sources or draw.random() < 0.7:
                     world.sources.append((self.fresh("stripe"), customer, Mils(draw.randint(1, 3_000))))
@@ -623,6 +666,13 @@ class Caller:
             case 5:
                 month = datetime.fromtimestamp(world.now - draw.choice((0, 0, 30, -30)) * 86_400, UTC)
                 return CloseStatement(customer, f"{month:%Y-%m}")
+            case 6:
+                return ChargeUnits()
+            case 7:
+                version = len(world.database.provisions.get((customer, MODEL), ())) + draw.choice((1, 1, 1, 2))
+                month = datetime.fromtimestamp(world.now + draw.choice((0, 0, 30, -30)) * 86_400, UTC)
+                mils, frames = Mils(draw.randint(1, 100)), draw.choice((0, 50, 500))
+                return SetUnits(customer, MODEL, version, f"{month:%Y-%m}", draw.randint(0, 3), mils, frames, 2)
             case _:
                 whose = draw.choice(("", customer))
                 version = len(world.database.prices.get((MODEL, whose), ())) + draw.choice((1, 1, 1, 2))
@@ -786,6 +836,9 @@ class Simulation:
             case PriceAdded():
                 versions = database.prices[outcome.model, outcome.customer_id]
                 hold(len(versions) >= outcome.version, "an acknowledged price is lost", outcome)
+            case UnitsSet():
+                known = database.provisions[outcome.customer_id, outcome.model]
+                hold(len(known) >= outcome.version, "acknowledged units are lost", outcome)
             case StatementClosed():
                 closed = database.statements[outcome.customer_id][outcome.number - 1]
                 hold(closed.period == outcome.period, "an acknowledged statement is lost", outcome)

@@ -8,6 +8,7 @@ import re
 
 from billing.commands import (
     AddPrice,
+    ChargeUnits,
     CloseStatement,
     Command,
     CreateKey,
@@ -26,6 +27,7 @@ from billing.commands import (
     SetKeyTerms,
     SetMember,
     Settle,
+    SetUnits,
     Transfer,
 )
 from billing.money import MAX_EXACT, MAX_MILS, part_of_rate
@@ -154,7 +156,9 @@ def malformed(command: Command) -> str | None:
             return _not_id("customer_id", command.customer_id)
         case AddPrice():
             return _not_price(command)
-        case ExpireLeases():
+        case SetUnits():
+            return _not_units(command)
+        case ExpireLeases() | ChargeUnits():
             return None
         case PaymentCommand():
             return wrong_value("command", command) or next(filter(None, map(malformed, command.money)), None)
@@ -217,6 +221,27 @@ def _not_price(command: AddPrice) -> str | None:
     except ValueError as error:
         return str(error)
     return None if terms_of(version) == command.terms else "terms must be as `terms_of` writes them"
+
+
+def _not_units(command: SetUnits) -> str | None:
+    wrong = (
+        _not_id("customer_id", command.customer_id)
+        or _not_id("model", command.model)
+        or _not_whole("version", command.version, 1)
+        or _not_whole("units", command.units, 0)
+        or _not_whole("unit_mils", command.unit_mils, 1)
+        or _not_whole("unit_frames", command.unit_frames, 0)
+        or _not_whole("units_per_replica", command.units_per_replica, 0)
+        or _not_whole("units x unit_mils", command.units * command.unit_mils, 0)
+        or _not_whole("units x unit_frames", command.units * command.unit_frames, 0)
+    )
+    if wrong is not None:
+        return wrong
+    if not (isinstance(command.from_period, str) and _PERIOD.fullmatch(command.from_period)):
+        return "from_period must be a month such as 2027-01"
+    if command.unit_frames == command.units_per_replica == 0:
+        return "a unit must pay for frames or be part of a replica"
+    return None
 
 
 def _not_text(name: str, value: object) -> str | None:

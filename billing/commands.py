@@ -20,6 +20,8 @@ caller chose, so the same command again gives the same answer and no second row.
     SetCreditLine -> CreditLineSet | UnknownCustomer
     CloseStatement -> StatementClosed | UnknownCustomer
     AddPrice      -> PriceAdded | UnknownCustomer
+    SetUnits      -> UnitsSet | UnknownCustomer
+    ChargeUnits   -> UnitsCharged
     ExpireLeases  -> LeasesExpired
     PaymentCommand -> PaymentOutcome, see billing.payments.commands
     any of them   -> Rejected
@@ -496,6 +498,46 @@ class PriceAdded:
 
 
 @dataclass(frozen=True, slots=True)
+class SetUnits:
+    """Sell a customer so many units of a model a month, from that month on: the next version of its commitment."""
+
+    customer_id: CustomerId
+    model: str
+    version: int
+    """One more than the newest, or 1."""
+    from_period: str
+    """`YYYY-MM`: this month or a later one, after the version before and not charged yet."""
+    units: int
+    """0 ends it."""
+    unit_mils: Mils
+    """What a unit costs a month."""
+    unit_frames: int
+    """Frames a month that a unit pays for; those after them cost what the price book says."""
+    units_per_replica: int
+    """So many units are a replica that is always there; 0 when no capacity is promised."""
+
+
+@dataclass(frozen=True, slots=True)
+class UnitsSet:
+    customer_id: CustomerId
+    model: str
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class ChargeUnits:
+    """Charge this month's units of every customer that has not been charged for them and can pay."""
+
+
+@dataclass(frozen=True, slots=True)
+class UnitsCharged:
+    charged: tuple[str, ...]
+    """Ids of the entries."""
+    unpaid: tuple[CustomerId, ...]
+    """Those whose units wait for credit, and pay for nothing until then."""
+
+
+@dataclass(frozen=True, slots=True)
 class Rejected:
     """The command is malformed, or its id already names something else: a bug in the caller. Nothing was written."""
 
@@ -534,6 +576,8 @@ Command = (
     | SetCreditLine
     | CloseStatement
     | AddPrice
+    | SetUnits
+    | ChargeUnits
     | ExpireLeases
     | PaymentCommand
 )
@@ -565,6 +609,8 @@ Outcome = (
     | CreditLineSet
     | StatementClosed
     | PriceAdded
+    | UnitsSet
+    | UnitsCharged
     | LeasesExpired
     | PaymentOutcome
     | Rejected

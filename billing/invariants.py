@@ -123,12 +123,13 @@ AUDITS = (
         FROM reservation LEFT JOIN entry AS refund
           ON refund.kind = 'refund' AND refund.public_id = reservation.request_id
           AND refund.customer_id = reservation.customer_id
-        WHERE reservation.amount <> (frames * mils_per_frame + per_frames - 1) / per_frames
+        WHERE reservation.amount <> ((frames - COALESCE(covered, 0)) * mils_per_frame + per_frames - 1) / per_frames
           OR refunded <> COALESCE(refund.amount, 0)
           OR (state = 'open' AND (captured <> 0 OR refunded <> 0))
           OR (state = 'settled' AND (captured < 0 OR refunded < 0 OR captured + refunded <> reservation.amount
             OR frames_delivered IS NULL OR frames_delivered > frames
-            OR captured <> (frames_delivered * mils_per_frame + per_frames - 1) / per_frames))
+            OR captured <> ((CASE WHEN frames_delivered > COALESCE(covered, 0)
+              THEN frames_delivered - COALESCE(covered, 0) ELSE 0 END) * mils_per_frame + per_frames - 1) / per_frames))
         """,
     ),
     Audit(
@@ -146,7 +147,7 @@ AUDITS = (
         """
         SELECT submission.customer_id, idempotency_key, COUNT(*) AS requests
         FROM submission JOIN reservation ON reservation.request_id = submission.request_id
-        WHERE idempotency_key <> '' AND (state = 'open' OR captured > 0)
+        WHERE idempotency_key <> '' AND (state = 'open' OR frames_delivered > 0)
         GROUP BY submission.customer_id, idempotency_key HAVING COUNT(*) > 1
         """,
     ),
@@ -154,11 +155,11 @@ AUDITS = (
         "submission_is_its_request",
         "What a request is recognised by belongs to its customer, and a key was released only where nothing was kept.",
         """
-        SELECT submission.request_id, submission.customer_id, released_at, state, captured
+        SELECT submission.request_id, submission.customer_id, released_at, state, frames_delivered
         FROM submission LEFT JOIN reservation ON reservation.request_id = submission.request_id
         WHERE reservation.request_id IS NULL OR reservation.customer_id <> submission.customer_id
           OR reservation.amount <> submission.amount
-          OR (released_at IS NOT NULL AND (state = 'open' OR captured > 0))
+          OR (released_at IS NOT NULL AND (state = 'open' OR frames_delivered > 0))
         """,
     ),
     Audit(
@@ -283,7 +284,7 @@ AUDITS = (
             WHERE entry.customer_id = chain.customer_id AND seq = to_seq)
           OR usage_mils <> (SELECT COALESCE(SUM(amount), 0) FROM entry
             WHERE entry.customer_id = chain.customer_id AND seq > from_seq AND seq <= to_seq
-              AND kind IN ('debit', 'refund'))
+              AND kind IN ('debit', 'refund', 'fee'))
           OR transfers_mils <> (SELECT COALESCE(SUM(amount), 0) FROM entry
             WHERE entry.customer_id = chain.customer_id AND seq > from_seq AND seq <= to_seq
               AND kind IN ('transfer_in', 'transfer_out'))
@@ -300,6 +301,38 @@ AUDITS = (
             LAG(effective_from) OVER (PARTITION BY model, customer_id ORDER BY version) AS effective_before
           FROM price) AS history
         WHERE version <> expected_version OR effective_from <= effective_before
+        """,
+    ),
+    Audit(
+        "units_are_charged_once",
+        "A month of provisioned units was charged by the entry that it names, at the terms in force then.",
+        """
+        SELECT unit_charge.customer_id, model, period, unit_charge.amount, fee.amount AS charged
+        FROM unit_charge LEFT JOIN entry AS fee ON fee.customer_id = unit_charge.customer_id
+          AND fee.seq = entry_seq AND fee.kind = 'fee'
+        WHERE fee.seq IS NULL OR fee.amount <> -unit_charge.amount
+          OR version <> (SELECT MAX(version) FROM provision WHERE provision.customer_id = unit_charge.customer_id
+            AND provision.model = unit_charge.model AND from_period <= period)
+        UNION ALL SELECT customer_id, '', '', NULL, amount FROM entry WHERE kind = 'fee' AND NOT EXISTS (
+          SELECT 1 FROM unit_charge WHERE unit_charge.customer_id = entry.customer_id AND entry_seq = entry.seq)
+        """,
+    ),
+    Audit(
+        "units_cover_what_they_allot",
+        "What units pay for is what requests say, in a month's chain that never exceeds its allotment.",
+        """
+        SELECT unit_charge.customer_id, model, period, NULL AS request_id, unit_charge.frames, SUM(use.frames) AS used
+        FROM unit_charge JOIN unit_use AS use USING (customer_id, model, period)
+        GROUP BY unit_charge.customer_id, model, period, unit_charge.frames
+        HAVING SUM(use.frames) NOT BETWEEN 0 AND unit_charge.frames
+          OR SUM(use.frames) <> (SELECT used_after FROM unit_use AS last
+            WHERE last.customer_id = unit_charge.customer_id AND last.model = unit_charge.model
+              AND last.period = unit_charge.period ORDER BY seq DESC LIMIT 1)
+        UNION ALL SELECT customer_id, model, '', reservation.request_id, covered, used.frames
+        FROM reservation LEFT JOIN (SELECT request_id, SUM(frames) AS frames FROM unit_use GROUP BY request_id) AS used
+          ON used.request_id = reservation.request_id
+        WHERE COALESCE(used.frames, 0) <> CASE WHEN state = 'settled' AND frames_delivered < COALESCE(covered, 0)
+          THEN frames_delivered ELSE COALESCE(covered, 0) END
         """,
     ),
     Audit(

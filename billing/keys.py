@@ -63,6 +63,11 @@ def initial_grant_id(key_id: KeyId) -> str:
     return f"adm_{hashlib.sha256(f'initial credits of {key_id}'.encode()).hexdigest()[:32]}"
 
 
+def unit_charge_id(customer_id: CustomerId, model: str, period: str) -> str:
+    """The id of a month's charge: the same for the same month, so that it is charged once."""
+    return f"uni_{hashlib.sha256(f'{period} of {model} by {customer_id}'.encode()).hexdigest()[:32]}"
+
+
 def budget_event_id(budget_id: str, period: str, starts_day: int, limit_mils: int, level: int) -> str:
     """The same for the same level of the same budget and period; another limit is another budget to warn of."""
     name = f"{level}% of {limit_mils} mils in the {period} from {starts_day} by {budget_id}"

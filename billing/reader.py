@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sqlalchemy import Engine, Row, bindparam, or_, select
+from sqlalchemy import Engine, Row, bindparam, func, or_, select
 
 from billing.commands import NO_TERMS, CustomerId, KeyId, KeyTerms, RequestId
 from billing.errors import UnknownWallet
-from billing.money import Mils
+from billing.money import Mils, part_of_rate
 from billing.price_terms import version_of
 from billing.prices import PriceVersion
 from billing.store import terms_of
@@ -28,6 +28,7 @@ SHOWN_AS: dict[str, EntryKind] = {
     "repayment": "debit",
     "transfer_out": "debit",
     "transfer_in": "credit",
+    "fee": "debit",
 }
 """Customers see three kinds of entries."""
 
@@ -94,6 +95,12 @@ class ReservationRecord:
     per_frames: int
     """The rate is `mils_per_frame` for so many frames."""
     frames_delivered: int | None
+    frames_covered: int
+    """That provisioned units pay for: the first ones to be delivered."""
+
+    def cost(self, frames: int) -> Mils:
+        """What is captured if so many are delivered."""
+        return part_of_rate(max(0, frames - self.frames_covered), self.mils_per_frame, self.per_frames)
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +190,7 @@ _RESERVATION = select(
     reservation.c.settled_at,
     reservation.c.per_frames,
     reservation.c.frames_delivered,
+    func.coalesce(reservation.c.covered, 0),
 ).where(reservation.c.request_id == bindparam("request_id"))
 _PAYMENT = select(
     payment.c.source,

@@ -40,6 +40,8 @@ class RequestRecord:
     created_at: float
     settled_at: float | None
     detail: str
+    frames_covered: int
+    """That provisioned units paid for, of those asked for."""
 
     @property
     def cost_mils(self) -> Mils:
@@ -79,8 +81,8 @@ class RequestPage:
 _COST = reservation.c.amount - reservation.c.refunded
 _STATE = case(
     (reservation.c.state == "open", "open"),
-    (reservation.c.refunded == 0, "succeeded"),
-    (reservation.c.captured > 0, "partial"),
+    (reservation.c.frames_delivered == reservation.c.frames, "succeeded"),
+    (reservation.c.frames_delivered > 0, "partial"),
     else_="refunded",
 )
 DETAILS: Select[Any] = (
@@ -99,6 +101,7 @@ DETAILS: Select[Any] = (
         reservation.c.created_at,
         reservation.c.settled_at,
         entry.c.detail,
+        func.coalesce(reservation.c.covered, 0),
     )
     .join_from(
         reservation,

@@ -70,7 +70,7 @@ class Statement:
     opening_mils: Mils
     credits_mils: Mils
     debits_mils: Mils
-    """For work; negative."""
+    """For work and provisioned units; negative."""
     refunds_mils: Mils
     reversals_mils: Mils
     """Payments that were taken back, and debts that were repaid; negative."""
@@ -159,7 +159,7 @@ def _statement(connection: Connection, customer_id: CustomerId, month: Month, fr
         to_seq=to_seq,
         opening_mils=_entry(connection, customer_id, from_seq).balance_after,
         credits_mils=Mils(totals["credit"] + totals["reinstatement"]),
-        debits_mils=Mils(totals["debit"]),
+        debits_mils=Mils(totals["debit"] + totals["fee"]),
         refunds_mils=Mils(totals["refund"]),
         reversals_mils=Mils(totals["reversal"] + totals["repayment"]),
         transfers_mils=Mils(totals["transfer_in"] + totals["transfer_out"]),

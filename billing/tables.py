@@ -145,8 +145,10 @@ class ReservationTable(Table, table=True):
         UniqueConstraint("request_id", "customer_id", "amount", name="uq_reservation_amount"),
         CheckConstraint("frames > 0 AND mils_per_frame > 0 AND per_frames > 0", name="ck_reservation_price"),
         # Whole numbers divide downwards: this is rounded up, once.
+        CheckConstraint("covered > 0 AND covered <= frames", name="ck_reservation_covered"),
         CheckConstraint(
-            "amount = (frames * mils_per_frame + per_frames - 1) / per_frames", name="ck_reservation_amount"
+            "amount = ((frames - COALESCE(covered, 0)) * mils_per_frame + per_frames - 1) / per_frames",
+            name="ck_reservation_amount",
         ),
         CheckConstraint(
             "(state = 'open' AND captured = 0 AND refunded = 0 AND settled_seq IS NULL AND settled_at IS NULL"
@@ -157,8 +159,17 @@ class ReservationTable(Table, table=True):
         ),
         CheckConstraint(
             "frames_delivered IS NULL OR (frames_delivered >= 0 AND frames_delivered <= frames"
-            " AND captured = (frames_delivered * mils_per_frame + per_frames - 1) / per_frames)",
+            " AND captured = ((CASE WHEN frames_delivered > COALESCE(covered, 0)"
+            " THEN frames_delivered - COALESCE(covered, 0) ELSE 0 END) * mils_per_frame + per_frames - 1)"
+            " / per_frames)",
             name="ck_reservation_delivered",
+        ),
+        # What units cover is counted against their allotment.
+        ForeignKeyConstraint(
+            ["request_id", "covered"],
+            ["unit_use.request_id", "unit_use.frames"],
+            name="fk_reservation_covered",
+            **AT_COMMIT,
         ),
         # The key must be one of this wallet's.
         ForeignKeyConstraint(
@@ -199,6 +210,8 @@ class ReservationTable(Table, table=True):
     per_frames: int = Field(sa_column=Column(INT64, nullable=False, server_default=text("1")))
     frames_delivered: int | None = Field(default=None, sa_column=Column(INT64, nullable=True))
     """Null while it is open."""
+    covered: int | None = Field(default=None, sa_column=Column(INT64, nullable=True))
+    """Frames that provisioned units pay for, which are the first to be delivered; null when there are none."""
 
 
 class SubmissionTable(Table, table=True):
@@ -381,6 +394,143 @@ class PriceTable(Table, table=True):
     created_at: float = Field(sa_column=Column(SECONDS, nullable=False))
 
 
+class ProvisionTable(Table, table=True):
+    """How many units of a model a customer has from one month on. Written once; what comes next is another version.
+
+    A version points at its predecessor's number and month, so versions have no gap and take effect in their order.
+    """
+
+    __tablename__ = "provision"
+    __table_args__ = (
+        PrimaryKeyConstraint("customer_id", "model", "version", name="pk_provision"),
+        UniqueConstraint("customer_id", "model", "version", "from_period", name="uq_provision_period"),
+        UniqueConstraint(
+            "customer_id", "model", "version", "units", "unit_mils", "unit_frames", name="uq_provision_terms"
+        ),
+        CheckConstraint(
+            "(version = 1 AND prev_version IS NULL AND prev_period IS NULL)"
+            " OR (version > 1 AND prev_version IS NOT NULL AND prev_version = version - 1"
+            " AND prev_period IS NOT NULL AND prev_period < from_period)",
+            name="ck_provision_chain",
+        ),
+        CheckConstraint(
+            "units >= 0 AND unit_mils > 0 AND unit_frames >= 0 AND units_per_replica >= 0"
+            " AND unit_frames + units_per_replica > 0 AND length(from_period) = 7",
+            name="ck_provision_terms",
+        ),
+        ForeignKeyConstraint(["customer_id"], ["wallet.customer_id"], name="fk_provision_wallet"),
+        ForeignKeyConstraint(
+            ["customer_id", "model", "prev_version", "prev_period"],
+            ["provision.customer_id", "provision.model", "provision.version", "provision.from_period"],
+            name="fk_provision_previous",
+        ),
+        STRICT,
+    )
+
+    customer_id: str = Field(sa_column=Column(Text, nullable=False))
+    model: str = Field(sa_column=Column(Text, nullable=False))
+    version: int = Field(sa_column=Column(INT64, nullable=False, autoincrement=False))
+    prev_version: int | None = Field(default=None, sa_column=Column(INT64, nullable=True))
+    prev_period: str | None = Field(default=None, sa_column=Column(Text, nullable=True))
+    from_period: str = Field(sa_column=Column(Text, nullable=False))
+    """`YYYY-MM`."""
+    units: int = Field(sa_column=Column(INT64, nullable=False))
+    """0 ends it."""
+    unit_mils: int = Field(sa_column=Column(INT64, nullable=False))
+    """What a unit costs a month."""
+    unit_frames: int = Field(sa_column=Column(INT64, nullable=False))
+    """Frames a month that a unit pays for."""
+    units_per_replica: int = Field(sa_column=Column(INT64, nullable=False))
+    """So many units are one replica that is always there; 0 when no capacity is promised."""
+    created_at: float = Field(sa_column=Column(SECONDS, nullable=False))
+
+
+class UnitChargeTable(Table, table=True):
+    """A month of a customer's units, charged once: the frames that it pays for, and the entry that paid."""
+
+    __tablename__ = "unit_charge"
+    __table_args__ = (
+        PrimaryKeyConstraint("customer_id", "model", "period", name="pk_unit_charge"),
+        UniqueConstraint("customer_id", "model", "period", "frames", name="uq_unit_charge_frames"),
+        CheckConstraint(
+            "units > 0 AND amount = units * unit_mils AND frames = units * unit_frames", name="ck_unit_charge_amount"
+        ),
+        ForeignKeyConstraint(
+            ["customer_id", "model", "version", "units", "unit_mils", "unit_frames"],
+            [
+                "provision.customer_id",
+                "provision.model",
+                "provision.version",
+                "provision.units",
+                "provision.unit_mils",
+                "provision.unit_frames",
+            ],
+            name="fk_unit_charge_provision",
+        ),
+        ForeignKeyConstraint(
+            ["customer_id", "entry_seq"], ["entry.customer_id", "entry.seq"], name="fk_unit_charge_entry", **AT_COMMIT
+        ),
+        Index("ix_unit_charge_entry", "customer_id", "entry_seq"),
+        STRICT,
+    )
+
+    customer_id: str = Field(sa_column=Column(Text, nullable=False))
+    model: str = Field(sa_column=Column(Text, nullable=False))
+    period: str = Field(sa_column=Column(Text, nullable=False))
+    """`YYYY-MM`, of UTC."""
+    version: int = Field(sa_column=Column(INT64, nullable=False, autoincrement=False))
+    units: int = Field(sa_column=Column(INT64, nullable=False))
+    unit_mils: int = Field(sa_column=Column(INT64, nullable=False))
+    unit_frames: int = Field(sa_column=Column(INT64, nullable=False))
+    amount: int = Field(sa_column=Column(INT64, nullable=False))
+    frames: int = Field(sa_column=Column(INT64, nullable=False))
+    entry_seq: int = Field(sa_column=Column(INT64, nullable=False))
+    charged_at: float = Field(sa_column=Column(SECONDS, nullable=False))
+
+
+class UnitUseTable(Table, table=True):
+    """Frames that a month's units pay for, or that come back undelivered: chained, like entries."""
+
+    __tablename__ = "unit_use"
+    __table_args__ = (
+        PrimaryKeyConstraint("customer_id", "model", "period", "seq", name="pk_unit_use"),
+        UniqueConstraint("customer_id", "model", "period", "seq", "used_after", name="uq_unit_use_after"),
+        UniqueConstraint("request_id", "frames", name="uq_unit_use_request"),
+        CheckConstraint(
+            "(seq = 1 AND prev_seq IS NULL AND used_before = 0)"
+            " OR (seq > 1 AND prev_seq IS NOT NULL AND prev_seq = seq - 1)",
+            name="ck_unit_use_chain",
+        ),
+        CheckConstraint(
+            "frames <> 0 AND used_after = used_before + frames AND used_after >= 0 AND used_after <= allotment",
+            name="ck_unit_use_sum",
+        ),
+        ForeignKeyConstraint(
+            ["customer_id", "model", "period", "allotment"],
+            ["unit_charge.customer_id", "unit_charge.model", "unit_charge.period", "unit_charge.frames"],
+            name="fk_unit_use_charge",
+        ),
+        ForeignKeyConstraint(
+            ["customer_id", "model", "period", "prev_seq", "used_before"],
+            ["unit_use.customer_id", "unit_use.model", "unit_use.period", "unit_use.seq", "unit_use.used_after"],
+            name="fk_unit_use_previous",
+        ),
+        STRICT,
+    )
+
+    customer_id: str = Field(sa_column=Column(Text, nullable=False))
+    model: str = Field(sa_column=Column(Text, nullable=False))
+    period: str = Field(sa_column=Column(Text, nullable=False))
+    seq: int = Field(sa_column=Column(INT64, nullable=False, autoincrement=False))
+    prev_seq: int | None = Field(default=None, sa_column=Column(INT64, nullable=True))
+    used_before: int = Field(sa_column=Column(INT64, nullable=False))
+    frames: int = Field(sa_column=Column(INT64, nullable=False))
+    """Negative when they come back."""
+    used_after: int = Field(sa_column=Column(INT64, nullable=False))
+    allotment: int = Field(sa_column=Column(INT64, nullable=False))
+    request_id: str = Field(sa_column=Column(Text, nullable=False))
+
+
 class EntryTable(Table, table=True):
     """One change of one wallet's balance. Written once, never touched again.
 
@@ -400,8 +550,8 @@ class EntryTable(Table, table=True):
         CheckConstraint(
             "(kind = 'opening' AND amount = 0 AND reserved IS NULL)"
             " OR (kind IN ('credit', 'reinstatement', 'transfer_in') AND amount > 0 AND reserved IS NULL)"
-            " OR (kind IN ('reversal', 'repayment', 'transfer_out') AND amount < 0 AND reserved IS NULL)"
-            " OR (kind = 'debit' AND amount < 0 AND reserved IS NOT NULL AND amount = -reserved)"
+            " OR (kind IN ('reversal', 'repayment', 'transfer_out', 'fee') AND amount < 0 AND reserved IS NULL)"
+            " OR (kind = 'debit' AND amount <= 0 AND reserved IS NOT NULL AND amount = -reserved)"
             " OR (kind = 'refund' AND amount > 0 AND reserved IS NOT NULL AND amount <= reserved)",
             name="ck_entry_kind",
         ),
@@ -753,3 +903,6 @@ statement = billing_metadata.tables["statement"]
 membership = billing_metadata.tables["membership"]
 transfer = billing_metadata.tables["transfer"]
 draw = billing_metadata.tables["draw"]
+provision = billing_metadata.tables["provision"]
+unit_charge = billing_metadata.tables["unit_charge"]
+unit_use = billing_metadata.tables["unit_use"]

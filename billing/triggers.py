@@ -36,7 +36,7 @@ CREATE TRIGGER tr_reservation_update BEFORE UPDATE ON reservation
 WHEN OLD.state = 'settled' OR NEW.request_id <> OLD.request_id OR NEW.customer_id <> OLD.customer_id
   OR NEW.key_id <> OLD.key_id OR NEW.frames <> OLD.frames OR NEW.mils_per_frame <> OLD.mils_per_frame
   OR NEW.amount <> OLD.amount OR NEW.debit_seq <> OLD.debit_seq OR NEW.created_at <> OLD.created_at
-  OR NEW.model <> OLD.model OR NEW.per_frames <> OLD.per_frames
+  OR NEW.model <> OLD.model OR NEW.per_frames <> OLD.per_frames OR NEW.covered IS NOT OLD.covered
 BEGIN SELECT RAISE(ABORT, 'tr_reservation_update: a reservation settles once and its terms never change'); END
 """,
     """
@@ -68,7 +68,7 @@ WHEN OLD.released_at IS NOT NULL OR NEW.released_at IS NULL OR NEW.request_id <>
   OR NEW.customer_id <> OLD.customer_id OR NEW.amount <> OLD.amount OR NEW.idempotency_key <> OLD.idempotency_key
   OR NEW.payload_sha256 <> OLD.payload_sha256 OR NEW.created_at <> OLD.created_at
   OR NOT EXISTS (SELECT 1 FROM reservation
-    WHERE request_id = OLD.request_id AND state = 'settled' AND captured = 0)
+    WHERE request_id = OLD.request_id AND state = 'settled' AND frames_delivered = 0)
 BEGIN SELECT RAISE(ABORT, 'tr_submission_update: a key is released once, by a request that kept nothing'); END
 """,
     """
@@ -257,6 +257,55 @@ BEGIN SELECT RAISE(ABORT, 'tr_draw_update: what was drawn is never edited'); END
 CREATE TRIGGER tr_draw_delete BEFORE DELETE ON draw
 BEGIN SELECT RAISE(ABORT, 'tr_draw_delete: what was drawn is never forgotten'); END
 """,
+    """
+CREATE TRIGGER tr_entry_fee BEFORE INSERT ON entry
+WHEN NEW.kind = 'fee' AND NOT EXISTS (SELECT 1 FROM unit_charge
+  WHERE customer_id = NEW.customer_id AND entry_seq = NEW.seq AND amount = -NEW.amount)
+BEGIN SELECT RAISE(ABORT, 'tr_entry_fee: no units are charged by this'); END
+""",
+    """
+CREATE TRIGGER tr_provision_insert BEFORE INSERT ON provision
+WHEN EXISTS (SELECT 1 FROM unit_charge
+  WHERE customer_id = NEW.customer_id AND model = NEW.model AND period >= NEW.from_period)
+BEGIN SELECT RAISE(ABORT, 'tr_provision_insert: that month is charged already'); END
+""",
+    """
+CREATE TRIGGER tr_provision_update BEFORE UPDATE ON provision
+BEGIN SELECT RAISE(ABORT, 'tr_provision_update: other terms are another version'); END
+""",
+    """
+CREATE TRIGGER tr_provision_delete BEFORE DELETE ON provision
+BEGIN SELECT RAISE(ABORT, 'tr_provision_delete: a commitment ends with another version'); END
+""",
+    """
+CREATE TRIGGER tr_unit_charge_insert BEFORE INSERT ON unit_charge
+WHEN NEW.version IS NOT (SELECT MAX(version) FROM provision
+  WHERE customer_id = NEW.customer_id AND model = NEW.model AND from_period <= NEW.period)
+BEGIN SELECT RAISE(ABORT, 'tr_unit_charge_insert: another version is in force'); END
+""",
+    """
+CREATE TRIGGER tr_unit_charge_update BEFORE UPDATE ON unit_charge
+BEGIN SELECT RAISE(ABORT, 'tr_unit_charge_update: a month is charged once'); END
+""",
+    """
+CREATE TRIGGER tr_unit_charge_delete BEFORE DELETE ON unit_charge
+BEGIN SELECT RAISE(ABORT, 'tr_unit_charge_delete: a month is charged once'); END
+""",
+    """
+CREATE TRIGGER tr_unit_use_insert BEFORE INSERT ON unit_use
+WHEN NOT EXISTS (SELECT 1 FROM reservation
+  WHERE request_id = NEW.request_id AND customer_id = NEW.customer_id AND model = NEW.model
+    AND (covered = NEW.frames OR (NEW.frames < 0 AND state = 'settled' AND frames_delivered - covered = NEW.frames)))
+BEGIN SELECT RAISE(ABORT, 'tr_unit_use_insert: no request uses or gives back these frames'); END
+""",
+    """
+CREATE TRIGGER tr_unit_use_update BEFORE UPDATE ON unit_use
+BEGIN SELECT RAISE(ABORT, 'tr_unit_use_update: what was used is never edited'); END
+""",
+    """
+CREATE TRIGGER tr_unit_use_delete BEFORE DELETE ON unit_use
+BEGIN SELECT RAISE(ABORT, 'tr_unit_use_delete: what was used is never forgotten'); END
+""",
 )
 
 POSTGRESQL = (
@@ -309,6 +358,12 @@ BEGIN
     RAISE EXCEPTION USING MESSAGE = 'tr_entry_transfer: nothing was transferred by this',
       ERRCODE = 'integrity_constraint_violation';
   END IF;
+  IF EXISTS (SELECT 1 FROM new_entry WHERE kind = 'fee' AND NOT EXISTS (
+    SELECT 1 FROM unit_charge WHERE unit_charge.customer_id = new_entry.customer_id
+      AND unit_charge.entry_seq = new_entry.seq AND unit_charge.amount = -new_entry.amount)) THEN
+    RAISE EXCEPTION USING MESSAGE = 'tr_entry_fee: no units are charged by this',
+      ERRCODE = 'integrity_constraint_violation';
+  END IF;
   RETURN NULL;
 END $$
 """,
@@ -338,7 +393,7 @@ CREATE TRIGGER tr_reservation_update BEFORE UPDATE ON reservation FOR EACH ROW
 WHEN (OLD.state = 'settled' OR NEW.request_id <> OLD.request_id OR NEW.customer_id <> OLD.customer_id
   OR NEW.key_id <> OLD.key_id OR NEW.frames <> OLD.frames OR NEW.mils_per_frame <> OLD.mils_per_frame
   OR NEW.amount <> OLD.amount OR NEW.debit_seq <> OLD.debit_seq OR NEW.created_at <> OLD.created_at
-  OR NEW.model <> OLD.model OR NEW.per_frames <> OLD.per_frames)
+  OR NEW.model <> OLD.model OR NEW.per_frames <> OLD.per_frames OR NEW.covered IS DISTINCT FROM OLD.covered)
 EXECUTE FUNCTION billing_refuse('a reservation settles once and its terms never change')
 """,
     """
@@ -378,7 +433,7 @@ BEGIN
     OR NEW.customer_id <> OLD.customer_id OR NEW.amount <> OLD.amount OR NEW.idempotency_key <> OLD.idempotency_key
     OR NEW.payload_sha256 <> OLD.payload_sha256 OR NEW.created_at <> OLD.created_at
     OR NOT EXISTS (SELECT 1 FROM reservation
-      WHERE request_id = OLD.request_id AND state = 'settled' AND captured = 0) THEN
+      WHERE request_id = OLD.request_id AND state = 'settled' AND frames_delivered = 0) THEN
     RAISE EXCEPTION USING
       MESSAGE = 'tr_submission_update: a key is released once, by a request that kept nothing',
       ERRCODE = 'integrity_constraint_violation';
@@ -593,5 +648,76 @@ FOR EACH ROW EXECUTE FUNCTION billing_refuse('what was drawn is never edited')
     """
 CREATE TRIGGER tr_draw_delete BEFORE DELETE ON draw
 FOR EACH ROW EXECUTE FUNCTION billing_refuse('what was drawn is never forgotten')
+""",
+    """
+CREATE FUNCTION billing_check_provision() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+  IF EXISTS (SELECT 1 FROM unit_charge
+    WHERE customer_id = NEW.customer_id AND model = NEW.model AND period >= NEW.from_period) THEN
+    RAISE EXCEPTION USING MESSAGE = 'tr_provision_insert: that month is charged already',
+      ERRCODE = 'integrity_constraint_violation';
+  END IF;
+  RETURN NEW;
+END $$
+""",
+    """
+CREATE TRIGGER tr_provision_insert BEFORE INSERT ON provision
+FOR EACH ROW EXECUTE FUNCTION billing_check_provision()
+""",
+    """
+CREATE TRIGGER tr_provision_update BEFORE UPDATE ON provision
+FOR EACH ROW EXECUTE FUNCTION billing_refuse('other terms are another version')
+""",
+    """
+CREATE TRIGGER tr_provision_delete BEFORE DELETE ON provision
+FOR EACH ROW EXECUTE FUNCTION billing_refuse('a commitment ends with another version')
+""",
+    """
+CREATE FUNCTION billing_check_unit_charge() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+  IF NEW.version IS DISTINCT FROM (SELECT MAX(version) FROM provision
+    WHERE customer_id = NEW.customer_id AND model = NEW.model AND from_period <= NEW.period) THEN
+    RAISE EXCEPTION USING MESSAGE = 'tr_unit_charge_insert: another version is in force',
+      ERRCODE = 'integrity_constraint_violation';
+  END IF;
+  RETURN NEW;
+END $$
+""",
+    """
+CREATE TRIGGER tr_unit_charge_insert BEFORE INSERT ON unit_charge
+FOR EACH ROW EXECUTE FUNCTION billing_check_unit_charge()
+""",
+    """
+CREATE TRIGGER tr_unit_charge_update BEFORE UPDATE ON unit_charge
+FOR EACH ROW EXECUTE FUNCTION billing_refuse('a month is charged once')
+""",
+    """
+CREATE TRIGGER tr_unit_charge_delete BEFORE DELETE ON unit_charge
+FOR EACH ROW EXECUTE FUNCTION billing_refuse('a month is charged once')
+""",
+    """
+CREATE FUNCTION billing_check_unit_use() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+  IF NOT EXISTS (SELECT 1 FROM reservation
+    WHERE request_id = NEW.request_id AND customer_id = NEW.customer_id AND model = NEW.model
+      AND (covered = NEW.frames
+        OR (NEW.frames < 0 AND state = 'settled' AND frames_delivered - covered = NEW.frames))) THEN
+    RAISE EXCEPTION USING MESSAGE = 'tr_unit_use_insert: no request uses or gives back these frames',
+      ERRCODE = 'integrity_constraint_violation';
+  END IF;
+  RETURN NEW;
+END $$
+""",
+    """
+CREATE TRIGGER tr_unit_use_insert BEFORE INSERT ON unit_use
+FOR EACH ROW EXECUTE FUNCTION billing_check_unit_use()
+""",
+    """
+CREATE TRIGGER tr_unit_use_update BEFORE UPDATE ON unit_use
+FOR EACH ROW EXECUTE FUNCTION billing_refuse('what was used is never edited')
+""",
+    """
+CREATE TRIGGER tr_unit_use_delete BEFORE DELETE ON unit_use
+FOR EACH ROW EXECUTE FUNCTION billing_refuse('what was used is never forgotten')
 """,
 )

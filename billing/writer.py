@@ -1,7 +1,8 @@
 """The loop around the ledger: one thread that turns waiting commands into one transaction at a time.
 
 Group commit without a timer: whatever arrived while the last commit was being made durable goes into the next one, so
-light load means small batches and low latency, heavy load large batches. Between commits it sweeps expired leases.
+light load means small batches and low latency, heavy load large batches. Between commits it sweeps expired leases and
+charges for provisioned units.
 Knows no Ray: the actor is a shell around it, tests and tools run it in process.
 """
 
@@ -15,7 +16,7 @@ from threading import Lock, Thread
 
 import structlog
 
-from billing.commands import Command, ExpireLeases, LeasesExpired, Outcome
+from billing.commands import ChargeUnits, Command, ExpireLeases, LeasesExpired, Outcome, UnitsCharged
 from billing.ledger import Ledger
 
 MAX_BATCH = 256
@@ -76,9 +77,11 @@ class LedgerWriter:
             try:
                 self._write(items)
                 if sweep:
-                    (expired,) = self._ledger.apply([ExpireLeases()])
+                    expired, charged = self._ledger.apply([ExpireLeases(), ChargeUnits()])
                     if isinstance(expired, LeasesExpired) and expired.request_ids:
                         log.warning("leases_expired", request_ids=expired.request_ids)
+                    if isinstance(charged, UnitsCharged) and charged.charged:
+                        log.info("units_charged", ids=charged.charged)
                     next_sweep = time.monotonic() + SWEEP_EVERY_S
             except BaseException as error:
                 with self._turn:

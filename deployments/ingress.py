@@ -19,7 +19,7 @@ from billing.commands import (
     Reserve,
     Reserved,
 )
-from billing.money import Mils, part_of_rate
+from billing.money import Mils
 from deployments.errors import (
     DeadlinePassed,
     EngineFailed,
@@ -240,7 +240,7 @@ class Ingress:
             return reserved.amount_mils
         record = await self._reservations.record(request.request_id)
         assert record is not None
-        return part_of_rate(num_frames, record.mils_per_frame, record.per_frames)
+        return record.cost(num_frames)
 
     async def first_result(self, repeated: Repeated) -> RolloutResult | None:
         """What the request that this one repeats was answered with; None if it was refunded after all.
@@ -248,13 +248,13 @@ class Ingress:
         Raises:
             ResultExpired: it was delivered, and its result is no longer kept.
         """
-        captured = repeated.captured_mils
-        while not captured:  # open, or lately refunded: the ledger says which
+        state = repeated.state
+        while state == "open":
             first = await self._reservations.record(repeated.request_id)
-            if first is None or (first.state == "settled" and not first.captured_mils):
+            if first is None or (first.state == "settled" and not first.frames_delivered):
                 return None
-            captured = first.captured_mils
-            if not captured:
+            state = first.state
+            if state == "open":
                 await asyncio.sleep(JOIN_POLL_S)
         result = await asyncio.to_thread(self._results.get, repeated.request_id)
         if result is None:

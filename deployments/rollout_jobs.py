@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from sqlalchemy.exc import DBAPIError
 
 from billing.commands import CustomerId, Heartbeat, Repeated, RequestId, Settle, Settled
-from billing.money import Mils, part_of_rate
+from billing.money import Mils
 from billing.reader import ReservationRecord
 from deployments.chunk_loop import FinishedChunk
 from deployments.errors import DeadlinePassed, EngineFailed, LedgerUnavailable, ModelOverloaded, TooManyJobs
@@ -232,7 +232,7 @@ class RolloutJobs:
             if job is not None:
                 return job
             reservation = await self._reservations.record(repeated.request_id)
-            if reservation is None or (reservation.state == "settled" and not reservation.captured_mils):
+            if reservation is None or (reservation.state == "settled" and not reservation.frames_delivered):
                 return None
             if reservation.state == "settled":  # it was sent without mode=async
                 return await self._ingress.first_result(repeated)
@@ -351,7 +351,7 @@ class RolloutJobs:
             videos=gathered.outputs,
             created_at=time.time(),
             num_frames=num_frames,
-            cost_mils=part_of_rate(num_frames, reservation.mils_per_frame, reservation.per_frames),
+            cost_mils=reservation.cost(num_frames),
             queue_ms=gathered.queue_ms,
             infer_ms=gathered.infer_ms,
             total_ms=(time.perf_counter() - started) * 1e3,
@@ -392,9 +392,8 @@ class RolloutJobs:
     def _settled_before(self, job: Job, reservation: ReservationRecord | None) -> Ending:
         """A process ended between the settlement and the row, or the lease ran out: the ledger says what it was."""
         captured = Mils(0) if reservation is None else reservation.captured_mils
-        if reservation is not None and captured:
-            delivered = reservation.frames_delivered
-            assert delivered is not None, "it is settled"
+        delivered = 0 if reservation is None else reservation.frames_delivered
+        if delivered:
             return Ending("succeeded" if delivered == job.frames else "canceled", delivered, captured)
         if job.cancel_requested_at is not None:
             return Ending("canceled")

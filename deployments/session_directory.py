@@ -41,9 +41,11 @@ class SessionRecord:
     per_frames: int
     """The rate is `mils_per_frame` for so many frames."""
     created_at: float
+    frames_covered: int = 0
+    """That provisioned units pay for, known once it is reserved: the first ones to be streamed."""
 
     def cost(self, frames: int) -> Mils:
-        return part_of_rate(frames, self.mils_per_frame, self.per_frames)
+        return part_of_rate(max(0, frames - self.frames_covered), self.mils_per_frame, self.per_frames)
 
 
 @dataclass(slots=True)

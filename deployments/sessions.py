@@ -325,7 +325,12 @@ class Sessions:
         if claimed == "connected":
             raise SessionBusy()
         # The rate that was reserved is a quote's, if there was one.
-        record: SessionRecord = replace(claimed, mils_per_frame=reserved.mils_per_frame, per_frames=reserved.per_frames)
+        record: SessionRecord = replace(
+            claimed,
+            mils_per_frame=reserved.mils_per_frame,
+            per_frames=reserved.per_frames,
+            frames_covered=reserved.frames_covered,
+        )
         self._reservations.take_over(request_id)
         session = Session(self._models[record.model], record, self._status, self.limits.idle_s)
         self._connected[request_id] = session

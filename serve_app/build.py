@@ -18,6 +18,7 @@ from billing.payments.reader import PaymentsReader
 from billing.reader import LedgerReader
 from billing.request_log import RequestLog
 from billing.statements import StatementReader
+from billing.units import UnitsReader
 from billing.usage import UsageReader
 from deployments import actors, ledger_client
 from deployments.file_groups import open_file_groups
@@ -125,6 +126,7 @@ class Gateway:
                 request_log=RequestLog(database),
                 usage=usage,
                 statements=StatementReader(database),
+                units=UnitsReader(database),
                 prices=Prices(reader.prices, usage.frames_since),
                 buckets=TokenBuckets(time.monotonic, share=1 / args.ingress_replicas),
                 known_keys=KnownKeys(time.monotonic),

@@ -16,6 +16,7 @@ from billing.keys import is_token_shaped, token_sha256
 from billing.reader import KeyRecord, LedgerReader
 from billing.request_log import RequestLog
 from billing.statements import StatementReader
+from billing.units import UnitsReader
 from billing.usage import UsageReader
 from deployments.errors import CreditsInsufficient, LedgerUnavailable
 from deployments.frame_store import FrameStore
@@ -61,6 +62,7 @@ class Services:
     request_log: RequestLog
     usage: UsageReader
     statements: StatementReader
+    units: UnitsReader
     prices: Prices
     buckets: TokenBuckets
     known_keys: KnownKeys

@@ -18,6 +18,7 @@ class LoggedRequest(BaseModel):
     state: RequestState = Field(description="Of its money: held, kept, kept in part, given back")
     frames: int = Field(description="That were asked for")
     frames_delivered: int | None = Field(description="Null while it is open")
+    frames_covered: int = Field(description="That provisioned units pay for, the first to be delivered")
     reserved_mils: int
     refunded_mils: int
     cost_mils: int
@@ -71,7 +72,7 @@ class MonthStatement(BaseModel):
     entries: int
     opening_balance_mils: int
     credits_mils: int
-    debits_mils: int = Field(description="For work; negative")
+    debits_mils: int = Field(description="For work and provisioned units; negative")
     refunds_mils: int
     reversals_mils: int = Field(description="Payments taken back, debts repaid; negative")
     transfers_mils: int = Field(description="Within the team")
@@ -85,6 +86,23 @@ class MonthStatements(BaseModel):
     customer_id: str
     data: list[MonthStatement]
     next_cursor: str | None = Field(description="Send as `before` for earlier months; null at the first")
+
+
+class ModelUnits(BaseModel):
+    model: str
+    month: str
+    units: int
+    unit_mils: int = Field(description="Of one, a month")
+    unit_frames: int = Field(description="That one pays for, a month")
+    charged: float | None = Field(description="When this month was; null while it waits for credit")
+    frames: int = Field(description="That this month's units pay for; 0 while it is not charged")
+    frames_used: int
+    frames_left: int
+
+
+class ProvisionedUnits(BaseModel):
+    customer_id: str
+    data: list[ModelUnits]
 
 
 class BudgetEvent(BaseModel):

@@ -8,6 +8,7 @@ from typing import assert_never
 
 from billing.commands import (
     AddPrice,
+    ChargeUnits,
     CloseStatement,
     Command,
     CreateKey,
@@ -26,6 +27,7 @@ from billing.commands import (
     SetKeyTerms,
     SetMember,
     Settle,
+    SetUnits,
     Transfer,
 )
 from billing.core.accounts import close_statement, set_credit_line
@@ -37,6 +39,7 @@ from billing.core.price_book import add_price
 from billing.core.quotes import give_quote
 from billing.core.reservations import expire_leases, heartbeat, reserve, settle
 from billing.core.teams import set_member, transfer
+from billing.core.units import charge_units, set_units
 
 __all__ = ["Book", "decide"]
 
@@ -76,6 +79,10 @@ def decide(book: Book, command: Command) -> Outcome:
             return close_statement(book, command)
         case AddPrice():
             return add_price(book, command)
+        case SetUnits():
+            return set_units(book, command)
+        case ChargeUnits():
+            return charge_units(book)
         case ExpireLeases():
             return expire_leases(book)
         case PaymentCommand():

@@ -14,7 +14,7 @@ from billing.commands import (
 from billing.core.book import Book, CreditLineRow, StatementRow, Unbilled
 from billing.money import Mils, dollars
 
-USAGE = ("debit", "refund")
+USAGE = ("debit", "refund", "fee")
 TRANSFERS = ("transfer_in", "transfer_out")
 
 

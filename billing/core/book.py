@@ -87,6 +87,9 @@ class Reservation:
     model: str = ""
     per_frames: int = 1
     frames_delivered: int | None = None
+    covered: int | None = None
+    """Frames that provisioned units pay for; None for none."""
+    covered_period: str | None = None
     drawn: Mils = ZERO
     """What of it came out of the parent's wallet."""
     draw_day: int | None = None
@@ -243,6 +246,66 @@ class MembershipRow(NamedTuple):
     cap_period: str | None
 
 
+class ProvisionRow(NamedTuple):
+    """In the order of the table's columns."""
+
+    customer_id: CustomerId
+    model: str
+    version: int
+    prev_version: int | None
+    prev_period: str | None
+    from_period: str
+    units: int
+    unit_mils: Mils
+    unit_frames: int
+    units_per_replica: int
+    created_at: float
+
+
+class UnitChargeRow(NamedTuple):
+    """In the order of the table's columns."""
+
+    customer_id: CustomerId
+    model: str
+    period: str
+    version: int
+    units: int
+    unit_mils: Mils
+    unit_frames: int
+    amount: Mils
+    frames: int
+    entry_seq: int
+    charged_at: float
+
+
+class UnitUseRow(NamedTuple):
+    """In the order of the table's columns."""
+
+    customer_id: CustomerId
+    model: str
+    period: str
+    seq: int
+    prev_seq: int | None
+    used_before: int
+    frames: int
+    used_after: int
+    allotment: int
+    request_id: RequestId
+
+
+@dataclass(slots=True)
+class Allotment:
+    """Frames that a month's units pay for, and how many of them are used."""
+
+    customer_id: CustomerId
+    model: str
+    period: str
+    frames: int
+    used: int = 0
+    seq: int | None = None
+    """Of its last use."""
+
+
 class TransferRow(NamedTuple):
     """In the order of the table's columns, and what the two entries came to."""
 
@@ -360,6 +423,15 @@ class Book:
     prices: dict[tuple[str, str], list[PriceRow]] = field(default_factory=dict)
     """By model and customer, in the order of their versions."""
     new_prices: list[PriceRow] = field(default_factory=list)
+    provisions: dict[tuple[CustomerId, str], list[ProvisionRow]] = field(default_factory=dict)
+    """By customer and model, in the order of their versions."""
+    new_provisions: list[ProvisionRow] = field(default_factory=list)
+    new_charges: list[UnitChargeRow] = field(default_factory=list)
+    allotments: dict[tuple[CustomerId, str, str], Allotment] = field(default_factory=dict)
+    """By customer, model and month."""
+    allotments_since: dict[CustomerId, str] = field(default_factory=dict)
+    """The month from which on a customer's are known."""
+    new_uses: list[UnitUseRow] = field(default_factory=list)
     entries: list[Entry] = field(default_factory=list)
     """New ones, in the order in which they chain."""
 
@@ -388,6 +460,7 @@ class Book:
             self.events,
             self.quotes,
             self.prices,
+            self.provisions,
             self.moved_wallets,
             self.new_terms,
             self.renewed,
@@ -411,6 +484,9 @@ class Book:
             self.new_statements,
             self.new_quotes,
             self.new_prices,
+            self.new_provisions,
+            self.new_charges,
+            self.new_uses,
             self.new_budget_events,
             self.entries,
         ):
@@ -425,6 +501,8 @@ class Book:
                 self.key_by_sha256,
                 self.spent,
                 self.drawn,
+                self.allotments,
+                self.allotments_since,
                 self.reservations,
             ):
                 remembered.clear()
@@ -468,7 +546,7 @@ class Book:
     ) -> Entry:
         """Append one entry to the wallet's chain."""
         balance = Mils(wallet.balance + amount)
-        assert amount > 0 or balance >= wallet.floor, f"{kind} of {amount} mils on a balance of {wallet.balance}"
+        assert amount >= 0 or balance >= wallet.floor, f"{kind} of {amount} mils on a balance of {wallet.balance}"
         seq, before = wallet.seq, wallet.balance
         entry = Entry(
             wallet.customer_id,

@@ -25,6 +25,7 @@ from billing.core.book import Book, Reservation, Submission
 from billing.core.keys import day_of, exceeded_budget, has_expired, warn_of_budgets
 from billing.core.quotes import why_not
 from billing.core.teams import draw, give_back, shortfall
+from billing.core.units import cover, coverable, uncover
 from billing.money import Mils, part_of_rate
 
 LEASE_EXPIRED = "lease expired"
@@ -69,7 +70,8 @@ def reserve(book: Book, command: Reserve) -> Outcome:
         if quote is None or refused is not None:
             return refused or QuoteRefused("there is no such quote")
         rate, per_frames = quote.mils_per_frame, quote.per_frames
-    amount = part_of_rate(command.frames, rate, per_frames)
+    covered = coverable(book, wallet, command.model, command.frames)
+    amount = part_of_rate(command.frames - covered, rate, per_frames)
     exceeded = exceeded_budget(book, key, amount) if key.has_budget else None
     if exceeded is not None:
         return exceeded
@@ -83,7 +85,7 @@ def reserve(book: Book, command: Reserve) -> Outcome:
         holder.released_at = book.ts
         if not holder.is_new:
             book.released.append(holder)
-    detail = printable(command.detail)
+    detail = printable(command.detail + (f" · {covered} of {command.frames} frames provisioned" if covered else ""))
     draw_day = draw(book, wallet, drawn, command.request_id, detail) if drawn else None
     debit = book.move(wallet, "debit", Mils(-amount), command.request_id, detail, reserved=amount)
     reservation = Reservation(
@@ -105,6 +107,8 @@ def reserve(book: Book, command: Reserve) -> Outcome:
     )
     book.reservations[command.request_id] = reservation
     book.new_reservations.append(reservation)
+    if covered:
+        cover(book, reservation, covered)
     if key.has_budget:
         reservation.budget_id, reservation.budget_day = key.budget_id, day_of(debit.ts)
         days = book.spent.setdefault(key.budget_id, {})
@@ -141,7 +145,7 @@ def _first_of(book: Book, customer_id: CustomerId, command: Reserve, holder: Sub
     if not command.idempotency_key:
         stand = [each for each in stand if each.settled_at is None or each.settled_at >= since]
     # What was refunded in full does not stand in the way of another attempt.
-    stand = [each for each in stand if each.state == "open" or each.captured > 0]
+    stand = [each for each in stand if each.state == "open" or each.frames_delivered]
     return max(stand, key=lambda each: (each.created_at, each.debit_seq), default=None)
 
 
@@ -166,7 +170,8 @@ def _close(book: Book, reservation: Reservation, frames_delivered: int, reason: 
     assert reservation.state == "open"
     wallet = book.wallets[reservation.customer_id]
     reservation.frames_delivered = frames_delivered
-    reservation.captured = part_of_rate(frames_delivered, reservation.mils_per_frame, reservation.per_frames)
+    paid = max(0, frames_delivered - (reservation.covered or 0))
+    reservation.captured = part_of_rate(paid, reservation.mils_per_frame, reservation.per_frames)
     reservation.refunded = Mils(reservation.amount - reservation.captured)
     if reservation.refunded > 0:
         missing = reservation.frames - frames_delivered
@@ -175,6 +180,8 @@ def _close(book: Book, reservation: Reservation, frames_delivered: int, reason: 
         if reservation.drawn:
             give_back(book, wallet, reservation, detail)
         book.repay(wallet, reservation.request_id)
+    if reservation.covered is not None:
+        uncover(book, reservation)
     reservation.state = "settled"
     reservation.reason = reason
     reservation.settled_at = book.ts

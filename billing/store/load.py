@@ -9,6 +9,7 @@ from sqlalchemy import ColumnElement, Connection, and_, bindparam, case, exists,
 
 from billing.commands import (
     AddPrice,
+    ChargeUnits,
     CloseStatement,
     Command,
     CreateKey,
@@ -20,6 +21,7 @@ from billing.commands import (
     KeyId,
     PaymentCommand,
     Quote,
+    RequestId,
     Reserve,
     Reverse,
     RevokeKey,
@@ -28,13 +30,16 @@ from billing.commands import (
     SetKeyTerms,
     SetMember,
     Settle,
+    SetUnits,
     Transfer,
 )
 from billing.core.book import (
+    Allotment,
     Book,
     Entry,
     Payment,
     PriceRow,
+    ProvisionRow,
     QuoteRow,
     StatementRow,
     Submission,
@@ -44,6 +49,7 @@ from billing.core.book import (
 )
 from billing.core.keys import DAY_S
 from billing.core.reservations import KEY_MEMORY_S, MAX_FORGOTTEN_PER_SWEEP
+from billing.core.units import period_of
 from billing.keys import initial_grant_id
 from billing.store.rows import key_of, reservation_of
 from billing.store.sql import AnyRow, ByText, by
@@ -58,14 +64,19 @@ from billing.tables import (
     payment,
     payment_event,
     price,
+    provision,
     quote,
     reservation,
     statement,
     submission,
     transfer,
+    unit_charge,
+    unit_use,
     wallet,
 )
 
+NEVER = "9999-12"
+"""After every month that there is."""
 MAX_IDS_PER_QUERY = 500
 """Longer lists are asked for in parts; both databases bound the parameters of one statement."""
 
@@ -94,6 +105,7 @@ _RESERVATIONS = (
         budget_use.c.day.label("budget_day"),
         draw.c.drawn,
         draw.c.day.label("draw_day"),
+        unit_use.c.period.label("covered_period"),
     )
     .join_from(
         reservation,
@@ -106,6 +118,9 @@ _RESERVATIONS = (
     )
     .outerjoin(budget_use, budget_use.c.request_id == reservation.c.request_id)
     .outerjoin(draw, draw.c.request_id == reservation.c.request_id)
+    .outerjoin(
+        unit_use, and_(unit_use.c.request_id == reservation.c.request_id, unit_use.c.frames == reservation.c.covered)
+    )
 )
 
 _KEYS_BY_ID = by(_KEYS, api_key.c.key_id)
@@ -163,6 +178,53 @@ _SPENT = by(
     budget_use.c.budget_id,
 )
 _PRICES = by(select(price).order_by(price.c.model, price.c.customer_id, price.c.version), price.c.model)
+_last_use = unit_use.alias("last_use")
+_ALLOTMENTS = by(
+    select(
+        unit_charge.c.customer_id,
+        unit_charge.c.model,
+        unit_charge.c.period,
+        unit_charge.c.frames,
+        func.coalesce(unit_use.c.used_after, 0).label("used"),
+        unit_use.c.seq,
+    )
+    .select_from(unit_charge)
+    .outerjoin(
+        unit_use,
+        and_(
+            *(unit_use.c[name] == unit_charge.c[name] for name in ("customer_id", "model", "period")),
+            unit_use.c.seq
+            == select(func.max(_last_use.c.seq))
+            .where(*(_last_use.c[name] == unit_charge.c[name] for name in ("customer_id", "model", "period")))
+            .scalar_subquery(),
+        ),
+    )
+    .where(unit_charge.c.period >= bindparam("since")),
+    unit_charge.c.customer_id,
+)
+_PROVISIONS = by(
+    select(provision).order_by(provision.c.customer_id, provision.c.model, provision.c.version),
+    provision.c.customer_id,
+)
+_later = provision.alias("later")
+_UNITS_DUE = (
+    select(provision.c.customer_id)
+    .where(provision.c.from_period <= bindparam("period"), provision.c.units > 0)
+    .where(
+        ~exists().where(
+            _later.c.customer_id == provision.c.customer_id,
+            _later.c.model == provision.c.model,
+            _later.c.version > provision.c.version,
+            _later.c.from_period <= bindparam("period"),
+        ),
+        ~exists().where(
+            unit_charge.c.customer_id == provision.c.customer_id,
+            unit_charge.c.model == provision.c.model,
+            unit_charge.c.period == bindparam("period"),
+        ),
+    )
+    .distinct()
+)
 _QUOTES = by(select(quote), quote.c.quote_id)
 _CREDITS = by(select(entry).where(entry.c.kind == "credit"), entry.c.public_id)
 _credit = entry.alias("credit")
@@ -174,7 +236,7 @@ _PAYMENTS = by(
 )
 _EVENTS = by(select(payment_event.c.event_id), payment_event.c.event_id)
 _SUBMISSIONS = select(submission)
-_stands = or_(reservation.c.state == "open", reservation.c.captured > 0)
+_stands = or_(reservation.c.state == "open", reservation.c.frames_delivered > 0)
 _STANDING = select(submission).join(reservation, reservation.c.request_id == submission.c.request_id).where(_stands)
 _FORGETTABLE = (
     select(submission)
@@ -200,8 +262,9 @@ def load(connection: Connection, commands: Sequence[Command], book: Book) -> Non
     transfer_ids: set[str] = set()
     closing: set[str] = set()
     event_ids: set[str] = set()
+    provisioned: set[CustomerId] = set()
     recognised: list[Reserve] = []
-    expires = changes_budgets = made_members = False
+    expires = changes_budgets = made_members = charges_units = False
     for command in commands:
         match command:
             case Reserve():
@@ -260,6 +323,11 @@ def load(connection: Connection, commands: Sequence[Command], book: Book) -> Non
                 models.add(command.model)
                 if command.customer_id:
                     customer_ids.add(command.customer_id)
+            case SetUnits():
+                customer_ids.add(command.customer_id)
+                provisioned.add(command.customer_id)
+            case ChargeUnits():
+                charges_units = True
             case ExpireLeases():
                 expires = True
             case PaymentCommand():
@@ -298,6 +366,13 @@ def load(connection: Connection, commands: Sequence[Command], book: Book) -> Non
 
     def add_price(row: AnyRow) -> None:
         book.prices.setdefault((row.model, row.customer_id), []).append(PriceRow(*row))
+
+    def add_provision(row: AnyRow) -> None:
+        book.provisions.setdefault((row.customer_id, row.model), []).append(ProvisionRow(*row))
+
+    def add_allotment(row: AnyRow) -> None:
+        allotment = Allotment(*row)
+        book.allotments.setdefault((allotment.customer_id, allotment.model, allotment.period), allotment)
 
     def add_drawn(row: AnyRow) -> None:
         book.drawn[row.customer_id][row.day] = int(row.drawn)
@@ -346,6 +421,10 @@ def load(connection: Connection, commands: Sequence[Command], book: Book) -> Non
             add_reservation(row)
     among(_QUOTES, quote_ids, lambda row: book.quotes.update({row.quote_id: QuoteRow(*row)}))
     among(_PRICES, models, add_price)
+    if charges_units:
+        provisioned.update(connection.scalars(_UNITS_DUE, {"period": period_of(book.ts)}))
+        customer_ids.update(provisioned)
+    among(_PROVISIONS, provisioned, add_provision)
     among(_PAYMENTS, sources, add_payment)
     among(_EVENTS, event_ids, lambda row: book.events.add(row.event_id))
     among(_CREDITS, credit_ids, lambda row: book.credits.update({row.public_id: Entry(*row)}))
@@ -355,6 +434,16 @@ def load(connection: Connection, commands: Sequence[Command], book: Book) -> Non
 
     owners_of_keys = {key.customer_id for key in keys}
     owners_of_keys.update(book.customer_by_name[name] for name in names & book.customer_by_name.keys())
+    since = dict.fromkeys(owners_of_keys | provisioned, period_of(book.ts))
+    for reservation_id in book.reservations if expires else request_ids & book.reservations.keys():
+        held = book.reservations[RequestId(reservation_id)]
+        if held.covered_period is not None:
+            since[held.customer_id] = min(held.covered_period, since.get(held.customer_id, held.covered_period))
+    unknown = {each for each, period in since.items() if book.allotments_since.get(each, NEVER) > period}
+    if unknown:
+        earliest = min(since[each] for each in unknown)
+        among(_ALLOTMENTS, unknown, add_allotment, since=earliest)
+        book.allotments_since.update(dict.fromkeys(unknown, earliest))
     members = {each for each in owners_of_keys if made_members or book.wallets[each].cap is not None}
     for member in members - book.drawn.keys():
         book.drawn[member] = {}

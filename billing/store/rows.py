@@ -65,6 +65,8 @@ def reservation_of(row: AnyRow) -> Reservation:
         drawn=row.drawn or ZERO,
         draw_day=row.draw_day,
         model=row.model,
+        covered=row.covered,
+        covered_period=row.covered_period,
     )
 
 
@@ -131,6 +133,7 @@ def reservation_row(each: Reservation) -> tuple[Any, ...]:
         each.model,
         each.per_frames,
         each.frames_delivered,
+        each.covered,
     )
 
 

@@ -26,12 +26,15 @@ from billing.tables import (
     payment,
     payment_event,
     price,
+    provision,
     quote,
     reservation,
     reversal,
     statement,
     submission,
     transfer,
+    unit_charge,
+    unit_use,
     wallet,
 )
 
@@ -56,6 +59,9 @@ _INSERT_TRANSFERS = insert_all(transfer)
 _INSERT_DRAWS = insert_all(draw)
 _INSERT_STATEMENTS = insert_all(statement)
 _INSERT_PRICES = insert_all(price)
+_INSERT_PROVISIONS = insert_all(provision)
+_INSERT_CHARGES = insert_all(unit_charge)
+_INSERT_USES = insert_all(unit_use)
 _PUT_TERMS = upsert_all(key_terms, "key_id")
 _MOVE_WALLETS = update_all(wallet, "customer_id", ("seq", "balance_mils"))
 _REVOKE_KEYS = update_all(api_key, "key_id", ("revoked_at", "revoked_seq"))
@@ -105,6 +111,9 @@ def write(connection: Connection, book: Book) -> None:
     _INSERT_QUOTES(connection, book.new_quotes)  # type: ignore[arg-type]
     _INSERT_BUDGET_EVENTS(connection, book.new_budget_events)  # type: ignore[arg-type]
     _INSERT_PRICES(connection, book.new_prices)  # type: ignore[arg-type]
+    _INSERT_PROVISIONS(connection, book.new_provisions)  # type: ignore[arg-type]
+    _INSERT_CHARGES(connection, book.new_charges)  # type: ignore[arg-type]
+    _INSERT_USES(connection, book.new_uses)  # type: ignore[arg-type]
     _INSERT_REVERSALS(connection, book.new_reversals)  # type: ignore[arg-type]
     _INSERT_DEBTS(connection, book.new_debts)  # type: ignore[arg-type]
     _INSERT_ENTRIES(connection, book.entries)  # type: ignore[arg-type]

@@ -133,6 +133,7 @@ def _logged(record: RequestRecord) -> LoggedRequest:
         state=record.state,
         frames=record.frames,
         frames_delivered=record.frames_delivered,
+        frames_covered=record.frames_covered,
         reserved_mils=record.amount_mils,
         refunded_mils=record.refunded_mils,
         cost_mils=record.cost_mils,

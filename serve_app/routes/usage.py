@@ -19,8 +19,10 @@ from serve_app.routes.requests import CSV_PART, Since, Until
 from serve_app.usage_schemas import (
     BudgetEvent,
     BudgetEvents,
+    ModelUnits,
     MonthStatement,
     MonthStatements,
+    ProvisionedUnits,
     Usage,
     UsageLine,
 )
@@ -109,6 +111,29 @@ async def get_statement(month: str, parts: Parts, caller: Caller, as_csv: WantsC
     if as_csv:
         return csv_answer(f"statement-{wanted}", ENTRY_COLUMNS, _entries(parts, caller.customer_id, found[0]))
     return _month_statement(found[0], now)
+
+
+@router.get("/units")
+async def list_units(parts: Parts, caller: Caller) -> ProvisionedUnits:
+    """This month's provisioned units, by model, and how many of the frames that they pay for are left."""
+    found = await parts.ask(parts.units.now, time.time(), caller.customer_id)
+    return ProvisionedUnits(
+        customer_id=caller.customer_id,
+        data=[
+            ModelUnits(
+                model=each.terms.model,
+                month=each.period,
+                units=each.terms.units,
+                unit_mils=each.terms.unit_mils,
+                unit_frames=each.terms.unit_frames,
+                charged=each.charged_at,
+                frames=each.frames,
+                frames_used=each.frames_used,
+                frames_left=each.frames_left,
+            )
+            for each in found
+        ],
+    )
 
 
 @router.get("/events")

@@ -48,13 +48,16 @@ def reservation(
     state: str = "open",
     settled: object = "NULL",
     debit_seq: object = ":next",
+    model: str = "''",
+    covered: object = "NULL",
 ) -> str:
     return (
         "INSERT INTO reservation (request_id, customer_id, key_id, frames, mils_per_frame, amount, captured, refunded,"
-        f" state, lease_until, reason, created_at, debit_seq, settled_at, settled_seq, frames_delivered)"
+        " state, lease_until, reason, created_at, debit_seq, settled_at, settled_seq, frames_delivered, model, covered)"
         f" VALUES ({request_id},"
         f" {customer}, {key}, {frames}, {rate}, {amount}, {captured}, {refunded}, '{state}', 2000000000, '', 1,"
-        f" {debit_seq}, {settled}, {settled}, {'NULL' if state == 'open' else f'({captured}) / ({rate})'})"
+        f" {debit_seq}, {settled}, {settled}, {'NULL' if state == 'open' else f'({captured}) / ({rate})'},"
+        f" {model}, {covered})"
     )
 
 

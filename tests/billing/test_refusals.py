@@ -15,6 +15,7 @@ from sqlalchemy.exc import DataError, IntegrityError
 
 from billing.commands import (
     AddPrice,
+    ChargeUnits,
     CloseStatement,
     Credit,
     KeyTerms,
@@ -27,6 +28,7 @@ from billing.commands import (
     SetCreditLine,
     SetKeyTerms,
     SetMember,
+    SetUnits,
     Transfer,
 )
 from billing.database import writer
@@ -41,6 +43,7 @@ from tests.billing.attacks import Attack, entry, reservation, settle, submission
 from tests.billing.attacks_on_accounts import ACCOUNT_ATTACKS
 from tests.billing.attacks_on_jobs import JOB_ATTACKS
 from tests.billing.attacks_on_payments import PAYMENT_ATTACKS
+from tests.billing.attacks_on_units import UNIT_ATTACKS
 from tests.billing.conftest import Clock, Databases, Desk
 
 TERMS = (
@@ -659,6 +662,7 @@ ATTACKS = [
     *PAYMENT_ATTACKS,
     *ACCOUNT_ATTACKS,
     *JOB_ATTACKS,
+    *UNIT_ATTACKS,
 ]
 
 
@@ -671,6 +675,10 @@ IMPLIED = {
     "uq_debt_after",
     "uq_price_effective",
     "uq_statement_end",
+    "uq_provision_period",
+    "uq_provision_terms",
+    "uq_unit_charge_frames",
+    "uq_unit_use_after",
     "ck_wallet_floor",
 }
 """Unique because a primary key inside them is: foreign keys point at them. A floor is refused by its line first."""
@@ -717,6 +725,12 @@ def history(databases: Databases) -> Iterator[History]:
         desk.do(Transfer("tra_1", dan.customer_id, eli.customer_id, Mils(200), ""))
         desk.do(CloseStatement(dan.customer_id, "2027-01"))
         assert isinstance(desk.do(desk.reserve(eli, 49, RequestId("elis"))), Reserved)
+        fay = desk.account(1000, name="fay")
+        desk.do(SetUnits(fay.customer_id, "m", 1, "2027-01", 2, Mils(100), 60, 4))
+        desk.do(ChargeUnits())
+        for request_id in ("fays", "fayp"):
+            desk.do(replace(desk.reserve(fay, 49, RequestId(request_id)), model="m"))
+        desk.settle(RequestId("fayp"), 10)
         tail, before_tail = desk.reader.transactions(ann.customer_id, 2)
         yield History(
             engine,
@@ -726,6 +740,8 @@ def history(databases: Databases) -> Iterator[History]:
                 "cat": cat.customer_id,
                 "dan": dan.customer_id,
                 "eli": eli.customer_id,
+                "fay": fay.customer_id,
+                "fay_key": fay.key.key_id,
                 "ann_key": ann.key.key_id,
                 "bob_key": bob.key.key_id,
                 "revoked_key": revoked.key.key_id,

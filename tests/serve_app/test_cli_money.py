@@ -85,3 +85,28 @@ def test_a_credit_limit_is_set_and_stopped_while_overdue(admin: Any):
     assert admin("credits", "limit", "--customer", "lab", "--limit", "50")["spends_down_to_usd"] == -50.0
     stopped = admin("credits", "limit", "--customer", "lab", "--limit", "50", "--overdue")
     assert (stopped["limit_usd"], stopped["spends_down_to_usd"]) == (50.0, 0.0)
+
+
+def test_units_are_sold_charged_at_once_and_shown(admin: Any):
+    admin("keys", "create", "--customer", "lab", "--initial-credits", "1000")
+    sold = ("prices", "set-units", "lab", "tiny-pusher", "--units", "2", "--usd-per-unit", "400")
+    sold += ("--frames-per-unit", "1000000", "--units-per-replica", "4")
+    first = admin(*sold)
+    assert (first["version"], first["charged_now"], first["replicas_promised"]) == (1, True, 1)
+    again = admin(*sold)
+    assert (again["version"], again["charged_now"], again["waits_for_credit"]) == (1, False, False)
+    [row] = admin("prices", "units")
+    assert (row["units"], row["unit_usd"], row["unit_frames"], row["units_per_replica"]) == (2, 400.0, 1_000_000, 4)
+    code, complaint = admin(*sold[:5], "3", *sold[6:])
+    assert code == 2
+    assert "another version begins later" in complaint
+    code, complaint = admin("prices", "set-units", "nobody", *sold[3:])
+    assert code == 2
+    assert "no customer 'nobody'" in complaint
+
+
+def test_units_wait_for_credit(admin: Any):
+    admin("keys", "create", "--customer", "lab")
+    terms = ("--units", "1", "--usd-per-unit", "1", "--frames-per-unit", "10")
+    sold = admin("prices", "set-units", "lab", "tiny-pusher", *terms)
+    assert (sold["charged_now"], sold["waits_for_credit"], sold["replicas_promised"]) == (False, True, 0)

@@ -12,7 +12,7 @@ import pytest
 import pytest_asyncio
 from sqlalchemy.exc import OperationalError
 
-from billing.commands import CustomerId, KeyId, KeyTerms, RequestId, Reserve, SetKeyTerms, Settle
+from billing.commands import ChargeUnits, CustomerId, KeyId, KeyTerms, RequestId, Reserve, SetKeyTerms, Settle, SetUnits
 from billing.keys import mint_request_id
 from billing.money import Mils
 from billing.statements import Month
@@ -29,6 +29,7 @@ READS = [
     "/v1/billing/statements",
     "/v1/billing/events",
     "/v1/billing/transactions",
+    "/v1/billing/units",
 ]
 
 
@@ -142,6 +143,7 @@ class TestRequests:
             "state": "partial",
             "frames": 49,
             "frames_delivered": 12,
+            "frames_covered": 0,
             "reserved_mils": 245,
             "refunded_mils": 185,
             "cost_mils": 60,
@@ -381,3 +383,36 @@ class TestCsv:
         answer = await customer.answer("/v1/requests", format="csv")
         assert answer.status_code == 503
         assert answer.headers["Retry-After"] == "2"
+
+
+class TestUnits:
+    async def test_frames_that_units_pay_for_cost_nothing_and_are_counted(self, customer: Customer) -> None:
+        month = time.strftime("%Y-%m", time.gmtime())
+        units = SetUnits(customer.customer_id, "tiny-pusher", 1, month, 2, Mils(100), 30, 0)
+        customer.app.ledger.apply(units)
+        customer.app.ledger.apply(ChargeUnits())
+        request_id = customer.ran(frames=49)
+        customer.ran(frames=49)
+        [row] = (await customer.get("/v1/billing/units"))["data"]
+        assert row.pop("charged") <= time.time()
+        assert row == {
+            "model": "tiny-pusher",
+            "month": month,
+            "units": 2,
+            "unit_mils": 100,
+            "unit_frames": 30,
+            "frames": 60,
+            "frames_used": 60,
+            "frames_left": 0,
+        }
+        logged = await customer.get(f"/v1/requests/{request_id}")
+        assert (logged["frames_covered"], logged["cost_mils"], logged["state"]) == (49, 0, "succeeded")
+        assert logged["detail"].endswith("49 of 49 frames provisioned")
+        assert (await customer.get("/v1/billing/usage"))["cost_mils"] == 38 * 5
+        assert (await customer.get("/v1/billing/balance"))["balance_mils"] == 10_000 - 200 - 38 * 5
+        rows = (await customer.get("/v1/billing/transactions"))["transactions"]
+        assert [(row["kind"], row["amount_mils"]) for row in rows[:3]] == [
+            ("debit", -190),
+            ("debit", 0),
+            ("debit", -200),
+        ]

@@ -27,6 +27,7 @@ from billing.payments.reader import PaymentsReader
 from billing.reader import LedgerReader
 from billing.request_log import RequestLog
 from billing.statements import StatementReader
+from billing.units import UnitsReader
 from billing.usage import UsageReader
 from billing.writer import LedgerWriter
 from deployments.engine import Engine
@@ -255,6 +256,7 @@ async def running_app(
             request_log=RequestLog(ledger.database),
             usage=UsageReader(ledger.database),
             statements=StatementReader(ledger.database),
+            units=UnitsReader(ledger.database),
             prices=Prices(ledger.reader.prices, UsageReader(ledger.database).frames_since),
             buckets=TokenBuckets(time.monotonic),
             known_keys=KnownKeys(time.monotonic),
