@@ -191,8 +191,9 @@ EDITS = {
     "SQLite's foreign keys": Edit("billing.database", "foreign_keys = ON", "foreign_keys = OFF", "test_database.py"),
 }
 
-IMPLIED = {"fk_api_key_wallet on sqlite"}
-"""An entry of the wallet that the key names implies the wallet, and SQLite does not say which of two rules refused."""
+IMPLIED = {"fk_api_key_wallet on sqlite", "pk_unit_charge on sqlite"}
+"""An entry of the wallet that the key names implies the wallet, and a month's version its frames, which are unique too.
+SQLite does not say which of two rules refused."""
 
 ENTRY_CHECKS = {
     "tr_entry_epoch": "epoch",

@@ -58,7 +58,7 @@ def use(
 
 UNIT_ATTACKS = [
     # What is sold.
-    Attack("two commitments of one number", "pk_provision", [provision(version=1, previous="NULL, NULL")]),
+    Attack("two commitments of one number", "pk_provision", [provision(version=1, previous="NULL, NULL", units=3)]),
     Attack("a commitment that does not follow", "ck_provision_chain", [provision(version=3)]),
     Attack("fewer units than none", "ck_provision_terms", [provision(units=-1)]),
     Attack(
