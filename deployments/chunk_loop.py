@@ -24,6 +24,7 @@ from deployments.messages import (
     TicketTerms,
 )
 from deployments.model_client import ChunkTiming, ModelClient
+from deployments.tracing import span, traceparent
 
 log = structlog.get_logger(__name__)
 
@@ -86,25 +87,28 @@ async def finished_chunks(
         candidate: frame for candidate, frame in frames.items() if len(plan.candidates[candidate]) > chunk * size
     }:
         reference = await references(plan.first_chunk + chunk)
-        rows = [
-            ChunkRow(
-                start_frame=frame,
-                actions=plan.candidates[candidate][chunk * size : (chunk + 1) * size],
-                seed=plan.seed,
-                candidate=candidate,
-                chunk=plan.first_chunk + chunk,
-                num_steps=plan.num_steps,
-                guidance=plan.guidance,
-                form=plan.form,
-                goal=plan.goal,
-                reference=reference.get(candidate),
+        with span("chunk", {"dream.work": plan.name, "dream.chunk": plan.first_chunk + chunk}):
+            parent = traceparent()
+            rows = [
+                ChunkRow(
+                    start_frame=frame,
+                    actions=plan.candidates[candidate][chunk * size : (chunk + 1) * size],
+                    seed=plan.seed,
+                    candidate=candidate,
+                    chunk=plan.first_chunk + chunk,
+                    num_steps=plan.num_steps,
+                    guidance=plan.guidance,
+                    form=plan.form,
+                    goal=plan.goal,
+                    reference=reference.get(candidate),
+                    traceparent=parent,
+                )
+                for candidate, frame in running.items()
+            ]
+            begun = plan.first_chunk + chunk > 0
+            report, timing = await model.run_chunk(
+                f"{plan.name}/{plan.first_chunk + chunk}", rows, begun, _terms_now(model, plan, running, chunk, started)
             )
-            for candidate, frame in running.items()
-        ]
-        begun = plan.first_chunk + chunk > 0
-        report, timing = await model.run_chunk(
-            f"{plan.name}/{plan.first_chunk + chunk}", rows, begun, _terms_now(model, plan, running, chunk, started)
-        )
         outcomes = {}
         for row, outcome in zip(rows, report.outcomes, strict=True):
             if isinstance(outcome, ChunkFailed):

@@ -32,6 +32,7 @@ from deployments.metrics import (
 )
 from deployments.model import OUT_OF_MEMORY, Model
 from deployments.presenter import FrameDistance, Presenter
+from deployments.tracing import record_step
 
 SERVICE_CLASSES: tuple[ServiceClass, ...] = get_args(ServiceClass)
 """The most urgent first."""
@@ -246,9 +247,11 @@ class Engine:
         if not active:
             return
         try:
-            started = time.perf_counter()
+            started, started_ns = time.perf_counter(), time.time_ns()
             self._call(self._model.step, [each.row for each in active])
             self._meter.observe(ENGINE_STEP_SECONDS, self._slug, value=time.perf_counter() - started)
+            traceparents = (each.job.rows[each.index].traceparent for each in active)
+            record_step(traceparents, started_ns, time.time_ns(), len(active))
             self._meter.observe(ENGINE_STEP_ROWS, self._slug, value=len(active))
             self._meter.count(ENGINE_PLACES, self._slug, by=max(self.cap, len(active)))
         except Exception as error:  # the rows are as they were

@@ -40,6 +40,7 @@ from deployments.results import ResultStore
 from deployments.status import Outcome, Sample
 from deployments.status_client import StatusClient
 from deployments.streaming import RolloutStream, StreamForm
+from deployments.tracing import span
 
 REFUND_WAIT_S = 15.0
 """How long the answer to a failure waits for its refund; the refund itself is tried for longer."""
@@ -267,22 +268,23 @@ class Ingress:
         check_quoted_class(request.quote_id, request.service_class)
         kind = "predict" if len(request.candidates) == 1 else f"predict_batch ×{len(request.candidates)}"
         try:
-            return await self._reservations.reserve(
-                Reserve(
-                    request_id=request.request_id,
-                    key_id=request.key_id,
-                    frames=request.num_frames,
-                    mils_per_frame=request.price.mils_per_frame,
-                    per_frames=request.price.per_frames,
-                    detail=f"{kind} · {request.model} · {request.num_frames} frames",
-                    lease_s=lease_s,
-                    idempotency_key=request.idempotency_key,
-                    payload_sha256=request.payload_sha256,
-                    dedupe_window_s=DEDUPE_WINDOW_S if request.payload_sha256 else 0.0,
-                    model=request.model,
-                    quote_id=request.quote_id,
+            with span("reserve", {"dream.frames": request.num_frames}):
+                return await self._reservations.reserve(
+                    Reserve(
+                        request_id=request.request_id,
+                        key_id=request.key_id,
+                        frames=request.num_frames,
+                        mils_per_frame=request.price.mils_per_frame,
+                        per_frames=request.price.per_frames,
+                        detail=f"{kind} · {request.model} · {request.num_frames} frames",
+                        lease_s=lease_s,
+                        idempotency_key=request.idempotency_key,
+                        payload_sha256=request.payload_sha256,
+                        dedupe_window_s=DEDUPE_WINDOW_S if request.payload_sha256 else 0.0,
+                        model=request.model,
+                        quote_id=request.quote_id,
+                    )
                 )
-            )
         except LedgerUnavailable:
             raise
         except RolloutError:

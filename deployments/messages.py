@@ -199,6 +199,8 @@ class ChunkRow:
     goal: Goal | None = None
     reference: Frames | None = None
     """uint8 (n, H, W, 3): what the n frames should have been."""
+    traceparent: str = ""
+    """Of the span that waits for it; empty unless that is recorded."""
 
 
 NOBODY = CustomerId("")

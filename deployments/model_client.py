@@ -32,6 +32,7 @@ from deployments.messages import (
 )
 from deployments.meter import Series
 from deployments.scheduler import Grant, Notice, Overloaded, SchedulerStatus, TooLate
+from deployments.tracing import span
 
 MAX_ATTEMPTS = 3
 """A chunk is tried on another replica at most twice."""
@@ -115,7 +116,8 @@ class ModelClient:
             finished = False
             try:
                 started = time.perf_counter()
-                grant = await self._acquire(ticket)
+                with span("queue", {"dream.rows": len(rows), "dream.attempt": attempt}):
+                    grant = await self._acquire(ticket)
                 granted = time.perf_counter()
                 report = await self._run(
                     ChunkJob(grant.ticket_id, grant.replica_id, tuple(rows), terms.service_class, _left_s(deadline))

@@ -32,6 +32,7 @@ from deployments.model import Model
 from deployments.presenter import FrameDistance
 from deployments.profiling import measure
 from deployments.scheduler import SchedulerLimits
+from deployments.tracing import configure_tracing
 
 ANNOUNCE_EVERY_S = 1.0
 
@@ -68,6 +69,7 @@ class Replica:
         from ray import serve
 
         configure_logs()
+        configure_tracing("replica")
         started = time.monotonic()
         self._config = config
         self._meter = Meter()

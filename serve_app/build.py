@@ -37,6 +37,7 @@ from deployments.robot_commands import RobotCommands
 from deployments.scheduler import SchedulerLimits
 from deployments.sessions import SessionLimits, Sessions
 from deployments.status_client import StatusClient
+from deployments.tracing import configure_tracing
 from serve_app.api import create_api
 from serve_app.catalog import CATALOG, PACKAGED_CHECKPOINTS, model_spec
 from serve_app.context import Services
@@ -60,6 +61,7 @@ class Gateway:
 
     def __init__(self, args: ClusterArgs, replicas: Mapping[str, DeploymentHandle[Any]], open_to: str = "") -> None:
         configure_logs()
+        configure_tracing("ingress")
         self._args = args
         self._open_to = open_to
         self._replicas = replicas

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import structlog
+from opentelemetry.trace import Span
 from starlette.datastructures import Headers, MutableHeaders
 
 from billing.keys import mint_request_id
 from deployments.meter import Meter
 from deployments.metrics import HTTP_REQUESTS, HTTP_SECONDS
+from deployments.tracing import request_span
 from serve_app.errors import ApiError, BodyTooLarge, GatewayFull, error_response
 
 Message = MutableMapping[str, Any]
@@ -51,8 +53,16 @@ class RequestEnvelope:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            return await self._app(scope, receive, send)
+            await self._app(scope, receive, send)
+            return
         request_id = mint_request_id()
+        with (
+            structlog.contextvars.bound_contextvars(request_id=request_id),
+            request_span(request_id, Headers(scope=scope).get("traceparent", "")) as span,
+        ):
+            await self._answer(request_id, span, scope, receive, send)
+
+    async def _answer(self, request_id: str, span: Span, scope: Scope, receive: Receive, send: Send) -> None:
         started = time.perf_counter()
         scope.setdefault("state", {}).update(request_id=request_id, arrived=started)
         status = 0
@@ -82,7 +92,9 @@ class RequestEnvelope:
         finally:
             self._held_bytes -= body.held_bytes
             took_s = time.perf_counter() - started
-            self._measure(scope, status, took_s)
+            route = self._measure(scope, status, took_s)
+            span.update_name(f"{scope['method']} {route}")
+            span.set_attributes({"http.route": route, "http.response.status_code": status})
             log.info(
                 "request",
                 request_id=request_id,
@@ -92,12 +104,13 @@ class RequestEnvelope:
                 ms=round(took_s * 1e3, 1),
             )
 
-    def _measure(self, scope: Scope, status: int, took_s: float) -> None:
-        """`status` is 0 where the client left before an answer began."""
+    def _measure(self, scope: Scope, status: int, took_s: float) -> str:
+        """Returns the route's template. `status` is 0 where the client left before an answer began."""
         route = getattr(scope.get("route"), "path", "none")  # the template: nobody can make up new ones
         method = scope["method"] if scope["method"] in METHODS else "other"
         self._meter.count(HTTP_REQUESTS, route, method, str(status))
         self._meter.observe(HTTP_SECONDS, route, value=took_s)
+        return str(route)
 
     def _refusal(self, declared_bytes: int, body: _Body) -> ApiError | None:
         """Why a body of that length is not even begun. Room for it is held from here on: one that is begun is ended."""
