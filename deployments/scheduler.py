@@ -51,6 +51,10 @@ class SchedulerLimits:
     """A replica that has not been heard of for this long gets no further work."""
     grant_timeout_s: float = 120.0
     """A grant that is neither completed nor withdrawn for this long is taken back: its ingress is gone."""
+    boot_s: float = 0.0
+    """Of the first replica, from when it is asked for until it serves."""
+    cold_start_budget_s: float = 0.0
+    """How long a request may wait for that; 0 for a model that is never scaled to zero: its requests wait as ever."""
 
     @property
     def max_queued_cost(self) -> int:
@@ -185,6 +189,9 @@ class Scheduler:
         self._running_cost = 0
         self._num_full = 0
         """Replicas with a full batch."""
+        self._began_at = clock()
+        self._asked_for_at: float | None = None
+        """When somebody first wanted the model and there was no replica, which makes the scaling policy ask for one."""
         self._num_busy = 0
         self._cost_ahead = 0.0
         """Granted to replicas beyond their present batches."""
@@ -211,6 +218,10 @@ class Scheduler:
             self._offered_cost += ticket.cost * ticket.terms.chunks_left
         now, terms = self._clock(), ticket.terms
         deadline = math.inf if terms.deadline_s is None else now + terms.deadline_s
+        if not self._replicas and not ticket.begun and self._limits.cold_start_budget_s:
+            boots_in_s = self._boots_in_s(now)
+            if boots_in_s > self._limits.cold_start_budget_s or now + boots_in_s > deadline:
+                return Overloaded(boots_in_s)
         if deadline < math.inf:
             replica = next(iter(self._replicas.values()), None)
             if replica is not None and now + self._shortest_run_s(ticket, replica) > deadline:
@@ -276,6 +287,7 @@ class Scheduler:
         replica = self._replicas.get(replica_id)
         if replica is None:
             replica = _Replica(replica_id, 0, now, attention, None, now)
+            self._asked_for_at = None
             self._replicas[replica_id] = replica
             self._count(replica, 1)
         if (replica.capacity_rows, replica.profile) != (capacity_rows, profile):
@@ -513,6 +525,14 @@ class Scheduler:
         """What is left of the running tickets, if each replica has kept its profile since it last completed one."""
         done = self._clock() * self._busy_cost_per_s - self._busy_since
         return max(0.0, self._running_cost - done)
+
+    def _boots_in_s(self, now: float) -> float:
+        """Until the first replica serves. One that is overdue may come at any time, and is given up after as long."""
+        if self._asked_for_at is None or now - self._asked_for_at > 2 * self._limits.boot_s:
+            self._asked_for_at = now
+        if now - self._began_at < self._limits.replica_timeout_s:
+            return 0.0  # replicas that serve already have not all said so yet
+        return max(0.0, self._asked_for_at + self._limits.boot_s - now)
 
     def _retry_after_s(self, ticket: Ticket) -> float:
         if not self._rate():

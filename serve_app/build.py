@@ -229,10 +229,13 @@ def _replica_count(model: ModelArgs, args: ClusterArgs) -> dict[str, Any]:
 
 def scheduler_limits(slug: str, args: ClusterArgs) -> SchedulerLimits:
     limits = args.limits
+    scaling = next(model.scaling for model in args.models if model.slug == slug)
     return SchedulerLimits(
         max_queued_rows=limits.max_queued_rows,
         usual_steps=CATALOG[slug].spec.default_num_steps,
         max_customer_rows=limits.max_customer_rows,
         customer_weights=dict(limits.customer_weights),
         grant_timeout_s=limits.chunk_timeout_s,
+        boot_s=scaling.boot_s,
+        cold_start_budget_s=scaling.cold_start_budget_s,
     )

@@ -200,6 +200,16 @@ class ClusterArgs(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _cold_starts_can_be_waited_for(self) -> Self:
+        for model in self.models:
+            if model.scaling.cold_start_budget_s > self.limits.queue_timeout_s:
+                raise ValueError(
+                    f"{model.slug}: cold_start_budget_s {model.scaling.cold_start_budget_s:g} is longer than a request "
+                    f"may wait at all, queue_timeout_s {self.limits.queue_timeout_s:g}"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _models_are_known(self) -> Self:
         slugs = [model.slug for model in self.models]
         for model in self.models:

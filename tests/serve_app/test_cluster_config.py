@@ -73,3 +73,9 @@ def test_the_kubernetes_manifest_deploys_the_same_application_with_fault_toleran
 def test_contradicting_scaling_terms_are_refused_with_the_reason(terms: dict[str, Any], why: str) -> None:
     with pytest.raises(ValidationError, match=why):
         ModelArgs(slug="tiny-pusher", **terms)
+
+
+def test_a_cold_start_that_takes_longer_than_a_request_may_wait_is_refused() -> None:
+    (application,) = load("serve_app/config/production.yaml")["applications"]
+    with pytest.raises(ValidationError, match=r"tiny-pusher: cold_start_budget_s 30 .* queue_timeout_s 20"):
+        ClusterArgs.model_validate(application["args"] | {"limits": {"queue_timeout_s": 20}})
