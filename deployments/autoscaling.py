@@ -14,11 +14,14 @@ import math
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import structlog
 
+from billing.database import open_database
+from billing.units import UnitsReader
 from deployments.scheduler import Demand, SchedulerLimits
 
 log = structlog.get_logger(__name__)
@@ -29,7 +32,7 @@ class ScalingTerms:
     """One model's bounds and promises."""
 
     min_replicas: int = 1
-    """Kept at all times; provisioned units that customers pay for are part of it. 0 only with a cold-start budget."""
+    """Kept at all times; more are if customers pay for provisioned units. 0 only with a cold-start budget."""
     max_replicas: int = 1
     boot_s: float = 240.0
     """From asking for a replica until it serves: node, image, weights, warm-up."""
@@ -73,8 +76,11 @@ class DemandPolicy:
         self._started_at: float | None = None
         self._busy_at = float("-inf")
 
-    def decide(self, now: float, demand: Demand, ready: int, target: int) -> int:
-        """`ready` replicas serve and `target` were asked for last; returns the next target."""
+    def decide(self, now: float, demand: Demand, ready: int, target: int, promised: int = 0) -> int:
+        """`ready` replicas serve and `target` were asked for last; returns the next target.
+
+        `promised` replicas are kept for those who pay for them, used or not.
+        """
         terms = self._terms
         if self._started_at is None:
             self._started_at = self._busy_at = now
@@ -92,10 +98,10 @@ class DemandPolicy:
         held = math.ceil(self._steady[0][1] + self._to_drain(rate, demand.backlog_s, ready, target) - 1e-9)
         if now - self._started_at < terms.calm_s:
             held = max(held, target)  # this policy is new, and does not know what the present number was needed for
-        floor = terms.min_replicas
+        floor = max(terms.min_replicas, promised)
         if floor == 0 and (now - self._busy_at < terms.idle_s or demand.backlog_s > 0):
             floor = min(1, max(held, target))
-        return max(floor, min(held, terms.max_replicas))
+        return min(max(floor, held), terms.max_replicas)
 
     def _rate(self, now: float, offered_s: float) -> float:
         """Replicas' worth of work asked for per second, over the window."""
@@ -115,40 +121,57 @@ class DemandPolicy:
 
 
 class ServePolicy:
-    """Serve's autoscaling policy for one model. Polls the scheduler from a thread: the controller must not wait."""
+    """Serve's autoscaling policy for one model. Asks from threads of its own: the controller must not wait."""
 
     POLL_EVERY_S = 1.0
+    PROMISES_EVERY_S = 30.0
     STALE_S = 10.0
 
-    def __init__(self, model: str, limits: dict[str, Any], terms: dict[str, Any]) -> None:
-        """`limits` name the scheduler, `terms` are the fields of `ScalingTerms`: Serve passes JSON."""
+    def __init__(self, model: str, limits: dict[str, Any], terms: dict[str, Any], database_url: str) -> None:
+        """`limits` name the scheduler, `terms` are the fields of `ScalingTerms`: Serve passes JSON. The database tells
+        how many replicas are promised; the last answer holds while it cannot be asked."""
         self._model = model
         self._limits = SchedulerLimits(**limits)
         self._policy = DemandPolicy(ScalingTerms(**terms))
+        self._database_url = database_url
+        self._units: UnitsReader | None = None
         self._latest: tuple[float, Demand] | None = None
-        self._poller: threading.Thread | None = None
+        self._promised = 0
+        self._polling = False
 
     def __call__(self, context: Any) -> tuple[int, dict[str, Any]]:
-        if self._poller is None:
-            self._poller = threading.Thread(target=self._poll_forever, name=f"demand-{self._model}", daemon=True)
-            self._poller.start()
+        if not self._polling:
+            self._polling = True
+            for ask, every_s in ((self._ask_demand, self.POLL_EVERY_S), (self._ask_promises, self.PROMISES_EVERY_S)):
+                name = f"{ask.__name__.strip('_')}-{self._model}"
+                threading.Thread(target=self._poll_forever, args=(ask, every_s), name=name, daemon=True).start()
         latest, now = self._latest, time.monotonic()
+        ready, target = context.current_num_replicas, context.target_num_replicas
         if latest is None or now - latest[0] > self.STALE_S:
-            return context.target_num_replicas, {}  # nothing is known: neither grow nor shrink on a guess
-        return self._policy.decide(now, latest[1], context.current_num_replicas, context.target_num_replicas), {}
+            return target, {}  # nothing is known: neither grow nor shrink on a guess
+        return self._policy.decide(now, latest[1], ready, target, self._promised), {}
 
-    def _poll_forever(self) -> None:
+    def _poll_forever(self, ask: Callable[[], None], every_s: float) -> None:
+        failing = False
+        while True:
+            try:
+                ask()
+                failing = False
+            except Exception as error:
+                if not failing:
+                    log.warning(f"{ask.__name__.strip('_')}_failed", model=self._model, error=type(error).__name__)
+                failing = True
+            time.sleep(every_s)
+
+    def _ask_demand(self) -> None:
         import ray
 
         from deployments.actors import scheduler_handle
 
-        failing = False
-        while True:
-            try:
-                demand = ray.get(scheduler_handle(self._model, self._limits).demand.remote(), timeout=self.STALE_S)
-                self._latest, failing = (time.monotonic(), demand), False
-            except Exception as error:
-                if not failing:
-                    log.warning("demand_unknown", model=self._model, error=type(error).__name__)
-                failing = True
-            time.sleep(self.POLL_EVERY_S)
+        demand = ray.get(scheduler_handle(self._model, self._limits).demand.remote(), timeout=self.STALE_S)
+        self._latest = time.monotonic(), demand
+
+    def _ask_promises(self) -> None:
+        if self._units is None:
+            self._units = UnitsReader(open_database(self._database_url))
+        self._promised = self._units.replicas(time.time()).get(self._model, 0)

@@ -213,6 +213,7 @@ def _replica_count(model: ModelArgs, args: ClusterArgs) -> dict[str, Any]:
         "model": model.slug,
         "limits": asdict(scheduler_limits(model.slug, args)),
         "terms": asdict(model.scaling_terms()),
+        "database_url": args.database_url,
     }
     return {
         "autoscaling_config": AutoscalingConfig(

@@ -100,3 +100,20 @@ def test_a_model_with_a_cold_start_budget_goes_to_zero_when_idle_and_comes_back_
 def test_zero_replicas_without_a_cold_start_budget_are_refused() -> None:
     with pytest.raises(ValueError, match="cold-start budget"):
         ScalingTerms(min_replicas=0, max_replicas=4)
+
+
+def test_replicas_that_customers_pay_for_are_kept_without_any_work_up_to_the_ceiling() -> None:
+    terms = ScalingTerms(min_replicas=0, max_replicas=8, cold_start_budget_s=30, idle_s=60, calm_s=60)
+    policy = DemandPolicy(terms)
+    idle = [policy.decide(float(second), Demand(0.0, 0.0), 3, 3, promised=3) for second in range(300)]
+    assert idle[-1] == 3
+    assert policy.decide(300.0, Demand(0.0, 0.0), 3, 3, promised=9) == 8
+    assert policy.decide(301.0, Demand(0.0, 0.0), 8, 8, promised=0) == 0
+
+
+def test_promised_replicas_are_part_of_what_the_load_needs_and_not_on_top_of_it() -> None:
+    policy, offered = DemandPolicy(TERMS), 0.0
+    for second in range(300):
+        offered += 10.0
+        target = policy.decide(float(second), Demand(offered, 0.0), 10, 10, promised=4)
+    assert target == 10
