@@ -10,7 +10,7 @@ export HOST ?= 127.0.0.1
 export DATA_DIR ?= ./.data
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: serve test fuzz soak lint clean simulate-payments pay-in-browser simulate-ledger chaos-ledger mutate-ledger bench-ledger chaos-jobs scale-cluster dashboard check-metrics
+.PHONY: serve test fuzz soak lint clean simulate-payments pay-in-browser simulate-ledger chaos-ledger mutate-ledger bench-ledger chaos-jobs scale-cluster dashboard check-metrics bench-idle
 
 # FAKE_STRIPE=1 turns payments on, against the fake Stripe of the tests: pay with a fake card.
 serve: $(VENV)/.installed
@@ -60,6 +60,10 @@ chaos-jobs: $(VENV)/.installed-dev
 # Ray's autoscaler adds GPU nodes under load and takes them away after it, on one machine: two minutes.
 scale-cluster: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.cluster_autoscaling
+
+# CPU and memory of each process of a cluster that nobody uses: two minutes.
+bench-idle: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.idle
 
 # After a change of serve_app/dashboard.py.
 dashboard: $(VENV)/.installed-dev
