@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, assert_never
 
-from sqlalchemy import ColumnElement, Connection, and_, bindparam, case, exists, func, or_, select, tuple_
+from sqlalchemy import ColumnElement, Connection, and_, bindparam, case, exists, func, select, text, tuple_
 
 from billing.commands import (
     AddPrice,
@@ -79,6 +79,9 @@ NEVER = "9999-12"
 """After every month that there is."""
 MAX_IDS_PER_QUERY = 500
 """Longer lists are asked for in parts; both databases bound the parameters of one statement."""
+
+MAX_EXAMINED_PER_PAYLOAD = 100
+"""A request without an idempotency key is compared with so many of the newest that had the same payload."""
 
 _at_creation = entry.alias("at_creation")
 _KEYS = (
@@ -236,8 +239,39 @@ _PAYMENTS = by(
 )
 _EVENTS = by(select(payment_event.c.event_id), payment_event.c.event_id)
 _SUBMISSIONS = select(submission)
-_stands = or_(reservation.c.state == "open", reservation.c.frames_delivered > 0)
-_STANDING = select(submission).join(reservation, reservation.c.request_id == submission.c.request_id).where(_stands)
+_SUBMISSION_COLUMNS = ", ".join(map(str, submission.c))
+# Of each customer, payload and moment, the newest request that is open, or delivered something and was settled since,
+# among the newest of that payload; a scalar subquery, since SQLite knows no LATERAL.
+_NEWEST_OF_PAYLOAD = """
+    SELECT {columns} FROM (
+      SELECT (
+        SELECT request_id FROM (
+          SELECT submission.request_id, submission.created_at, state, frames_delivered, settled_at, debit_seq
+          FROM submission JOIN reservation ON reservation.request_id = submission.request_id
+          WHERE submission.customer_id = wanted.customer_id AND payload_sha256 = wanted.payload
+          ORDER BY submission.created_at DESC LIMIT :examined
+        ) AS newest
+        WHERE state = 'open' OR (frames_delivered > 0 AND settled_at >= wanted.since)
+        ORDER BY created_at DESC, debit_seq DESC LIMIT 1
+      ) AS request_id FROM ({wanted}) AS wanted
+    ) AS found JOIN submission ON submission.request_id = found.request_id
+"""
+_BY_PAYLOAD = ByText(
+    text(
+        _NEWEST_OF_PAYLOAD.format(
+            columns=_SUBMISSION_COLUMNS,
+            wanted="SELECT value ->> 0 AS customer_id, value ->> 1 AS payload, value ->> 2 AS since"
+            " FROM json_each(:wanted)",
+        )
+    ),
+    text(
+        _NEWEST_OF_PAYLOAD.format(
+            columns=_SUBMISSION_COLUMNS,
+            wanted="SELECT value ->> 0 AS customer_id, value ->> 1 AS payload, CAST(value ->> 2 AS float8) AS since"
+            " FROM json_array_elements(CAST(:wanted AS json))",
+        )
+    ),
+)
 _FORGETTABLE = (
     select(submission)
     .join(reservation, reservation.c.request_id == submission.c.request_id)
@@ -337,7 +371,7 @@ def load(connection: Connection, commands: Sequence[Command], book: Book) -> Non
 
     is_sqlite = connection.dialect.name == "sqlite"
 
-    def among(statement: ByText, wanted: Iterable[str], add: Callable[[AnyRow], None], **parameters: object) -> None:
+    def among(statement: ByText, wanted: Iterable[Any], add: Callable[[AnyRow], None], **parameters: object) -> None:
         if ids := sorted(wanted):
             values = {"wanted": json.dumps(ids), **parameters}
             for row in connection.execute(statement.sqlite if is_sqlite else statement.postgresql, values):
@@ -411,7 +445,7 @@ def load(connection: Connection, commands: Sequence[Command], book: Book) -> Non
         for command in commands:  # a key may be made and used in one batch
             if isinstance(command, CreateKey) and command.customer_name in book.customer_by_name:
                 owners.setdefault(command.key_id, book.customer_by_name[command.customer_name])
-        _load_submissions(owners, recognised, book.ts, fetch, add_submission)
+        _load_submissions(owners, recognised, book.ts, among, fetch, add_submission)
     if expires:
         for row in connection.execute(_FORGETTABLE, {"before": book.now - KEY_MEMORY_S}):
             add_submission(row)
@@ -462,13 +496,13 @@ def _load_submissions(
     owners: Mapping[str, CustomerId],
     commands: Sequence[Reserve],
     ts: float,
+    among: Callable[..., None],
     fetch: Callable[[Any, ColumnElement[Any], set[Any], Callable[[AnyRow], None]], None],
     add: Callable[[AnyRow], None],
 ) -> None:
     """Those that the commands may repeat."""
     fetch(_SUBMISSIONS, submission.c.request_id, {command.request_id for command in commands}, add)
     by_key, by_payload = set(), set()
-    window_s = 0.0
     for command in commands:
         customer_id = owners.get(command.key_id)
         if customer_id is None:
@@ -476,12 +510,10 @@ def _load_submissions(
         if command.idempotency_key:
             by_key.add((customer_id, command.idempotency_key))
         elif command.dedupe_window_s:
-            by_payload.add((customer_id, command.payload_sha256))
-            window_s = max(window_s, command.dedupe_window_s)
+            by_payload.add((customer_id, command.payload_sha256, ts - command.dedupe_window_s))
     held = _SUBMISSIONS.where(submission.c.released_at.is_(None), submission.c.idempotency_key != "")
     fetch(held, tuple_(submission.c.customer_id, submission.c.idempotency_key), by_key, add)
-    recent = _STANDING.where(or_(reservation.c.state == "open", reservation.c.settled_at >= ts - window_s))
-    fetch(recent, tuple_(submission.c.customer_id, submission.c.payload_sha256), by_payload, add)
+    among(_BY_PAYLOAD, by_payload, add, examined=MAX_EXAMINED_PER_PAYLOAD)
 
 
 def _parts(wanted: Iterable[Any]) -> Iterator[list[Any]]:

@@ -20,12 +20,14 @@ from billing.commands import (
     RevokeKey,
     Settle,
 )
-from billing.core import reservations
+from billing.core import Book, reservations
 from billing.errors import Fenced
 from billing.keys import mint_request_id
 from billing.money import Mils
+from billing.store import load
+from billing.store.load import MAX_EXAMINED_PER_PAYLOAD
 from billing.tables import submission
-from tests.billing.conftest import Account, Desk
+from tests.billing.conftest import Account, Clock, Desk
 
 WORK, OTHER_WORK = "a" * 64, "b" * 64
 WINDOW_S = 60.0
@@ -270,8 +272,8 @@ class TestPayloads:
         desk.ledger.apply([first, Settle(first.request_id, 49, "")])
         desk.clock.advance(WINDOW_S / 2)
         short = unkeyed(desk, account, window_s=WINDOW_S / 4)
-        answers = desk.ledger.apply([short, unkeyed(desk, account, OTHER_WORK)])
-        assert [type(answer) for answer in answers] == [Reserved, Reserved]
+        answers = desk.ledger.apply([short, unkeyed(desk, account)])
+        assert [type(answer) for answer in answers] == [Reserved, Repeated]
 
     def test_without_a_window_it_is_new_work(self, desk: Desk):
         account = desk.account(1000)
@@ -316,6 +318,38 @@ class TestPayloads:
         desk.do(unkeyed(desk, ann))
         assert isinstance(desk.do(unkeyed(desk, ann, OTHER_WORK)), Reserved)
         assert isinstance(desk.do(unkeyed(desk, bob)), Reserved)
+
+    def test_the_newest_request_that_stands_is_found_whatever_it_was_sent_under(self, desk: Desk):
+        account = desk.account(10_000)
+        older, newer, refunded = (keyed(desk, account, f"key-{number}") for number in range(3))
+        desk.ledger.apply([older, newer, refunded, Settle(refunded.request_id, 0, "")])
+        desk.ledger.apply([Settle(newer.request_id, 49, "")])
+        answer = desk.do(unkeyed(desk, account))
+        assert isinstance(answer, Repeated)
+        assert answer.request_id == newer.request_id
+        desk.clock.advance(WINDOW_S + 1)
+        answer = desk.do(unkeyed(desk, account))
+        assert isinstance(answer, Repeated)
+        assert answer.request_id == older.request_id
+
+    def test_however_many_keys_had_the_payload_one_request_is_read(self, desk: Desk, clock: Clock):
+        account = desk.account(100_000)
+        desk.ledger.apply([keyed(desk, account, f"key-{number}") for number in range(50)])
+        book = Book()
+        book.begin(clock.now, clock.now, 1)
+        with desk.engine.connect() as connection:
+            load(connection, [unkeyed(desk, account)], book)
+        assert len(book.submissions) == len(book.reservations) == 1
+
+    def test_only_the_newest_of_a_payload_are_compared(self, desk: Desk):
+        account = desk.account(10_000)
+        first = unkeyed(desk, account)
+        desk.do(first)
+        desk.clock.advance(1)
+        refunded = [keyed(desk, account, f"key-{number}") for number in range(MAX_EXAMINED_PER_PAYLOAD)]
+        for some, found in ((refunded[:-1], Repeated), (refunded[-1:], Reserved)):
+            desk.ledger.apply([step for each in some for step in (each, Settle(each.request_id, 0, ""))])
+            assert isinstance(desk.do(again(first)), found)
 
     def test_50_threads_with_one_payload_reserve_once(self, desk: Desk):
         account = desk.account(100_000)

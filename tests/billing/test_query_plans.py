@@ -41,7 +41,7 @@ def busy(databases: Databases) -> Iterator[Engine]:
     requests = []
     for each in range(CUSTOMERS * REQUESTS):
         work = (f"req_{each}", f"cus_{each % CUSTOMERS}", f"key_{each % CUSTOMERS}", 1, 5, 5, 5, 0, "settled", 0.0, "")
-        requests.append((*work, float(each), each // CUSTOMERS, float(each), 0, "m", 1, 1))
+        requests.append((*work, float(each), each // CUSTOMERS, float(each), 0, "m", 1, 1, None))
     with databases.migrated() as engine:
         with writer(engine).begin() as connection:
             connection.execute(wallet.insert(), wallets)
