@@ -4,6 +4,7 @@ Each chunk starts from the last frame of the one before, and runs for all candid
 runs ahead of its reader: who reads slowly, or stops, leaves the rest ungenerated. Knows neither money nor clients.
 """
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, replace
@@ -46,6 +47,8 @@ class ChunkPlan:
     goal: Goal | None = None
     terms: TicketTerms = NO_TERMS
     """For whom it runs; a deadline counts from its start, and the chunks left are counted here."""
+    permit: asyncio.Event | None = None
+    """Nothing runs before it is set, though its first chunk may queue."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +110,11 @@ async def finished_chunks(
             ]
             begun = plan.first_chunk + chunk > 0
             report, timing = await model.run_chunk(
-                f"{plan.name}/{plan.first_chunk + chunk}", rows, begun, _terms_now(model, plan, running, chunk, started)
+                f"{plan.name}/{plan.first_chunk + chunk}",
+                rows,
+                begun,
+                _terms_now(model, plan, running, chunk, started),
+                plan.permit,
             )
         outcomes = {}
         for row, outcome in zip(rows, report.outcomes, strict=True):

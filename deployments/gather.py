@@ -36,18 +36,27 @@ class Gathered:
     infer_ms: float
 
 
-async def roll_out(model: ModelClient, request: RolloutRequest, terms: TicketTerms) -> Gathered:
-    """All chunks of all candidates that are not pruned on the way. Raises what `finished_chunks` does."""
+async def roll_out(
+    model: ModelClient, request: RolloutRequest, terms: TicketTerms, permit: asyncio.Event | None = None
+) -> Gathered:
+    """All chunks of all candidates that are not pruned on the way; with a `permit`, not before it is set. Raises what
+    `finished_chunks` does."""
     finished: list[FinishedChunk] = []
-    await run_chunks(model, request, terms, finished)
+    await run_chunks(model, request, terms, finished, permit)
     return await gather(model, request, finished)
 
 
 async def run_chunks(
-    model: ModelClient, request: RolloutRequest, terms: TicketTerms, finished: list[FinishedChunk]
+    model: ModelClient,
+    request: RolloutRequest,
+    terms: TicketTerms,
+    finished: list[FinishedChunk],
+    permit: asyncio.Event | None = None,
 ) -> None:
     """Append each chunk to `finished`, which so holds what was made even if this raises or is cancelled."""
-    plan = replace(plan_of(request, terms), form=form_of(request, model.spec))
+    plan = replace(plan_of(request, terms), form=form_of(request, model.spec), permit=permit)
+    if permit is not None:  # should that be withdrawn, its tickets are not mistaken for those that follow
+        plan = replace(plan, name=f"{plan.name}/early")
     extras = request.extras
     survivors: Survivors = everyone if extras.keep == 1 else lambda chunk: nearest(chunk, extras.keep)
     async with AsyncExitStack() as stack:

@@ -5,13 +5,16 @@ Every way out after the reservation ends in a settlement: all frames delivered, 
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Awaitable, Mapping
 from dataclasses import replace
 from functools import partial
 
 import structlog
 
 from billing.commands import (
+    CustomerId,
+    KeyId,
     KeyRefused,
     Quote,
     Quoted,
@@ -30,7 +33,7 @@ from deployments.errors import (
     RolloutCanceled,
     RolloutError,
 )
-from deployments.gather import roll_out
+from deployments.gather import Gathered, roll_out
 from deployments.ledger_client import LedgerClient
 from deployments.messages import RolloutRequest, RolloutResult, TicketTerms
 from deployments.model_client import ModelClient
@@ -50,6 +53,9 @@ QUOTE_VALID_S = 600.0
 """How long the price of a dry run is promised."""
 DEDUPE_WINDOW_S = 60.0
 """How far back the same payload of the same customer counts as sent again: clients do so after a lost connection."""
+MAX_PAYING = 10_000
+HOLD_S = 0.5
+"""How long room is held for a price that the ledger has not answered for; it is asked for again afterwards."""
 JOIN_POLL_S = 0.05
 """Between looks at a first request that still runs, perhaps on another ingress replica."""
 
@@ -72,6 +78,8 @@ class Ingress:
         self._results = results
         self._models = models
         self._status = status
+        self._paying: OrderedDict[KeyId, CustomerId] = OrderedDict()
+        """Keys whose last price could be reserved."""
         self._running: set[asyncio.Task[object]] = set()
         self._stopped: set[asyncio.Task[object]] = set()
         self._draining = False
@@ -123,11 +131,13 @@ class Ingress:
         assert task is not None
         self._running.add(task)
         started = time.perf_counter()
+        early = self._queue_early(request, started)
         try:
             while True:
-                reserved = await self.reserve(request)
+                reserved = await self._reserve_noting_who_pays(request)
                 if isinstance(reserved, Reserved):
-                    return await self._run(request, reserved, lasting or bool(request.idempotency_key), started)
+                    return await self._run(request, reserved, lasting or bool(request.idempotency_key), started, early)
+                early.withdraw()
                 first = await self.first_result(reserved)
                 if first is not None:
                     if first.num_frames != request.num_frames and request.extras.keep == 1:
@@ -139,6 +149,7 @@ class Ingress:
             task.uncancel()  # it was this ingress that stopped, not the client: that one is owed an answer
             raise ModelOverloaded(request.model, RESTART_S) from None
         finally:
+            early.withdraw()
             self._running.discard(task)
             self._stopped.discard(task)
 
@@ -192,11 +203,40 @@ class Ingress:
         assert isinstance(outcome, Quoted), outcome
         return outcome
 
-    async def _run(self, request: RolloutRequest, reserved: Reserved, lasting: bool, started: float) -> RolloutResult:
+    def _queue_early(self, request: RolloutRequest, started: float) -> "_Early":
+        """Ask for room while the ledger is asked for the price: each takes a millisecond or more.
+
+        Only where the key's last price was paid: whoever cannot pay takes no room, and is no reason for more replicas.
+        """
+        customer_id = self._paying.get(request.key_id)
+        if customer_id is None:
+            return _Early(None, asyncio.Event())
+        permit = asyncio.Event()
+        rolling = roll_out(self._models[request.model], request, _terms(request, customer_id, started), permit)
+        return _Early(asyncio.get_running_loop().create_task(rolling), permit)
+
+    async def _reserve_noting_who_pays(self, request: RolloutRequest) -> Reserved | Repeated:
         try:
-            left_s = None if request.deadline_s is None else request.deadline_s - (time.perf_counter() - started)
-            terms = TicketTerms(reserved.customer_id, request.service_class, left_s)
-            gathered = await roll_out(self._models[request.model], request, terms)
+            reserved = await self.reserve(request)
+        except RolloutError:
+            self._paying.pop(request.key_id, None)
+            raise
+        if isinstance(reserved, Reserved):
+            self._paying[request.key_id] = reserved.customer_id
+            self._paying.move_to_end(request.key_id)
+            if len(self._paying) > MAX_PAYING:
+                self._paying.popitem(last=False)
+        return reserved
+
+    async def _run(
+        self, request: RolloutRequest, reserved: Reserved, lasting: bool, started: float, early: "_Early"
+    ) -> RolloutResult:
+        try:
+            rolling = early.permitted()
+            if rolling is None:
+                terms = _terms(request, reserved.customer_id, started)
+                rolling = roll_out(self._models[request.model], request, terms)
+            gathered = await rolling
             num_frames = sum(gathered.candidate_frames)
             result = RolloutResult(
                 request_id=request.request_id,
@@ -319,3 +359,45 @@ class Ingress:
             self._status.add(
                 Sample(request.model, outcome, request.num_frames, result.queue_ms, result.infer_ms, result.total_ms)
             )
+
+
+class _Early:
+    """A rollout that has asked for room and may not run yet, or none."""
+
+    def __init__(self, rolling: asyncio.Task[Gathered] | None, permit: asyncio.Event) -> None:
+        self._rolling = rolling
+        self._permit = permit
+        self._timer: asyncio.TimerHandle | None = None
+        if rolling is not None:
+            rolling.add_done_callback(_seen)
+            self._timer = asyncio.get_running_loop().call_later(HOLD_S, self.withdraw)
+
+    def permitted(self) -> Awaitable[Gathered] | None:
+        """It runs from here on; None if there is none."""
+        rolling, self._rolling = self._rolling, None
+        if rolling is not None:
+            self._permit.set()
+        self._end_timer()
+        return rolling
+
+    def withdraw(self) -> None:
+        """Give its room back. Nothing has run, unless it was permitted: then this does nothing."""
+        if self._rolling is not None:
+            self._rolling.cancel()
+            self._rolling = None
+        self._end_timer()
+
+    def _end_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+
+def _terms(request: RolloutRequest, customer_id: CustomerId, started: float) -> TicketTerms:
+    left_s = None if request.deadline_s is None else request.deadline_s - (time.perf_counter() - started)
+    return TicketTerms(customer_id, request.service_class, left_s)
+
+
+def _seen(rolling: asyncio.Task[Gathered]) -> None:
+    """What was withdrawn may have failed as well: that is nobody's concern."""
+    if not rolling.cancelled():
+        rolling.exception()

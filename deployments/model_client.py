@@ -78,9 +78,16 @@ class ModelClient:
             self._notifier.cancel()
 
     async def run_chunk(
-        self, ticket_prefix: str, rows: Sequence[ChunkRow], begun: bool, terms: TicketTerms = NO_TERMS
+        self,
+        ticket_prefix: str,
+        rows: Sequence[ChunkRow],
+        begun: bool,
+        terms: TicketTerms = NO_TERMS,
+        permit: asyncio.Event | None = None,
     ) -> tuple[ChunkReport, ChunkTiming]:
         """Outcomes of `rows` in order. `begun` says that an earlier chunk of the same rollout has run.
+
+        Room is asked for at once, and used once there is a `permit`.
 
         Raises:
             ModelOverloaded: the queue is full, or no replica had room within the queue time-out.
@@ -89,12 +96,17 @@ class ModelClient:
         """
         try:
             async with asyncio.timeout(terms.deadline_s):
-                return await self._run_chunk(ticket_prefix, rows, begun, terms)
+                return await self._run_chunk(ticket_prefix, rows, begun, terms, permit)
         except TimeoutError as error:
             raise DeadlinePassed(self.spec.slug) from error
 
     async def _run_chunk(
-        self, ticket_prefix: str, rows: Sequence[ChunkRow], begun: bool, terms: TicketTerms
+        self,
+        ticket_prefix: str,
+        rows: Sequence[ChunkRow],
+        begun: bool,
+        terms: TicketTerms,
+        permit: asyncio.Event | None,
     ) -> tuple[ChunkReport, ChunkTiming]:
         num_steps = max(row.num_steps * (2 if row.guidance else 1) for row in rows)
         start_frame = _digest(rows[0].start_frame) if rows[0].chunk == 0 else ""
@@ -119,6 +131,8 @@ class ModelClient:
                 with span("queue", {"dream.rows": len(rows), "dream.attempt": attempt}):
                     grant = await self._acquire(ticket)
                 granted = time.perf_counter()
+                if permit is not None:
+                    await permit.wait()
                 report = await self._run(
                     ChunkJob(grant.ticket_id, grant.replica_id, tuple(rows), terms.service_class, _left_s(deadline))
                 )

@@ -14,7 +14,17 @@ import pytest
 import deployments.ingress
 import deployments.ledger_client
 import deployments.reservations
-from billing.commands import Command, CustomerId, KeyTerms, KeyTermsSet, Outcome, RevokeKey, SetKeyTerms, Settle
+from billing.commands import (
+    Command,
+    CustomerId,
+    KeyTerms,
+    KeyTermsSet,
+    Outcome,
+    Reserve,
+    RevokeKey,
+    SetKeyTerms,
+    Settle,
+)
 from billing.keys import mint_request_id, token_sha256
 from billing.prices import Work, price
 from billing.reader import KeyRecord
@@ -534,3 +544,54 @@ class TestKeyTerms:
         self.allow(app, key, expires_at=1.0)
         with pytest.raises(KeyNotAccepted):
             await ingress(app).run(request_of(key))
+
+
+async def test_room_is_asked_for_beside_the_price_and_nothing_runs_before_it_is_held(app: App) -> None:
+    key = customer(app, 1_000)
+    await ingress(app).run(request_of(key))  # who pays is known from here on
+    asked, answer, send = asyncio.Event(), asyncio.Event(), app.ledger_call.call
+
+    async def slow(commands: list[Command]) -> list[Outcome]:
+        if any(isinstance(command, Reserve) for command in commands):
+            asked.set()
+            await answer.wait()
+        return await send(commands)
+
+    app.ledger_call.call = slow  # type: ignore[method-assign]
+    running = asyncio.create_task(ingress(app).run(request_of(key)))
+    await asked.wait()
+    await asyncio.wait([running], timeout=0.05)
+    assert len(app.model.terms) == 4 + 1
+    assert app.model.terms[-1].customer_id == key.customer_id
+    assert app.model.engine.num_rows == 0
+    answer.set()
+    assert (await running).num_frames == 49
+    assert balance(app, key.customer_id) == 1_000 - 2 * 245
+
+
+async def test_room_that_was_asked_for_beside_a_refused_price_is_given_back(app: App) -> None:
+    key = customer(app, 245)
+    await ingress(app).run(request_of(key))
+    for asked in (5, 5):  # beside the refusal; and after it no more
+        with pytest.raises(CreditsInsufficient):
+            await ingress(app).run(request_of(key))
+        assert len(app.model.terms) == asked
+    assert app.model.engine.num_rows == 0
+
+
+async def test_room_is_not_held_for_a_ledger_that_is_away(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deployments.ingress, "HOLD_S", 0.0)
+    key = customer(app, 1_000)
+    await ingress(app).run(request_of(key))
+    send = app.ledger_call.call
+
+    async def slow(commands: list[Command]) -> list[Outcome]:
+        for _ in range(10):
+            await asyncio.sleep(0)
+        return await send(commands)
+
+    app.ledger_call.call = slow  # type: ignore[method-assign]
+    asked = len(app.model.terms)
+    assert (await ingress(app).run(request_of(key))).num_frames == 49
+    assert len(app.model.terms) == asked + 1 + 4
+    assert balance(app, key.customer_id) == 1_000 - 2 * 245

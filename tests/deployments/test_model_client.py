@@ -270,3 +270,28 @@ async def test_a_scheduler_that_restarts_is_asked_again(
     await announce(scheduler)
     replicas.script = [REPORT]
     assert (await client.run_chunk("a/0", [ROW], begun=False))[0] is REPORT
+
+
+async def test_room_is_taken_at_once_and_used_only_with_the_permit(
+    client: ModelClient, scheduler: Remote, replicas: Replicas
+) -> None:
+    await announce(scheduler)
+    permit = asyncio.Event()
+    replicas.script = [REPORT]
+    running = asyncio.create_task(client.run_chunk("a/0", [ROW], begun=False, permit=permit))
+    assert await held_rows(scheduler) == 1
+    assert replicas.jobs == []
+    permit.set()
+    assert (await running)[0] is REPORT
+
+
+async def test_whoever_gives_up_before_the_permit_gives_the_room_back(
+    client: ModelClient, scheduler: Remote, replicas: Replicas
+) -> None:
+    await announce(scheduler)
+    running = asyncio.create_task(client.run_chunk("a/0", [ROW], begun=False, permit=asyncio.Event()))
+    assert await held_rows(scheduler) == 1
+    running.cancel()
+    await asyncio.wait([running])
+    assert await held_rows(scheduler) == 0
+    assert replicas.jobs == []

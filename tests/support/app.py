@@ -84,11 +84,18 @@ class LocalModel:
         pass
 
     async def run_chunk(
-        self, ticket_prefix: str, rows: Sequence[ChunkRow], begun: bool, terms: TicketTerms = NO_TERMS
+        self,
+        ticket_prefix: str,
+        rows: Sequence[ChunkRow],
+        begun: bool,
+        terms: TicketTerms = NO_TERMS,
+        permit: asyncio.Event | None = None,
     ) -> tuple[ChunkReport, ChunkTiming]:
         self.terms.append(terms)
         try:
             async with asyncio.timeout(terms.deadline_s):
+                if permit is not None:
+                    await permit.wait()
                 report = await asyncio.wrap_future(self.engine.submit(rows))
         except TimeoutError:
             raise DeadlinePassed(self.spec.slug) from None
