@@ -1,6 +1,6 @@
 """What it costs to sell a rollout: a full paid request with a no-op model beside a bare two-deployment Serve app.
 
-    python -m benchmarks.control_plane [--rounds 5] [--requests 100]
+    python -m benchmarks.control_plane [--rounds 5] [--requests 100] [--proxy haproxy]
 
 The physics. A bare app with one handle call crosses two processes behind the proxy (client -> proxy -> ingress ->
 deployment). A paid request adds, in the order of DESIGN: a key looked up in the database, a form, a PNG and an array
@@ -22,6 +22,7 @@ import io
 import json
 import os
 import platform
+import socket
 import statistics
 import tempfile
 import time
@@ -40,6 +41,27 @@ CONNECTIONS = (1, 16)
 NUM_ACTIONS = 12
 CANDIDATES = 8
 CONTROL_PLANE = ("ProxyActor", "ingress", "LedgerActor", "SchedulerActor", "StatusActor", "SessionDirectory")
+
+
+def haproxy_environment(directory: Path) -> dict[str, str]:
+    """What the production manifests set, and files and ports that no other cluster on this machine has."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(2)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        metrics_port, stats_port = (str(each.getsockname()[1]) for each in sockets)
+    return {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**28),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(directory / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(directory / "admin.sock"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(directory / "metrics.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(directory),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(directory / "server-state"),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": metrics_port,
+        "RAY_SERVE_HAPROXY_STATS_PORT": stats_port,
+    }
 
 
 def request_parts(seed: int) -> dict[str, Any]:
@@ -138,6 +160,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--requests", type=int, default=100, help="per round, application and number of connections")
     parser.add_argument("--port", type=int, default=8123)
+    parser.add_argument("--proxy", choices=("default", "haproxy"), default="default", help="haproxy as in production")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="bench-") as directory:
         settings = Settings(data_dir=Path(directory), port=arguments.port)
@@ -145,6 +168,8 @@ def main() -> None:
             update={"models": (ModelArgs(slug="tiny-pusher", checkpoint="", runner="benchmarks.noop_model:NoOpModel"),)}
         )
         check_port(settings.host, settings.port)
+        if arguments.proxy == "haproxy":
+            os.environ.update(haproxy_environment(Path(directory)))
         with local_ray(settings.data_dir, num_cpus=4):  # sets what Ray reads when imported, so its users come after
             import ray
             from ray import serve
@@ -176,7 +201,7 @@ def main() -> None:
                 "rps_ratio": {c: round(paid[c]["rps"] / bare[c]["rps"], 2) for c in paid},
                 **batch,
                 "batch_cpu_ratio": round(batch["batch_cpu_ms_per_candidate"] / batch["single_cpu_ms_per_candidate"], 3),
-                "proxy": "default",
+                "proxy": arguments.proxy,
                 "actions": NUM_ACTIONS,
                 "rounds": arguments.rounds,
                 "requests": arguments.requests,
