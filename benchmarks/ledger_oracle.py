@@ -210,7 +210,7 @@ class Oracle:
             drawn = sum(account.drawn[day] for day in days if day in account.drawn)
             if drawn + missing > account.cap:
                 period = "day" if account.cap_period == "day" else "month"
-                return BudgetExceeded(Mils(account.cap), Mils(drawn), period, resets_at, Mils(amount))  # type: ignore[arg-type]
+                return BudgetExceeded(Mils(account.cap), Mils(drawn), period, resets_at, Mils(amount), "team")  # type: ignore[arg-type]
             parent = self.accounts[account.parent]
             if missing > parent.spendable:
                 both = account.spendable + parent.spendable

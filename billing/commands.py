@@ -125,6 +125,9 @@ class BudgetExceeded:
     period: Literal["day", "month"]
     resets_at: float
     requested_mils: Mils
+    """Of it the team's share is only what the member's own balance lacks."""
+    source: Literal["key", "team"] = "key"
+    """Whose limit it is."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,15 +4,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sqlalchemy import Engine, Row, bindparam, func, or_, select
+from sqlalchemy import Engine, Row, bindparam, case, func, or_, select
 
 from billing.commands import NO_TERMS, CustomerId, KeyId, KeyTerms, RequestId
+from billing.core.teams import days_of_period
 from billing.errors import UnknownWallet
 from billing.money import Mils, part_of_rate
 from billing.price_terms import version_of
 from billing.prices import PriceVersion
 from billing.store import terms_of
-from billing.tables import api_key, entry, key_terms, payment, payment_event, price, reservation, wallet
+from billing.tables import (
+    api_key,
+    draw,
+    entry,
+    key_terms,
+    membership,
+    payment,
+    payment_event,
+    price,
+    reservation,
+    wallet,
+)
 
 MAX_TRANSACTIONS = 200
 MAX_SEQ = 2**63 - 1
@@ -141,7 +153,31 @@ _KEY_BY_HASH = (
     .join_from(api_key, key_terms, key_terms.c.key_id == api_key.c.key_id, isouter=True)
     .where(api_key.c.sha256 == bindparam("sha256"))
 )
-_SPENDABLE = select(wallet.c.balance_mils, wallet.c.floor_mils).where(wallet.c.customer_id == bindparam("customer_id"))
+_parent = wallet.alias("parent")
+_SPENDABLE = (
+    select(
+        wallet.c.balance_mils,
+        wallet.c.floor_mils,
+        wallet.c.debt_mils,
+        membership.c.cap_mils,
+        membership.c.cap_period,
+        (_parent.c.balance_mils - _parent.c.floor_mils).label("parents_mils"),
+    )
+    .select_from(wallet)
+    .outerjoin(membership, membership.c.customer_id == wallet.c.customer_id)
+    .outerjoin(_parent, _parent.c.customer_id == membership.c.parent_id)
+    .where(wallet.c.customer_id == bindparam("customer_id"))
+)
+_DRAWN = (
+    select(
+        func.sum(
+            draw.c.drawn - case((reservation.c.refunded < draw.c.drawn, reservation.c.refunded), else_=draw.c.drawn)
+        ).label("drawn")
+    )
+    .join_from(draw, reservation, reservation.c.request_id == draw.c.request_id)
+    .where(draw.c.customer_id == bindparam("customer_id"))
+    .where(draw.c.day >= bindparam("first"), draw.c.day < bindparam("after"))
+)
 _BALANCE = select(wallet.c.balance_mils).where(wallet.c.customer_id == bindparam("customer_id"))
 _TRANSACTIONS = (
     select(
@@ -250,8 +286,8 @@ class LedgerReader:
             raise UnknownWallet(customer_id)
         return Mils(row.balance_mils)
 
-    def spendable(self, customer_id: CustomerId) -> Mils:
-        """What of this wallet can be spent now, its credit line included; not what a team's parent may add.
+    def spendable(self, customer_id: CustomerId, ts: float) -> Mils:
+        """What can be spent now: of its own, credit line included, and of its team's up to a capped member's cap.
 
         Raises:
             UnknownWallet: there is no such customer.
@@ -259,7 +295,13 @@ class LedgerReader:
         row = self._first(_SPENDABLE, customer_id=customer_id)
         if row is None:
             raise UnknownWallet(customer_id)
-        return Mils(max(0, row.balance_mils - row.floor_mils))
+        own = max(0, row.balance_mils - row.floor_mils)
+        if row.cap_mils is None or row.debt_mils > 0:
+            return Mils(own)
+        first, after = days_of_period(ts, row.cap_period)
+        drawn = self._first(_DRAWN, customer_id=customer_id, first=first, after=after)
+        assert drawn is not None
+        return Mils(own + max(0, min(row.cap_mils - int(drawn.drawn or 0), row.parents_mils)))
 
     def transactions(self, customer_id: CustomerId, limit: int, before_seq: int = MAX_SEQ) -> list[EntryRecord]:
         """The newest entries first, at least 1 and at most `MAX_TRANSACTIONS`; the opening entry is not one of them."""

@@ -71,6 +71,10 @@ class UnitsReader:
             standing.append(UnitsNow(terms, period, *paid))
         return standing
 
+    def frames_left(self, ts: float, customer_id: CustomerId, model: str) -> int:
+        """Frames of the model that this month's units still pay for."""
+        return sum(each.frames_left for each in self.now(ts, customer_id) if each.terms.model == model)
+
     def replicas(self, ts: float) -> dict[str, int]:
         """How many replicas of each model are promised: a floor for whoever decides how many there are.
 

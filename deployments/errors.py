@@ -4,7 +4,7 @@ RolloutError
 ├── CreditsInsufficient   the balance does not cover the price; nothing was reserved
 ├── KeyNotAccepted        the key was revoked or has expired before the reservation
 ├── KeyNotAllowed         the key may not spend, or not on this model
-├── BudgetUsedUp          the key's own budget does not cover the price; nothing was reserved
+├── BudgetUsedUp          the key's budget, or its share of a team's money, does not cover it; nothing was reserved
 ├── QuoteNotAccepted      the quote is unknown, for other work, or has expired; nothing was reserved
 ├── IdempotencyKeyReused  the idempotency key already names other work; nothing was reserved
 ├── ResultExpired         it was delivered before and is no longer kept; nothing was reserved
@@ -19,6 +19,8 @@ RolloutError
 ├── EngineFailed          the model or its replica failed; refunded
 └── LedgerUnavailable     nothing runs unless it is reserved first
 """
+
+from typing import Literal
 
 from billing.money import Mils
 
@@ -52,18 +54,29 @@ class KeyNotAllowed(RolloutError):
 
 
 class BudgetUsedUp(RolloutError):
-    def __init__(self, limit_mils: Mils, spent_mils: Mils, requested_mils: Mils, period: str, resets_at: float) -> None:
-        super().__init__(limit_mils, spent_mils, requested_mils, period, resets_at)
+    def __init__(
+        self,
+        limit_mils: Mils,
+        spent_mils: Mils,
+        requested_mils: Mils,
+        period: str,
+        resets_at: float,
+        source: Literal["key", "team"] = "key",
+    ) -> None:
+        super().__init__(limit_mils, spent_mils, requested_mils, period, resets_at, source)
         self.limit_mils = limit_mils
         self.spent_mils = spent_mils
         self.requested_mils = requested_mils
         self.period = period
         self.resets_at = resets_at
+        self.source = source
 
     def __str__(self) -> str:
+        whose = "the API key's budget" if self.source == "key" else "this member's cap on its team's money"
+        left = max(0, self.limit_mils - self.spent_mils)
         return (
-            f"the API key's budget is {self.limit_mils} mils per {self.period} and {self.spent_mils} are spent; this"
-            f" request needs {self.requested_mils}. It starts anew at {int(self.resets_at)} (POSIX seconds)"
+            f"{whose} is {self.limit_mils} mils per {self.period} and {left} are left; this request needs"
+            f" {self.requested_mils}. It starts anew at {int(self.resets_at)} (POSIX seconds)"
         )
 
 

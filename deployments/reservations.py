@@ -111,8 +111,8 @@ class Reservations:
                 raise KeyNotAllowed(reason)
             case QuoteRefused(reason):
                 raise QuoteNotAccepted(reason)
-            case BudgetExceeded(limit_mils, spent_mils, period, resets_at, requested_mils):
-                raise BudgetUsedUp(limit_mils, spent_mils, requested_mils, period, resets_at)
+            case BudgetExceeded(limit_mils, spent_mils, period, resets_at, requested_mils, source):
+                raise BudgetUsedUp(limit_mils, spent_mils, requested_mils, period, resets_at, source)
         raise AssertionError(f"the ledger answered a reservation with {outcome}")
 
     def take_over(self, request_id: RequestId) -> None:

@@ -49,6 +49,7 @@ from deployments.errors import (
 from deployments.payments.errors import (
     CardDeclined,
     LedgerRefused,
+    PageOver,
     PaymentError,
     PaymentsDisabled,
     StripeFailed,
@@ -184,6 +185,7 @@ PAYMENT_ERRORS: Mapping[type[PaymentError], tuple[int, str]] = {
     StripeRefused: (502, "PAYMENT_REFUSED"),
     CardDeclined: (502, "PAYMENT_REFUSED"),
     TopupKeyReused: (422, "IDEMPOTENCY_CONFLICT"),
+    PageOver: (422, "IDEMPOTENCY_CONFLICT"),
     TooManyPages: (429, "RATE_LIMITED"),
     LedgerRefused: (500, "ENGINE_FAILED"),
 }
@@ -232,7 +234,7 @@ def install(app: FastAPI, on_shortage: Callable[[Request, CreditsInsufficient], 
             detail = insufficient_detail(error.balance_mils, error.requested_mils, str(error))
         if isinstance(error, BudgetUsedUp):
             left = Mils(max(0, error.limit_mils - error.spent_mils))
-            detail = insufficient_detail(left, error.requested_mils, str(error)) | {"limit_source": "key"}
+            detail = insufficient_detail(left, error.requested_mils, str(error)) | {"limit_source": error.source}
         return error_response(status, code, str(error), detail=detail, headers=headers)
 
     @app.exception_handler(PaymentError)

@@ -2,6 +2,7 @@
 
 import calendar
 from datetime import UTC, datetime
+from typing import Literal
 
 from billing.checks import printable
 from billing.commands import (
@@ -75,13 +76,12 @@ def shortfall(book: Book, member: Wallet, amount: Mils) -> Mils | InsufficientCr
     missing = Mils(amount - member.spendable)
     if member.debt > 0 or member.cap is None or member.parent_id is None:
         return InsufficientCredits(member.balance, amount, member.debt)
-    first, after = _period(book.ts, member.cap_period)
+    first, after = days_of_period(book.ts, member.cap_period)
     days = book.drawn.get(member.customer_id, {})
     drawn = Mils(sum(mils for day, mils in days.items() if first <= day < after))
     if drawn + missing > member.cap:
-        return BudgetExceeded(
-            member.cap, drawn, "day" if member.cap_period == "day" else "month", after * DAY_S, amount
-        )
+        period: Literal["day", "month"] = "day" if member.cap_period == "day" else "month"
+        return BudgetExceeded(member.cap, drawn, period, after * DAY_S, amount, "team")
     parent = book.wallets[member.parent_id]
     if missing > parent.spendable:
         return InsufficientCredits(Mils(member.spendable + parent.spendable), amount, parent.debt)
@@ -113,7 +113,7 @@ def give_back(book: Book, member: Wallet, reservation: Reservation, detail: str)
         days[reservation.draw_day] -= amount
 
 
-def _period(ts: float, period: str | None) -> tuple[int, int]:
+def days_of_period(ts: float, period: str | None) -> tuple[int, int]:
     """The first day of the period, and the first after it, in days of UTC since 1970."""
     today = int(ts // DAY_S)
     if period == "day":

@@ -1,6 +1,7 @@
 """Read-only questions about payments, for processes that never write them."""
 
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 from sqlalchemy import Engine, Row, and_, case, func, select
@@ -19,7 +20,7 @@ from billing.payments.tables import (
     stripe_report,
     topup,
 )
-from billing.tables import entry, payment, reservation, statement, wallet
+from billing.tables import entry, payment, reservation, statement, unit_charge, wallet
 
 MAX_MISMATCHES = 100
 UNFINISHED = ("new", "open", "charging", "processing")
@@ -57,6 +58,25 @@ class MovementRecord:
     kind: str
     amount_cents: int
     created: float
+
+
+@dataclass(frozen=True, slots=True)
+class UsedAt:
+    """What a month's entries for one model come to at one rate: each volume discount is a rate of its own."""
+
+    model: str
+    mils_per_frame: Mils
+    per_frames: int
+    """The rate is `mils_per_frame` for so many frames."""
+    mils: Mils
+
+
+@dataclass(frozen=True, slots=True)
+class UnitsFee:
+    model: str
+    period: str
+    units: int
+    mils: Mils
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,19 +224,34 @@ class PaymentsReader:
             stripe_invoice.c.state.in_(("new", "open", "overdue")), stripe_invoice.c.updated_at <= before
         )
 
-    def usage_by_model(self, customer_id: CustomerId, period: str) -> dict[str, Mils]:
-        """What the entries of a closed month cost, by model."""
+    def usage_by_rate(self, customer_id: CustomerId, period: str) -> list[UsedAt]:
+        """What the entries of a closed month cost, by model and rate, dearest rate first."""
+        rate = (reservation.c.model, reservation.c.mils_per_frame, reservation.c.per_frames)
         used = (
-            select(reservation.c.model, func.sum(-entry.c.amount).label("mils"))
+            select(*rate, func.sum(-entry.c.amount).label("mils"))
             .join_from(statement, entry, entry.c.customer_id == statement.c.customer_id)
             .join(reservation, reservation.c.request_id == entry.c.public_id)
             .where(statement.c.customer_id == customer_id, statement.c.period == period)
             .where(entry.c.seq > statement.c.from_seq, entry.c.seq <= statement.c.to_seq)
             .where(entry.c.kind.in_(("debit", "refund")))
-            .group_by(reservation.c.model)
-            .order_by(reservation.c.model)
+            .group_by(*rate)
         )
-        return {row.model or "rollouts": Mils(int(row.mils)) for row in self._all(used)}
+        rows = [
+            UsedAt(row.model or "rollouts", row.mils_per_frame, row.per_frames, Mils(int(row.mils)))
+            for row in self._all(used)
+        ]
+        return sorted(rows, key=lambda each: (each.model, -Fraction(each.mils_per_frame, each.per_frames)))
+
+    def unit_fees(self, customer_id: CustomerId, period: str) -> list[UnitsFee]:
+        """The provisioned units that a closed month was charged for."""
+        mine = (unit_charge.c.customer_id == statement.c.customer_id, statement.c.customer_id == customer_id)
+        fees = (
+            select(unit_charge.c.model, unit_charge.c.period, unit_charge.c.units, unit_charge.c.amount)
+            .where(*mine, statement.c.period == period)
+            .where(unit_charge.c.entry_seq > statement.c.from_seq, unit_charge.c.entry_seq <= statement.c.to_seq)
+            .order_by(unit_charge.c.model, unit_charge.c.period)
+        )
+        return [UnitsFee(*row) for row in self._all(fees)]
 
     def _invoices(self, *conditions: Any) -> list[Invoice]:
         rows = self._all(select(stripe_invoice).where(*conditions).order_by(stripe_invoice.c.period))

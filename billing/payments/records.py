@@ -444,7 +444,8 @@ def _apply_invoice(connection: Connection, command: ApplyInvoice, ts: float) -> 
             changed[name] = getattr(command, name)
     mine = (stripe_invoice.c.customer_id == command.customer_id, stripe_invoice.c.period == command.period)
     connection.execute(update(stripe_invoice).where(*mine).values(**changed))
-    _keep_movements(connection, command.customer_id, f"stripe:{command.payment_intent}", command.movements)
+    source = f"stripe:{command.payment_intent or command.invoice_id}"
+    _keep_movements(connection, command.customer_id, source, command.movements)
     _mark(connection, command.event_ids, "applied")
     return InvoiceOpened(find_invoice(connection, command.customer_id, command.period))
 

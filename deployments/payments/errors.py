@@ -8,6 +8,7 @@ PaymentError
 │   └── CardDeclined     the card's bank will not
 ├── LedgerRefused        a bug of ours, or the ledger and this process disagree; nothing was written
 ├── TopupKeyReused       the idempotency key already names a top-up of another amount
+├── PageOver             the idempotency key's page can no longer be paid on
 └── TooManyPages         the customer has as many open payment pages as it may
 """
 
@@ -64,6 +65,15 @@ class TopupKeyReused(PaymentError):
 
     def __str__(self) -> str:
         return f"Idempotency-Key: was used before for {self.amount_cents} cents; use a new key for another amount"
+
+
+class PageOver(PaymentError):
+    def __init__(self, state: str) -> None:
+        super().__init__(state)
+        self.state = state
+
+    def __str__(self) -> str:
+        return f"Idempotency-Key: its payment page is over ({self.state}); use a new key for a new page"
 
 
 class TooManyPages(PaymentError):

@@ -6,12 +6,16 @@ What an invoice cannot ask for, fractions of a cent, stays in the balance and so
 import asyncio
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from decimal import Decimal
+from heapq import nlargest
+from itertools import groupby
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 import structlog
 
 from billing.commands import CloseStatement, Credit, CustomerId, Reverse, SetCreditLine, StatementClosed
-from billing.money import MILS_PER_CENT, Mils, dollars
+from billing.money import MILS_PER_CENT, MILS_PER_USD, Mils, dollars
 from billing.payments.commands import (
     ApplyInvoice,
     EventHint,
@@ -22,6 +26,7 @@ from billing.payments.commands import (
     PaymentStale,
     RenumberInvoice,
 )
+from billing.payments.reader import UnitsFee, UsedAt
 from deployments.payments.config import MAX_STALE
 from deployments.payments.errors import PaymentError, StripeFailed, StripeUnavailable
 from deployments.payments.gateway import InvoiceLine, InvoiceSeen
@@ -31,6 +36,10 @@ if TYPE_CHECKING:
 
 CLOSE_AFTER_S = 3_600.0
 """Into the next month, so that what ran over its end has settled."""
+MAX_RATES = 10
+"""Of one model, each with a line of its own."""
+MAX_CANDIDATES = 5
+"""Unpaid invoices that an event of an unknown payment is compared with."""
 STATES: dict[str, InvoiceState] = {
     "open": "open",
     "paid": "paid",
@@ -88,9 +97,10 @@ async def _make(payments: "Payments", invoice: Invoice) -> str:
     if found is not None:
         await payments.gateway.delete_invoice(found.invoice_id)
         invoice = await _renumber(payments, invoice, "an earlier draft was thrown away")
-    used = await asyncio.to_thread(payments.reader.usage_by_model, invoice.customer_id, invoice.period)
+    used = await asyncio.to_thread(payments.reader.usage_by_rate, invoice.customer_id, invoice.period)
+    fees = await asyncio.to_thread(payments.reader.unit_fees, invoice.customer_id, invoice.period)
     in_one = [InvoiceLine(f"Usage until the end of {invoice.period}", invoice.amount_cents)]
-    for lines in (_lines(invoice, used), in_one):
+    for lines in (_lines(invoice, used, fees), in_one):
         try:
             draft = await payments.gateway.draft_invoice(
                 customer_id=invoice.customer_id,
@@ -117,12 +127,26 @@ async def _renumber(payments: "Payments", invoice: Invoice, problem: str) -> Inv
     return renumbered
 
 
-def _lines(invoice: Invoice, used: dict[str, Mils]) -> list[InvoiceLine]:
-    """Each model's cost in whole cents, and what is left to the total: fractions, and what was owed or paid before."""
-    lines = [InvoiceLine(f"{model} · {invoice.period}", mils // MILS_PER_CENT) for model, mils in used.items()]
+def _lines(invoice: Invoice, used: Sequence[UsedAt], fees: Sequence[UnitsFee]) -> list[InvoiceLine]:
+    """Whole cents of each model at each rate and of each model's units, and what is left to the total: fractions, and
+    what was owed or paid before."""
+    mils = {f"{fee.units} provisioned units · {fee.model} · {fee.period}": fee.mils for fee in fees}
+    for model, rates in groupby(used, key=attrgetter("model")):
+        known = nlargest(MAX_RATES, at := list(rates), key=lambda each: abs(each.mils))
+        for each in at:
+            rate = f"{_per_frame(each)} a frame" if each in known else "other rates"
+            name = f"{model} · {invoice.period} · {rate}"
+            mils[name] = Mils(mils.get(name, 0) + each.mils)
+    lines = [InvoiceLine(name, amount // MILS_PER_CENT) for name, amount in mils.items()]
     lines = [line for line in lines if line.amount_cents]
     rest = invoice.amount_cents - sum(line.amount_cents for line in lines)
     return [*lines, InvoiceLine("Brought forward, payments and fractions of a cent", rest)] if rest else lines
+
+
+def _per_frame(used: UsedAt) -> str:
+    """Nine digits: requests that cross a tier's boundary have a rate in between."""
+    exact = Decimal(used.mils_per_frame) / used.per_frames / MILS_PER_USD
+    return f"${round(exact, 9).normalize():f}"
 
 
 async def _effect(
@@ -176,7 +200,23 @@ async def invoice_of(payments: "Payments", hint: EventHint, customer_id: Custome
     if found is not None or customer_id is None:
         return found
     unpaid = [each for each in await asyncio.to_thread(payments.reader.invoices, customer_id) if each.state != "paid"]
-    return unpaid[0] if unpaid else None
+    for each in unpaid[-MAX_CANDIDATES:]:
+        if await _is_about(payments, hint, each):
+            return each
+    return None
+
+
+async def _is_about(payments: "Payments", hint: EventHint, invoice: Invoice) -> bool:
+    """Whether Stripe says so: an event about something unknown is nobody's."""
+    invoice_id = invoice.invoice_id
+    if not invoice_id:  # it was made, and the answer was lost
+        provider_customer = await payments.provider_customer(invoice.customer_id)
+        made = await payments.gateway.find_invoice(invoice.period, provider_customer, invoice.created_at)
+        invoice_id = "" if made is None else made.invoice_id
+    if not invoice_id or hint.invoice_id:
+        return bool(invoice_id) and hint.invoice_id == invoice_id
+    seen = await payments.gateway.see_invoice(invoice_id)
+    return hint.payment_intent != "" and hint.payment_intent == seen.payment.payment_intent
 
 
 def _month_before(now: float) -> str:

@@ -37,6 +37,7 @@ from billing.payments.commands import (
     TopupConflict,
     TopupNoted,
     TopupOpened,
+    TopupState,
 )
 from billing.payments.reader import PaymentsReader, PendingEvent
 from billing.payments.verdict import PaymentSeen, judge
@@ -46,6 +47,7 @@ from deployments.payments.config import MAX_STALE, PaymentsConfig
 from deployments.payments.errors import (
     CardDeclined,
     LedgerRefused,
+    PageOver,
     PaymentError,
     StripeFailed,
     StripeRefused,
@@ -62,6 +64,8 @@ MAX_CONCURRENT = 8
 RETRY_EVENT_S = (5.0, 30.0, 120.0, 600.0)
 """When an event whose payment cannot be looked at now is tried again; the last of these for ever."""
 MAX_AUTO_PER_LOOK = 100
+ENDED: tuple[TopupState, ...] = ("failed", "expired", "refused")
+"""Nothing can be paid on their pages any more."""
 SUSPICIOUS_TYPES = {
     "charge.dispute.created": "a payment was disputed",
     "radar.early_fraud_warning.created": "a card's bank suspects fraud",
@@ -123,7 +127,7 @@ class Payments:
         """A top-up with a page to pay on: a new one, or one that is open already.
 
         Raises:
-            TopupKeyReused, TooManyPages, StripeRefused: nothing was asked of the card.
+            TopupKeyReused, PageOver, TooManyPages, StripeRefused: nothing was asked of the card.
             StripeUnavailable: the page may exist; asking again finds it.
         """
         # A key's top-up is the same row whichever replica is asked; without a key the ledger looks for an open page.
@@ -138,6 +142,8 @@ class Payments:
         if isinstance(opened, TooManyTopups):
             raise TooManyPages(opened.open, max(1, int(opened.retry_at - self.now())))
         topup = opened.topup
+        if topup.state in ENDED or (topup.state == "open" and topup.expires_at <= self.now()):
+            raise PageOver("expired" if topup.state == "open" else topup.state)
         if topup.state != "new":
             return topup
         provider_customer = await self.provider_customer(customer_id)

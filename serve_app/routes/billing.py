@@ -24,8 +24,10 @@ router = APIRouter(prefix="/v1/billing", tags=["billing"])
 async def get_balance(parts: Parts, caller: Caller, active: ActiveSlug) -> Balance:
     customer = await parts.ask(parts.reader.customer, caller.customer_id)
     assert customer is not None, "a key has a customer"
-    balance, spendable = customer.balance_mils, Mils(max(0, customer.balance_mils - customer.floor_mils))
-    spent = await parts.ask(parts.usage.spent_since, caller.customer_id, time.time() - SPENDING_WINDOW_S)
+    balance, now = customer.balance_mils, time.time()
+    spendable = await parts.ask(parts.reader.spendable, caller.customer_id, now)
+    covered = await parts.ask(parts.units.frames_left, now, caller.customer_id, active)
+    spent = await parts.ask(parts.usage.spent_since, caller.customer_id, now - SPENDING_WINDOW_S)
     per_hour = Mils(round(spent * HOUR_S / SPENDING_WINDOW_S))
     model = model_spec(CATALOG[active])
     rollout = await parts.prices.price(model, STANDARD_FRAMES, caller.customer_id)
@@ -38,7 +40,7 @@ async def get_balance(parts: Parts, caller: Caller, active: ActiveSlug) -> Balan
         spendable_mils=spendable,
         debt_mils=customer.debt_mils,
         model=active,
-        rollouts_left=spendable // rollout.total_mils,
+        rollouts_left=covered // STANDARD_FRAMES + spendable // rollout.total_mils,
         mpc_hours_left=round(spendable / mpc_hour.total_mils, 4),
         spending_mils_per_hour=per_hour,
         hours_left=round(spendable / per_hour, 4) if per_hour > 0 else None,

@@ -19,6 +19,9 @@ from serve_app.errors import BadSignature, BodyTooLarge, BodyTooSlow, Forbidden,
 
 MAX_IDEMPOTENCY_KEY = 256
 WEBHOOKS_PER_S, WEBHOOK_BURST = 100.0, 1_000
+"""Events that Stripe signed."""
+FORGERIES_PER_S, FORGERY_BURST = 1.0, 20
+"""What a peer may send unsigned before it is told to wait; nothing of it counts against Stripe."""
 RETURNS_PER_S, RETURN_BURST = 1.0, 5
 """Looks at Stripe that coming back from one page may cause."""
 MAX_CONSENT_CHARS = 500
@@ -137,14 +140,18 @@ async def put_auto_topup(parts: Parts, caller: Caller, body: AutoTopupRequest) -
 @public.post("/webhook")
 async def webhook(request: Request, parts: Parts) -> dict[str, bool]:
     """For Stripe alone: its signature is the authentication. What it sends twice counts once."""
-    retry_after_s = parts.buckets.take("stripe webhook", WEBHOOKS_PER_S, WEBHOOK_BURST)
-    if retry_after_s is not None:
-        raise RateLimited(retry_after_s)
     body = await _body(request, parts.args.limits.body_timeout_s)
     try:
         hint = parts.payments.verified(body, request.headers.get("stripe-signature", ""))
     except NotAnEvent as error:
+        peer = request.client.host if request.client is not None else ""
+        retry_after_s = parts.buckets.take(f"forged webhooks of {peer}", FORGERIES_PER_S, FORGERY_BURST)
+        if retry_after_s is not None:
+            raise RateLimited(retry_after_s) from None
         raise BadSignature(str(error)) from None
+    retry_after_s = parts.buckets.take("stripe webhook", WEBHOOKS_PER_S, WEBHOOK_BURST)
+    if retry_after_s is not None:
+        raise RateLimited(retry_after_s)
     await parts.payments.receive([hint])
     return {"received": True}
 

@@ -142,9 +142,11 @@ async def create_session(
     start_frame = await _start_frame(parts, caller, form, params, spec)
     budget = params.max_frames or parts.sessions.limits.budget_frames
     if not params.max_frames:
-        spendable = await parts.ask(parts.reader.spendable, caller.customer_id)
+        now = time.time()
+        spendable = await parts.ask(parts.reader.spendable, caller.customer_id, now)
+        covered = await parts.ask(parts.units.frames_left, now, caller.customer_id, spec.slug)
         price = await parts.prices.price(spec, budget, caller.customer_id, SERVICE_CLASS)
-        budget = max(1 + spec.chunk_size, min(budget, spendable * price.per_frames // price.mils_per_frame))
+        budget = max(1 + spec.chunk_size, min(budget, covered + spendable * price.per_frames // price.mils_per_frame))
     budget = min(budget, parts.sessions.limits.budget_frames)
     price = await parts.prices.price(spec, budget, caller.customer_id, SERVICE_CLASS)
     if dry_run:

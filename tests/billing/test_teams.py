@@ -215,3 +215,41 @@ class TestWhoMayBeInATeam:
     def test_malformed_terms_are_rejected(self, desk: Desk, change: dict[str, Any]):
         parent = desk.account()
         assert isinstance(desk.do(replace(SetMember("cus_new", "new", parent.customer_id), **change)), Rejected)
+
+
+class TestWhatAMemberCanSpend:
+    def test_its_own_and_what_its_cap_and_its_parent_leave(self, desk: Desk):
+        parent = desk.account(1000)
+        kid = member_of(desk, parent, cap=300)
+        now = desk.clock.now
+
+        def spendable(account: Account) -> int:
+            return desk.reader.spendable(account.customer_id, now)
+
+        assert (spendable(kid), spendable(parent)) == (300, 1000)
+        desk.do(moved(parent, kid, 50))
+        assert spendable(kid) == 350
+        drawn = desk.reserved(kid, 20)
+        assert spendable(kid) == 250
+        desk.settle(drawn, 0)
+        assert spendable(kid) == 350
+        desk.do(moved(parent, kid, 850, "tra_2"))
+        assert spendable(kid) == 900 + 100
+        assert isinstance(desk.do(desk.reserve(kid, 201)), InsufficientCredits)
+        assert isinstance(desk.do(desk.reserve(kid, 200)), Reserved)
+        assert (spendable(kid), spendable(parent)) == (0, 0)
+
+    def test_without_a_cap_or_beside_a_debt_only_its_own(self, desk: Desk):
+        parent = desk.account(1000)
+        plain, debtor = member_of(desk, parent), member_of(desk, parent, cap=300, name="debtor")
+        desk.do(Credit(debtor.customer_id, Mils(100), "stripe:1", "evt_1", ""))
+        desk.settle(desk.reserved(debtor, 20), 20)
+        desk.do(Reverse("stripe:1", Mils(100), "evt_2", ""))
+        for member in (plain, debtor):
+            assert desk.reader.spendable(member.customer_id, desk.clock.now) == 0
+
+    def test_the_refusal_says_that_it_is_the_teams_cap(self, desk: Desk):
+        kid = member_of(desk, desk.account(1000), cap=100)
+        refused = desk.do(desk.reserve(kid, 21))
+        assert isinstance(refused, BudgetExceeded)
+        assert (refused.source, refused.limit_mils, refused.spent_mils) == ("team", 100, 0)

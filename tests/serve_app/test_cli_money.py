@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
+from deployments.payments.sweeps import Report
 from serve_app.cli import app
 
 PRICES = """
@@ -110,3 +111,17 @@ def test_units_wait_for_credit(admin: Any):
     terms = ("--units", "1", "--usd-per-unit", "1", "--frames-per-unit", "10")
     sold = admin("prices", "set-units", "lab", "tiny-pusher", *terms)
     assert (sold["charged_now"], sold["waits_for_credit"], sold["replicas_promised"]) == (False, True, 0)
+
+
+@pytest.mark.parametrize(
+    ("difference", "unknown", "unseen", "code"),
+    [(0, [], [], 0), (5, [], [], 1), (0, ["pi_1"], [], 1), (0, [], ["pi_2"], 1)],
+)
+def test_comparing_the_books_ends_with_1_when_they_differ_or_a_payment_was_not_seen(
+    monkeypatch: pytest.MonkeyPatch, difference: int, unknown: list[str], unseen: list[str], code: int
+):
+    body = json.dumps({"customers": {}, "unknown_payments": unknown, "unseen_payments": unseen})
+    monkeypatch.setattr("serve_app.reconcile.reconcile", lambda *_: Report(1, body, "signed", difference))
+    result = CliRunner().invoke(app, ["stripe", "reconcile", "--json"])
+    assert result.exit_code == code, result.stderr
+    assert json.loads(result.stdout) == json.loads(body) | {"signature": "signed"}

@@ -35,6 +35,7 @@ from deployments.payments import errors as payment_errors
 from deployments.payments.errors import (
     CardDeclined,
     LedgerRefused,
+    PageOver,
     PaymentError,
     PaymentsDisabled,
     StripeFailed,
@@ -125,8 +126,15 @@ EXAMPLES: list[tuple[Exception, int, str, str]] = [
         BudgetUsedUp(Mils(500), Mils(300), Mils(245), "day", 1_800_000_000.0),
         402,
         "INSUFFICIENT_BALANCE",
-        "the API key's budget is 500 mils per day and 300 are spent; this request needs 245. It starts anew at"
+        "the API key's budget is 500 mils per day and 200 are left; this request needs 245. It starts anew at"
         " 1800000000 (POSIX seconds)",
+    ),
+    (
+        BudgetUsedUp(Mils(500), Mils(300), Mils(245), "month", 1_800_000_000.0, "team"),
+        402,
+        "INSUFFICIENT_BALANCE",
+        "this member's cap on its team's money is 500 mils per month and 200 are left; this request needs 245. It"
+        " starts anew at 1800000000 (POSIX seconds)",
     ),
     (
         RolloutCanceled(),
@@ -210,6 +218,12 @@ EXAMPLES: list[tuple[Exception, int, str, str]] = [
     (CardDeclined("insufficient_funds", "No.", "pi_1"), 502, "PAYMENT_REFUSED", "Stripe refused: insufficient_funds"),
     (LedgerRefused("bug"), 500, "ENGINE_FAILED", "bug"),
     (
+        PageOver("expired"),
+        422,
+        "IDEMPOTENCY_CONFLICT",
+        "Idempotency-Key: its payment page is over (expired); use a new key for a new page",
+    ),
+    (
         TopupKeyReused(500),
         422,
         "IDEMPOTENCY_CONFLICT",
@@ -278,7 +292,7 @@ async def test_every_error_has_its_status_its_code_and_both_shapes(http: httpx.A
     assert set(body) == {"detail", "error"}
     if isinstance(error, BudgetUsedUp):
         assert body["detail"]["balance_mils"] == 200  # what is left of the budget
-        assert body["detail"]["limit_source"] == "key"
+        assert body["detail"]["limit_source"] == error.source
     elif status == 402:
         assert body["detail"] == {
             "balance_mils": 244,

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from serve_app.routes import payments as payment_routes
 from tests.fakestripe.server import WEBHOOK_SECRET
 from tests.fakestripe.state import BANK, DECLINED
 from tests.fakestripe.webhooks import sign
@@ -264,3 +265,30 @@ async def test_two_hundred_refusals_at_once_are_one_charge(shop: Shop) -> None:
     assert shop.fake.api.calls.count("POST /v1/payment_intents") == 1
     last = (await shop.app.http.get("/v1/billing/auto-topup", headers=headers)).json()["last"]
     assert last["reason"].startswith("the balance of $5.00 is below the $")
+
+
+async def test_who_sends_forgeries_is_told_to_wait_and_does_not_hold_up_stripe(shop: Shop) -> None:
+    body = json.dumps({"id": "evt_1", "object": "event"}).encode()
+    for _ in range(payment_routes.FORGERY_BURST):
+        assert (await shop.post_webhook(body, "t=1,v1=00")).status_code == 400
+    refused = await shop.post_webhook(body, "t=1,v1=00")
+    assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+    headers, customer = shop.app.key(credits_mils=0)
+    page = await topup(shop, headers)
+    await shop.pay(page["url"])
+    await shop.settled()
+    assert shop.app.ledger.rows(customer) == [("credit", 250_000)]
+
+
+async def test_the_key_of_a_page_that_expired_says_so(shop: Shop) -> None:
+    headers, _ = shop.app.key(credits_mils=0)
+    page = await topup(shop, headers, **{"Idempotency-Key": "mine"})
+    assert (await topup(shop, headers, **{"Idempotency-Key": "mine"}))["session_id"] == page["session_id"]
+    shop.fake.clock.advance(25 * 3_600)
+    shop.fake.state.tick()
+    await shop.app.http.get(f"/v1/billing/topup/{page['topup_id']}/done")
+    refused = await shop.app.http.post(
+        "/v1/billing/topup", json={"amount_cents": 2_500}, headers=headers | {"Idempotency-Key": "mine"}
+    )
+    assert (refused.status_code, refused.json()["error"]["code"]) == (422, "IDEMPOTENCY_CONFLICT")
+    assert "its payment page is over (expired)" in refused.text

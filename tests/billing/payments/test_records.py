@@ -154,7 +154,7 @@ def test_invoices_events_and_reports_are_kept(desk: Desk) -> None:
     assert isinstance(opened, InvoiceOpened)
     assert opened.invoice is not None
     assert (opened.invoice.amount_cents, opened.invoice.carry_mils) == (2, 45)
-    assert sum(reader.usage_by_model(account.customer_id, "2027-01").values()) == 245
+    assert [each.mils for each in reader.usage_by_rate(account.customer_id, "2027-01")] == [245]
     overdue = SetCreditLine(account.customer_id, Mils(100_000), overdue=True)
     apply = ApplyInvoice(account.customer_id, "2027-01", 0, "overdue", "in_1", effects=(overdue,))
     assert isinstance(desk.do(apply), InvoiceOpened)

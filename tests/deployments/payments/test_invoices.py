@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from billing.commands import (
+    ChargeUnits,
     CloseStatement,
     CreditLineSet,
     CustomerId,
@@ -16,11 +17,12 @@ from billing.commands import (
     Reserved,
     SetCreditLine,
     Settle,
+    SetUnits,
     StatementClosed,
 )
 from billing.keys import mint_request_id
 from billing.money import Mils
-from billing.payments.commands import Invoice
+from billing.payments.commands import EventHint, Invoice
 from deployments.payments import invoices, sweeps
 from tests.fakestripe.faults import ApiFault
 from tests.fakestripe.state import Refused
@@ -42,10 +44,11 @@ def postpaid(till: Till, limit_mils: int = 1_000_000) -> CustomerId:
     return customer
 
 
-def use(till: Till, customer: CustomerId, frames: int, model: str = "tiny-pusher") -> Any:
+def use(till: Till, customer: CustomerId, frames: int, model: str = "tiny-pusher", mils: int = 5, per: int = 1) -> Any:
     with till.ledger.database.connect() as connection:
         key = connection.exec_driver_sql(f"SELECT key_id FROM api_key WHERE customer_id = '{customer}'").scalar_one()
-    outcome = till.ledger.apply(Reserve(mint_request_id(), key, frames, Mils(5), "work", 60.0, model=model))
+    command = Reserve(mint_request_id(), key, frames, Mils(mils), "work", 60.0, model=model, per_frames=per)
+    outcome = till.ledger.apply(command)
     if isinstance(outcome, Reserved):
         till.ledger.apply(Settle(outcome.request_id, frames, ""))
     return outcome
@@ -72,8 +75,8 @@ async def test_a_month_is_asked_for_to_the_cent_line_by_line_and_the_fraction_is
     theirs = till.fake.state.get("invoice", ours.invoice_id)
     assert (theirs["total"], theirs["status"]) == (150, "open")
     assert {line["description"]: line["amount"] for line in theirs["lines"]["data"]} == {
-        f"other-model · {PERIOD}": 50,
-        f"tiny-pusher · {PERIOD}": 100,
+        f"other-model · {PERIOD} · $0.0005 a frame": 50,
+        f"tiny-pusher · {PERIOD} · $0.0005 a frame": 100,
     }
     till.fake.state.pay_invoice(ours.invoice_id)
     await till.receive(*till.fake.state.events)
@@ -234,3 +237,50 @@ async def test_the_books_agree_over_invoices_their_refunds_and_cards_that_are_de
     report = await sweeps.reconcile(till.payments, int(till.clock() // DAY_S), b"s" * 32)
     assert report.difference_cents == 0
     assert till.payments.reader.held_of_payments() == {customer: 5_000}
+
+
+async def test_each_volume_discount_and_each_models_units_have_a_line_of_their_own(till: Till) -> None:
+    customer = postpaid(till)
+    till.ledger.apply(SetUnits(customer, "tiny-pusher", 1, PERIOD, 2, Mils(5_000), 100, 0))
+    till.ledger.apply(ChargeUnits())
+    use(till, customer, 2_100)  # 100 too many for the units of 200 frames
+    use(till, customer, 1_000, mils=9, per=2)  # 10% off
+    next_month(till)
+    await invoices.bill_last_month(till.payments)
+    theirs = till.fake.state.get("invoice", invoice_of(till, customer).invoice_id)
+    assert {line["description"]: line["amount"] for line in theirs["lines"]["data"]} == {
+        f"2 provisioned units · tiny-pusher · {PERIOD}": 100,
+        f"tiny-pusher · {PERIOD} · $0.0005 a frame": 95,
+        f"tiny-pusher · {PERIOD} · $0.00045 a frame": 45,
+    }
+
+
+async def test_many_rates_share_a_line(till: Till) -> None:
+    customer = postpaid(till)
+    for odd in range(invoices.MAX_RATES + 5):
+        use(till, customer, 1_000, mils=500 - odd, per=100)
+    next_month(till)
+    await invoices.bill_last_month(till.payments)
+    theirs = till.fake.state.get("invoice", invoice_of(till, customer).invoice_id)
+    lines = {line["description"]: line["amount"] for line in theirs["lines"]["data"]}
+    assert len(lines) in (invoices.MAX_RATES + 1, invoices.MAX_RATES + 2)
+    assert f"tiny-pusher · {PERIOD} · other rates" in lines
+    assert sum(lines.values()) == invoice_of(till, customer).amount_cents
+
+
+async def test_an_event_about_something_unknown_is_not_taken_for_an_unpaid_invoice(till: Till) -> None:
+    customer = postpaid(till)
+    use(till, customer, 2_000)
+    next_month(till)
+    await invoices.bill_last_month(till.payments)
+    before = invoice_of(till, customer)
+    known = till.payments.reader.customer(customer)
+    assert known is not None
+    for unknown in ({"invoice_id": "in_unknown"}, {"payment_intent": "pi_unknown"}, {}):
+        hint = EventHint(
+            "evt_x", "invoice.paid", 0.0, "in_unknown", provider_customer=known.provider_customer, **unknown
+        )
+        assert await invoices.invoice_of(till.payments, hint, customer) is None
+    assert invoice_of(till, customer) == before
+    hint = EventHint("evt_y", "invoice.paid", 0.0, before.invoice_id, invoice_id=before.invoice_id)
+    assert await invoices.invoice_of(till.payments, hint, customer) == before
