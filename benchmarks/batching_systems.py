@@ -100,7 +100,7 @@ class Served:
         try:
             report = await asyncio.wrap_future(self.engine.submit(rows, terms.service_class, left_s))
         finally:
-            await self.scheduler.complete(ticket.ticket_id)
+            await self.scheduler.notice([("complete", ticket.ticket_id)])
         if not report.outcomes:
             raise Refusal
 
