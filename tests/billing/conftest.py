@@ -127,12 +127,25 @@ def postgresql_url() -> Iterator[str]:
         server.cleanup()
 
 
-@pytest.fixture(scope="session", params=DATABASES)
-def databases(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Databases]:
-    server_url = request.getfixturevalue("postgresql_url") if request.param == "postgresql" else ""
-    databases = Databases(request.param, server_url, tmp_path_factory.mktemp("databases"))
+@pytest.fixture(scope="session")
+def sqlite_databases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Databases]:
+    databases = Databases("sqlite", "", tmp_path_factory.mktemp("databases"))
     yield databases
     databases.close()
+
+
+@pytest.fixture(scope="session")
+def postgresql_databases(postgresql_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Databases]:
+    databases = Databases("postgresql", postgresql_url, tmp_path_factory.mktemp("databases"))
+    yield databases
+    databases.close()
+
+
+@pytest.fixture(scope="session", params=DATABASES)
+def databases(request: pytest.FixtureRequest) -> Databases:
+    """Of each kind in turn. The fixtures that make them stay, however often a process changes from one to the other."""
+    databases: Databases = request.getfixturevalue(f"{request.param}_databases")
+    return databases
 
 
 @pytest.fixture

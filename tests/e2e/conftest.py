@@ -1,5 +1,4 @@
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -18,9 +17,3 @@ def stand_in_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clust
     """A real cluster whose models are stand-ins, which fail when a test's actions ask them to."""
     with running_cluster(tmp_path_factory.mktemp("stand-in") / "data", (*WITH_FAKE_STRIPE, *SERVE_STAND_IN)) as running:
         yield running
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            item.add_marker("e2e")
