@@ -22,7 +22,7 @@ async def app(tmp_path: Path) -> AsyncIterator[App]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give each file to one process of `pytest -n`, and all that start a cluster to one of them, first: they take long."""
+    """Give each file to one process of `pytest -n`, and all that start a cluster to one of them, before the others."""
     for item in items:
         if E2E in item.path.parents:
             item.add_marker("e2e")

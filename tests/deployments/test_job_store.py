@@ -20,7 +20,9 @@ from tests.billing.conftest import (  # noqa: F401 - fixtures
     databases,
     desk,
     engine,
+    postgresql_databases,
     postgresql_url,
+    sqlite_databases,
 )
 
 HOOK = "https://example.com/hook"
