@@ -32,7 +32,7 @@ from ray.serve import autoscaling_policy
 from ray.serve._private.common import DeploymentID
 from ray.serve.config import AutoscalingConfig, AutoscalingContext
 
-from benchmarks.fleet_simulator import Arrival, Fleet, Outcome, Service, Simulator
+from benchmarks.fleet_simulator import SAMPLE_EVERY_S, Arrival, Fleet, Outcome, Service, Simulator
 from deployments.autoscaling import Demand, DemandPolicy, ScalingTerms
 from deployments.scheduler import SchedulerLimits
 
@@ -165,23 +165,27 @@ def plot(outcomes: dict[str, Outcome], path: Path, gpu_usd_per_hour: float) -> N
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(4, 1, figsize=(10, 12), sharex=True)
-    for name, outcome in outcomes.items():
-        rows = outcome.series
+    figure, axes = pyplot.subplots(5, 1, figsize=(10, 15), sharex=True)
+    for index, (name, outcome) in enumerate(outcomes.items()):
+        rows, color = outcome.series, f"C{index}"
         hours = [row["t_s"] / 3600 for row in rows]
-        axes[0].plot(hours, [row["ready"] + row["booting"] for row in rows], label=name)
-        axes[1].plot(hours, [row["ongoing"] for row in rows])
-        axes[2].plot(hours, [row["refused"] + row["failed"] for row in rows])
         revenue = np.array([row["frames"] for row in rows]) * MILS_PER_FRAME / 1e4
-        cost = np.cumsum([row["ready"] + row["booting"] for row in rows]) * 10 / 3600 * gpu_usd_per_hour
-        axes[3].plot(hours, revenue - cost)
+        cost = np.cumsum([row["ready"] + row["booting"] for row in rows]) * SAMPLE_EVERY_S / 3600 * gpu_usd_per_hour
+        axes[0].plot(hours, [row["ready"] + row["booting"] for row in rows], color, label=name)
+        axes[1].plot(hours, [row["p50_s"] for row in rows], f"{color}:")
+        axes[1].plot(hours, [row["p99_s"] for row in rows], color)
+        axes[2].plot(hours, [row["ongoing"] for row in rows], color)
+        axes[3].plot(hours, [row["refused"] + row["failed"] for row in rows], color)
+        axes[4].plot(hours, revenue, color)
+        axes[4].plot(hours, cost, f"{color}:")
     for axis, title in zip(
         axes,
         (
             "GPUs, booting ones included",
+            "latency of decisions answered in the last 10 s: p99, dotted p50, s",
             "requests queued or running",
-            "refused or failed so far",
-            "revenue less GPU cost, USD",
+            "refused or refunded so far",
+            "revenue so far, dotted what the GPUs cost, USD",
         ),
         strict=True,
     ):

@@ -194,6 +194,8 @@ class Simulator:
         self._numbers = itertools.count()
         self._target = fleet.start_replicas
         self._arrivals: Iterator[Arrival] = iter(())
+        self._sampled = 0
+        """Latencies that are in the series already."""
 
     def run(self, arrivals: Iterable[Arrival], until: float) -> Outcome:
         """All arrivals before `until`, and what remains of them afterwards."""
@@ -363,6 +365,8 @@ class Simulator:
 
     def _sample(self) -> None:
         out = self.outcome
+        lately = sorted(out.latencies[self._sampled :])
+        self._sampled = len(out.latencies)
         out.series.append(
             {
                 "t_s": self.now,
@@ -374,5 +378,7 @@ class Simulator:
                 "failed": out.failed,
                 "completed": len(out.latencies),
                 "frames": out.frames,
+                "p50_s": lately[len(lately) // 2] if lately else math.nan,
+                "p99_s": lately[int(len(lately) * 0.99)] if lately else math.nan,
             }
         )
