@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sqlalchemy import Engine, Row, bindparam, case, func, or_, select
+from sqlalchemy import Engine, Row, bindparam, case, func, literal_column, or_, select
 
 from billing.commands import NO_TERMS, CustomerId, KeyId, KeyTerms, RequestId
 from billing.core.teams import days_of_period
@@ -228,6 +228,9 @@ _RESERVATION = select(
     reservation.c.frames_delivered,
     func.coalesce(reservation.c.covered, 0),
 ).where(reservation.c.request_id == bindparam("request_id"))
+_DEBIT_DETAIL = select(entry.c.detail).where(
+    entry.c.public_id == bindparam("request_id"), entry.c.kind == literal_column("'debit'")
+)
 _PAYMENT = select(
     payment.c.source,
     payment.c.public_id,
@@ -316,6 +319,11 @@ class LedgerReader:
     def reservation(self, request_id: RequestId) -> ReservationRecord | None:
         row = self._first(_RESERVATION, request_id=request_id)
         return None if row is None else ReservationRecord(*row)
+
+    def debit_detail(self, request_id: RequestId) -> str:
+        """What a reservation said it is for; empty if there is none of that id."""
+        row = self._first(_DEBIT_DETAIL, request_id=request_id)
+        return "" if row is None else str(row.detail)
 
     def payment(self, source: str) -> PaymentRecord | None:
         row = self._first(_PAYMENT, source=source)

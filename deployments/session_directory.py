@@ -16,8 +16,10 @@ from billing.money import Mils, part_of_rate
 from deployments.logs import configure_logs
 from deployments.messages import Frame
 
-SILENT_S = 120.0
+SILENT_S = 45.0
 """An owner that has not been heard of for this long is gone, and so is the lease of what it streamed."""
+UNCLAIMED_S = 120.0
+"""So is whoever waits for somebody to connect, which it does for a shorter time than this."""
 
 Refusal = Literal["unknown", "connected", "too many"]
 Closed = Literal["unknown", "unclaimed", "ended", "ending"]
@@ -58,6 +60,9 @@ class _Live:
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     claimed: asyncio.Event = field(default_factory=asyncio.Event)
 
+    def is_gone(self, now: float) -> bool:
+        return now - self.seen_at > (SILENT_S if self.owner else UNCLAIMED_S)
+
 
 class SessionDirectory:
     """Refusals are values. A session leaves it when it has been settled."""
@@ -70,7 +75,8 @@ class SessionDirectory:
         self._live: dict[RequestId, _Live] = {}
 
     async def create(self, record: SessionRecord) -> Refusal | None:
-        for request_id in [each for each, live in self._live.items() if self._clock() - live.seen_at > SILENT_S]:
+        now = self._clock()
+        for request_id in [each for each, live in self._live.items() if live.is_gone(now)]:
             await self.ended(request_id)
         customers = Counter(live.record.customer_id for live in self._live.values())
         if customers[record.customer_id] >= self._max_per_customer or len(self._live) >= self._max_sessions:
@@ -85,7 +91,7 @@ class SessionDirectory:
             return "unknown"
         if live.owner:
             return "connected"
-        live.owner = owner
+        live.owner, live.seen_at = owner, self._clock()
         live.claimed.set()
         return live.record
 

@@ -39,8 +39,8 @@ from deployments.session_directory import SessionRecord
 from deployments.status import Sample
 from deployments.status_client import StatusClient
 
-REASON_PREFIX = "session"
-"""How the settlement of a session begins, by which its reservation is known for one."""
+DETAIL_PREFIX = "session · "
+"""How the debit of a session begins, by which its reservation is known for one."""
 CONNECT_WITHIN_S = 60.0
 """A session that nobody has connected to by then is refunded."""
 POLL_S = 10.0
@@ -297,7 +297,7 @@ class Sessions:
                     frames=request.budget_frames,
                     mils_per_frame=record.mils_per_frame,
                     per_frames=record.per_frames,
-                    detail=f"session · {model} · up to {request.budget_frames} frames",
+                    detail=f"{DETAIL_PREFIX}{model} · up to {request.budget_frames} frames",
                     lease_s=LEASE_S,
                     model=model,
                     quote_id=request.quote_id,
@@ -343,23 +343,34 @@ class Sessions:
         record = session.record
         self._connected.pop(record.request_id, None)
         self._left.set()
-        why = f"{REASON_PREFIX} {reason}"
+        why = f"session {reason}"
         settling = self._reservations.settle_later(record.request_id, session.frames_streamed, why)
         self._spawn(self._leave(record.request_id, settling))
         await asyncio.wait([settling], timeout=END_WITHIN_S)
         return record.cost(session.frames_streamed)
 
     async def close(self, request_id: RequestId) -> bool:
-        """End the session wherever it is, and settle it; False if there is none (it may have ended before)."""
+        """End the session wherever it is, and settle it; False if there is none (it may have ended before).
+
+        One that is settled has ended, though its ingress may have died before it could say so.
+        """
+        record = await self._reservations.record(request_id)
+        if record is not None and record.state == "settled":
+            await self._directory.ended.remote(request_id)
+            return True
         answer = await self._directory.close.remote(request_id, END_WITHIN_S)
         if answer == "unclaimed":
-            await self._give_back(request_id, f"{REASON_PREFIX} closed")
+            await self._give_back(request_id, "session closed")
         return bool(answer != "unknown")
 
     async def find(self, request_id: RequestId) -> tuple[SessionRecord, bool] | None:
         """A session that has not ended, and whether somebody is connected to it."""
         found: tuple[SessionRecord, bool] | None = await self._directory.find.remote(request_id)
         return found
+
+    @property
+    def num_connected(self) -> int:
+        return len(self._connected)
 
     def start(self) -> None:
         """From here on tasks run in the context of this call: Ray cancels what a cancelled request has called."""
@@ -386,7 +397,7 @@ class Sessions:
         except RayActorError:  # the directory has forgotten it, so nobody can connect
             owner = ""
         if not owner:
-            await self._give_back(record.request_id, f"{REASON_PREFIX} never connected to")
+            await self._give_back(record.request_id, "session never connected to")
         elif owner != self._owner:
             self._reservations.hand_over(record.request_id)
 

@@ -11,7 +11,7 @@ from fastapi import Depends, FastAPI
 
 from serve_app import errors
 from serve_app.context import Services, authenticate, charge_for, check_base
-from serve_app.middleware import RequestEnvelope
+from serve_app.middleware import HeldBodies, RequestEnvelope
 from serve_app.routes import (
     billing,
     catalog,
@@ -28,6 +28,7 @@ from serve_app.routes import (
     webhooks,
 )
 from serve_app.schemas import ErrorBody
+from serve_app.send_window import SendWindow
 
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
 
@@ -83,12 +84,14 @@ def create_api(parts: Services) -> FastAPI:
     api.include_router(sessions.sockets)
     errors.install(api, charge_for)
     limits = parts.args.limits
+    api.state.held_bodies = HeldBodies(limits.max_held_bytes)
     api.add_middleware(
         RequestEnvelope,
         max_body_bytes=limits.max_body_bytes,
-        max_held_bytes=limits.max_held_bytes,
+        held=api.state.held_bodies,
         meter=parts.status.meter,
     )
+    api.add_middleware(SendWindow)
     return api
 
 

@@ -72,6 +72,10 @@ class Gateway:
         await self._sessions.drain()
         await asyncio.gather(self._ingress.drain(timeout_s), self._jobs.jobs.drain(timeout_s))
 
+    async def held(self) -> dict[str, int]:
+        """What this replica has of its clients' now; nothing once all is quiet."""
+        return {"sessions": self._sessions.num_connected, "body_bytes": self._api.state.held_bodies.num_bytes}
+
     async def num_tasks(self) -> int:
         """What runs in this replica's loop: the same number again once all is quiet, or something leaks."""
         return len(asyncio.all_tasks())
@@ -113,7 +117,7 @@ class Gateway:
         self._jobs = job_services(
             args, database, self._ingress, ledger, reservations, models, results, status, envelopes
         )
-        return create_api(
+        self._api = create_api(
             Services(
                 args=args,
                 ingress=self._ingress,
@@ -147,6 +151,7 @@ class Gateway:
                 decoders=ThreadPoolExecutor(limits.image_decoders, thread_name_prefix="decode"),
             )
         )
+        return self._api
 
 
 def _booting_by_model() -> dict[str, int]:

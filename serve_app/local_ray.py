@@ -12,6 +12,8 @@ RAY_ENVIRONMENT = {
     # HTTP is back 4 s after the proxy dies instead of 30 s.
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "2",
+    # Without it the proxy buffers whatever a slow reader does not take.
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve_app.send_window:proxy_middlewares",
 }
 
 

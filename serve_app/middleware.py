@@ -37,19 +37,26 @@ class _Body:
     """Counted against what all may have: as declared, or as received where that is more or nothing was declared."""
 
 
+@dataclass(slots=True)
+class HeldBodies:
+    """Of all requests that one process serves."""
+
+    max_bytes: int
+    num_bytes: int = 0
+
+
 class RequestEnvelope:
     """Mints the request's id (a client's own is never taken for one), and says it in every answer.
 
-    All bodies of the requests that are being served may have `max_held_bytes` together: what arrives beyond them is
+    All bodies of the requests that are being served may have `held.max_bytes` together: what arrives beyond them is
     refused, so that no number of uploads takes more memory than that allows.
     """
 
-    def __init__(self, app: Application, max_body_bytes: int, max_held_bytes: int, meter: Meter) -> None:
+    def __init__(self, app: Application, max_body_bytes: int, held: HeldBodies, meter: Meter) -> None:
         self._app = app
         self._meter = meter
         self._max_body_bytes = max_body_bytes
-        self._max_held_bytes = max_held_bytes
-        self._held_bytes = 0
+        self._held = held
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -90,7 +97,7 @@ class RequestEnvelope:
             response = error_response(500, "ENGINE_FAILED", "the server failed; what was not delivered is not charged")
             await response(scope, receive, send_with_id)
         finally:
-            self._held_bytes -= body.held_bytes
+            self._held.num_bytes -= body.held_bytes
             took_s = time.perf_counter() - started
             route = self._measure(scope, status, took_s)
             span.update_name(f"{scope['method']} {route}")
@@ -121,10 +128,10 @@ class RequestEnvelope:
     def _hold(self, body: _Body, num_bytes: int) -> bool:
         """Count `num_bytes` for `body`, at least as many as before; False if they do not fit beside the others."""
         more = max(0, num_bytes - body.held_bytes)
-        if self._held_bytes + more > self._max_held_bytes:
+        if self._held.num_bytes + more > self._held.max_bytes:
             return False
         body.held_bytes += more
-        self._held_bytes += more
+        self._held.num_bytes += more
         return True
 
     def _bounded(self, receive: Receive, body: _Body) -> Receive:

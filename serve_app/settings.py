@@ -93,6 +93,8 @@ class Limits(BaseModel):
     session_frames: int = Field(1_201, ge=2)
     """Reserved for a session that does not ask for fewer."""
     session_idle_s: float = 120.0
+    send_timeout_s: float = Field(20.0, gt=0)
+    """A client that takes nothing of a stream or a session for this long is cut off; it pays for what was sent."""
     max_raw_bytes: int = 128 * 2**20
     """Raw frames in one answer."""
     max_queued_rows: int = 256

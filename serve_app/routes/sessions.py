@@ -1,8 +1,7 @@
 """`/v1/sessions`: interactive streaming. A session is created over HTTP, and steered over one WebSocket.
 
-Frames wait for a slow reader in a bounded queue, and generation waits with them; a reader slower than `SEND_TIMEOUT_S`
-per message is closed. Serve's default proxy reads for its clients, so behind it what bounds a slow reader is the length
-of its submissions; behind HAProxy the socket itself does.
+Frames wait for a slow reader in a bounded queue, and generation waits with them; a reader that takes nothing for
+`limits.send_timeout_s` is closed. A socket does that by itself; behind Serve's default proxy `send_window` does.
 """
 
 import asyncio
@@ -28,7 +27,7 @@ from deployments.errors import KeyNotAllowed, ModelOverloaded, RolloutError, Ses
 from deployments.messages import Frame, ModelSpec, RolloutRequest, ServiceClass
 from deployments.session_directory import SessionRecord
 from deployments.sessions import (
-    REASON_PREFIX,
+    DETAIL_PREFIX,
     ChunkStreamed,
     EndReason,
     FrameMade,
@@ -49,7 +48,6 @@ from serve_app.schemas import MAX_GUIDANCE, MAX_NUM_STEPS, MAX_SEED, Estimate
 from serve_app.uploads import decode_start_frame
 
 SERVICE_CLASS: ServiceClass = "interactive"
-SEND_TIMEOUT_S = 20.0
 MAX_MESSAGE_BYTES = 16 * 2**20
 """Of a client's message: 1,200 actions of 384 values as JSON have about 10 MB."""
 CLOSE_CODES: dict[EndReason, int] = {
@@ -346,7 +344,7 @@ class Conversation:
 
     async def _send(self, **message: Any) -> None:
         """Raises TimeoutError if the client does not take it."""
-        async with self._sending, asyncio.timeout(SEND_TIMEOUT_S):
+        async with self._sending, asyncio.timeout(self._parts.args.limits.send_timeout_s):
             await _send(self._socket, message)
 
 
@@ -392,8 +390,10 @@ async def _envelope(request: Request, parts: Services, caller: KeyRecord, reques
         raise SessionUnknown()
     found = await parts.sessions.find(request_id)
     settled = reservation.state == "settled"
-    if found is None and not (settled and reservation.reason.startswith(REASON_PREFIX)):
+    if found is None and not settled:
         raise SessionUnknown()  # another kind of request, or one whose ingress is gone and which is being refunded
+    if found is None and not (await parts.ask(parts.reader.debit_detail, request_id)).startswith(DETAIL_PREFIX):
+        raise SessionUnknown()
     record: SessionRecord | None = found[0] if found else None
     cost = reservation.captured_mils if settled else None
     state: Literal["created", "streaming", "closed"] = "created"

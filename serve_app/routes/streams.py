@@ -1,7 +1,7 @@
 """A rollout over HTTP whose frames leave as they are made: pictures one after the other, or a fragmented mp4.
 
 A client that reads slowly holds up its own rollout and nobody's memory: the next chunk is not begun before the last one
-was taken. One that takes nothing for `SEND_TIMEOUT_S` is cut off, and pays for what it was sent.
+was taken. One that takes nothing for `limits.send_timeout_s` is cut off, and pays for what it was sent.
 """
 
 import asyncio
@@ -19,7 +19,6 @@ from serve_app.context import Services
 from serve_app.errors import InvalidRequest
 from serve_app.middleware import REQUEST_ID_HEADER, Receive, Send
 
-SEND_TIMEOUT_S = 20.0
 MIXED = "multipart/x-mixed-replace"
 BOUNDARY = b"frame"
 
@@ -46,11 +45,14 @@ async def streamed(parts: Services, rollout: RolloutRequest, form: StreamForm) -
     except BaseException as error:
         stream.finish(error)
         raise
-    return _StreamedAnswer(stream, first, pieces)
+    return _StreamedAnswer(stream, first, pieces, parts.args.limits.send_timeout_s)
 
 
 class _StreamedAnswer(Response):
-    def __init__(self, stream: RolloutStream, first: Piece, rest: AsyncGenerator[Piece, None]) -> None:
+    def __init__(
+        self, stream: RolloutStream, first: Piece, rest: AsyncGenerator[Piece, None], send_timeout_s: float
+    ) -> None:
+        self._send_timeout_s = send_timeout_s
         self._stream = stream
         self._first = first
         self._rest = rest
@@ -102,7 +104,7 @@ class _StreamedAnswer(Response):
 
     async def _send(self, send: Send, piece: Piece, index: int) -> None:
         body = self._part(piece, index) if self._is_mixed else piece.content
-        async with asyncio.timeout(SEND_TIMEOUT_S):
+        async with asyncio.timeout(self._send_timeout_s):
             await send({"type": "http.response.body", "body": body, "more_body": True})
         self._stream.sent(piece)
 

@@ -1,14 +1,23 @@
 """What breaks in a real cluster, and what it costs the customer: nothing that was not delivered."""
 
+import base64
 import contextlib
+import io
+import json
 import select
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import numpy as np
 import pytest
+from PIL import Image
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import ClientConnection, connect
 
 from billing import invariants
 from billing.database import open_database
@@ -21,9 +30,7 @@ from tests.support.video import decode
 @pytest.fixture
 def http(stand_in_cluster: Cluster) -> Iterator[httpx.Client]:
     """A new customer with $1, who has never been charged."""
-    key = stand_in_cluster.new_customer()
-    headers = {"Authorization": f"Bearer {key}"}
-    with httpx.Client(base_url=stand_in_cluster.base_url, headers=headers, timeout=60) as client:
+    with stand_in_cluster.http_of(stand_in_cluster.new_customer()) as client:
         yield client
 
 
@@ -56,14 +63,24 @@ def slow(seconds_per_step: float, seed: int = 0) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def sent(http: httpx.Client, path: str, candidates: list[np.ndarray]) -> Iterator[socket.socket]:
-    """The connection of a request that was sent whole, and whose client hangs up at the end."""
+def sent(
+    http: httpx.Client, path: str, candidates: list[np.ndarray], receive_bytes: int = 2**20, all_but: int = 0
+) -> Iterator[socket.socket]:
+    """The connection of a request that was sent, `all_but` its last bytes, and whose client hangs up at the end."""
     parts = [("frame", png()), *(("actions", npy(candidate)) for candidate in candidates)]
     request = http.build_request("POST", path, files=parts)
     head = [f"POST {path} HTTP/1.1", *(f"{name}: {value}" for name, value in request.headers.items()), "", ""]
-    with socket.create_connection((request.url.host, request.url.port)) as connection:
-        connection.sendall("\r\n".join(head).encode() + request.read())
+    with narrow_connection(request.url.host, request.url.port, receive_bytes) as connection:
+        connection.sendall("\r\n".join(head).encode() + request.read()[: -all_but or None])
         yield connection
+
+
+def narrow_connection(host: str | None, port: int | None, receive_bytes: int) -> socket.socket:
+    """One whose kernel takes about so many bytes before it is read."""
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
+    connection.connect((host, port))
+    return connection
 
 
 def unanswered(connections: list[socket.socket]) -> bool:
@@ -73,20 +90,50 @@ def unanswered(connections: list[socket.socket]) -> bool:
     return True
 
 
+@dataclass(frozen=True)
+class Widowed:
+    """Customers whose ingress was killed, before all else here: leases take their time."""
+
+    in_a_rollout: httpx.Client
+    in_a_session: httpx.Client
+    session: dict[str, Any]
+
+
 @pytest.fixture(scope="module", autouse=True)
-def widow(stand_in_cluster: Cluster) -> Iterator[httpx.Client]:
-    """A customer whose ingress was killed in the middle of a rollout, before all else here: leases take their time."""
-    headers = {"Authorization": f"Bearer {stand_in_cluster.new_customer()}"}
-    with httpx.Client(base_url=stand_in_cluster.base_url, headers=headers, timeout=60) as http:
-        with ThreadPoolExecutor(1) as pool:
+def widowed(stand_in_cluster: Cluster) -> Iterator[Widowed]:
+    with (
+        stand_in_cluster.http_of(stand_in_cluster.new_customer()) as http,
+        stand_in_cluster.http_of(stand_in_cluster.new_customer()) as steering,
+    ):
+        session = steering.post("/v1/sessions", files={"initial_frame": png()}, data={"model": "tiny-pusher"}).json()
+        with (
+            connect(session["ws_url"], additional_headers=bearer(steering)) as socket,
+            ThreadPoolExecutor(1) as pool,
+        ):
+            stream(socket, actions(12))
             answer = pool.submit(predict, http, slow(0.3))
             eventually(lambda: amounts(http) == [10_000, -245])
             (ingress,) = stand_in_cluster.processes("ServeReplica:dream-engine:ingress")
             ingress.kill()
             with contextlib.suppress(httpx.TransportError):  # the connection broke
                 assert answer.result(60).status_code >= 500
+            with pytest.raises(ConnectionClosed):
+                stream(socket, actions(12))
         eventually(lambda: answers(http))
-        yield http
+        yield Widowed(http, steering, session)
+
+
+def bearer(http: httpx.Client) -> dict[str, str]:
+    return {"Authorization": http.headers["Authorization"]}
+
+
+def stream(session: ClientConnection, values: np.ndarray) -> list[dict[str, Any]]:
+    """Submit actions to a session, and read up to their end."""
+    session.send(json.dumps({"type": "submit_actions", "actions": values.tolist()}))
+    messages = [json.loads(session.recv(timeout=60))]
+    while messages[-1]["type"] not in ("rollout_complete", "error"):
+        messages.append(json.loads(session.recv(timeout=60)))
+    return messages
 
 
 def answers(http: httpx.Client) -> bool:
@@ -138,6 +185,13 @@ def test_a_model_that_raises_for_one_candidate_of_eight_refunds_the_batch_and_na
     assert amounts(http) == [10_000, -1_960, 1_960]
 
 
+def test_a_client_that_hangs_up_within_its_body_is_charged_nothing(http: httpx.Client) -> None:
+    with sent(http, "/v1/predict", [actions()], all_but=1_000):
+        pass
+    assert predict(http, actions(seed=7)).status_code == 200
+    assert amounts(http) == [10_000, -245]
+
+
 def test_a_client_that_hangs_up_is_refunded_and_its_work_leaves_the_replica(http: httpx.Client) -> None:
     with pytest.raises(httpx.ReadTimeout):
         predict(http, slow(0.2), timeout=0.7)
@@ -149,7 +203,6 @@ def test_a_client_that_hangs_up_while_it_is_queued_is_refunded_and_leaves_the_qu
     stand_in_cluster: Cluster, http: httpx.Client
 ) -> None:
     """Two batches of 16 are what the replica takes; both give up too, while they run and wait in it."""
-    queued = {"Authorization": f"Bearer {stand_in_cluster.new_customer()}"}
 
     def rows(state: str) -> int:
         return int(http.get("/v1/status").json()["models"]["tiny-pusher"][f"{state}_rows"])
@@ -157,7 +210,7 @@ def test_a_client_that_hangs_up_while_it_is_queued_is_refunded_and_leaves_the_qu
     with contextlib.ExitStack() as stack:
         batches = [stack.enter_context(sent(http, "/v1/predict/batch", [slow(0.5, seed)] * 16)) for seed in range(2)]
         eventually(lambda: unanswered(batches) and rows("running") == 32)
-        with httpx.Client(base_url=http.base_url, headers=queued) as waiting:
+        with stand_in_cluster.http_of(stand_in_cluster.new_customer()) as waiting:
             with pytest.raises(httpx.ReadTimeout):
                 predict(waiting, actions(), timeout=0.5)
             eventually(lambda: rows("queued") == 0 and amounts(waiting) == [10_000, -245, 245])
@@ -235,23 +288,47 @@ def test_a_client_that_leaves_a_stream_pays_for_the_frames_that_were_sent(http: 
     assert amounts(http) == [10_000, -245, 245 - 13 * 5]
 
 
+def test_a_client_that_takes_nothing_of_a_stream_is_cut_off_and_what_it_did_not_make_way_for_is_never_made(
+    stand_in_cluster: Cluster,
+) -> None:
+    """1,200 pictures of noise are 15 MB. Serve's own proxy would take them all."""
+    with (
+        stand_in_cluster.http_of(stand_in_cluster.new_customer()) as http,
+        sent(http, "/v1/predict?stream=png", [actions(1200)], receive_bytes=2**16),
+    ):
+        eventually(lambda: len(amounts(http)) == 3)
+        *_, refund = amounts(http)
+        assert 100 * 5 < 6005 - refund < 900 * 5
+        eventually(lambda: idle(http))
+
+
+def test_a_client_that_reads_nothing_of_a_session_is_closed_and_pays_for_what_was_sent(
+    stand_in_cluster: Cluster,
+) -> None:
+    with stand_in_cluster.http_of(stand_in_cluster.new_customer()) as http:
+        envelope = http.post("/v1/sessions", files={"initial_frame": png()}, data={"model": "tiny-pusher"}).json()
+        address = urlsplit(envelope["ws_url"])
+        with (
+            narrow_connection(address.hostname, address.port, receive_bytes=2**16) as raw,
+            connect(
+                envelope["ws_url"], sock=raw, additional_headers=bearer(http), max_queue=1, close_timeout=0
+            ) as session,
+        ):
+            session.send(json.dumps({"type": "submit_actions", "actions": actions(1200).tolist()}))
+            eventually(lambda: len(amounts(http)) == 3)
+            *_, refund = amounts(http)
+            assert 100 * 5 < 6005 - refund < 900 * 5
+        assert http.get(f"/v1/sessions/{envelope['id']}").json()["state"] == "closed"
+
+
 def test_a_lost_replica_costs_a_session_nothing_but_time(stand_in_cluster: Cluster) -> None:
     """The chunk runs again from the last frame; the same pixels arrive."""
-    import base64
-    import io
-    import json
-
-    from PIL import Image
-    from websockets.sync.client import connect
-
-    key = stand_in_cluster.new_customer()
-    headers = {"Authorization": f"Bearer {key}"}
-    with httpx.Client(base_url=stand_in_cluster.base_url, headers=headers, timeout=60) as http:
+    with stand_in_cluster.http_of(stand_in_cluster.new_customer()) as http:
         envelope = http.post("/v1/sessions", files={"initial_frame": png()}, data={"model": "tiny-pusher"}).json()
         values = actions(24)
         values[12:, SLEEP_S] = 0.5
         levels = []
-        with connect(envelope["ws_url"], additional_headers=headers) as socket:
+        with connect(envelope["ws_url"], additional_headers=bearer(http)) as socket:
             assert json.loads(socket.recv())["type"] == "session_started"
             socket.send(json.dumps({"type": "submit_actions", "actions": values.tolist()}))
             while (message := json.loads(socket.recv(timeout=60)))["type"] != "rollout_complete":
@@ -266,6 +343,18 @@ def test_a_lost_replica_costs_a_session_nothing_but_time(stand_in_cluster: Clust
         eventually(lambda: sum(amounts(http)) == 10_000 - 25 * 5)
 
 
-def test_what_a_killed_ingress_ran_is_refunded_when_its_lease_runs_out(widow: httpx.Client) -> None:
-    eventually(lambda: amounts(widow) == [10_000, -245, 245], timeout_s=60)
-    eventually(lambda: idle(widow))
+def test_what_a_killed_ingress_ran_is_refunded_when_its_lease_runs_out(widowed: Widowed) -> None:
+    http = widowed.in_a_rollout
+    eventually(lambda: amounts(http) == [10_000, -245, 245], timeout_s=60)
+    eventually(lambda: idle(http))
+
+
+def test_a_session_of_a_killed_ingress_is_refunded_whole_and_its_customer_begins_another(widowed: Widowed) -> None:
+    """Nobody is left who knows how many of its frames arrived."""
+    http = widowed.in_a_session
+    eventually(lambda: amounts(http) == [10_000, -6_005, 6_005], timeout_s=60)
+    assert http.delete(f"/v1/sessions/{widowed.session['id']}").json()["cost_mils"] == 0
+    again = http.post("/v1/sessions", files={"initial_frame": png()}, data={"model": "tiny-pusher"}).json()
+    with connect(again["ws_url"], additional_headers=bearer(http)) as session:
+        assert stream(session, actions(12))[-1]["frames_streamed_total"] == 13
+    eventually(lambda: sum(amounts(http)) == 10_000 - 13 * 5)

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from deployments.meter import Meter
 from serve_app.errors import GatewayFull
 from serve_app.forms import Form, read_form
-from serve_app.middleware import RequestEnvelope
+from serve_app.middleware import HeldBodies, RequestEnvelope
 from tests.support.hostile import MULTIPART, disposition, multipart
 
 SLICE_BYTES = 2**16
@@ -79,7 +79,7 @@ async def test_a_hundred_uploads_at_once_stay_under_the_bound_and_who_does_not_f
         if len(arrived) + refused == 100:
             decided.set()
 
-    gateway = RequestEnvelope(application, 2**20, MAX_HELD_BYTES, Meter())
+    gateway = RequestEnvelope(application, 2**20, HeldBodies(MAX_HELD_BYTES), Meter())
     gc.collect()
     tracemalloc.start()
     try:
@@ -92,7 +92,7 @@ async def test_a_hundred_uploads_at_once_stay_under_the_bound_and_who_does_not_f
     assert peak <= 2.2 * MAX_HELD_BYTES
     release.set()
     await asyncio.gather(*uploads)
-    assert gateway._held_bytes == 0, "and everything is given back"
+    assert gateway._held.num_bytes == 0, "and everything is given back"
 
 
 async def test_a_body_that_does_not_say_its_length_is_counted_as_it_arrives() -> None:
@@ -110,7 +110,7 @@ async def test_a_body_that_does_not_say_its_length_is_counted_as_it_arrives() ->
 
     unsized = SCOPE | {"headers": [header for header in SCOPE["headers"] if header[0] != b"content-length"]}
     for max_held_bytes in (len(UPLOAD), len(UPLOAD) - 1):
-        gateway = RequestEnvelope(application, 2**20, max_held_bytes, Meter())
+        gateway = RequestEnvelope(application, 2**20, HeldBodies(max_held_bytes), Meter())
         await gateway(dict(unsized), Arriving(UPLOAD), send)
-        assert gateway._held_bytes == 0
+        assert gateway._held.num_bytes == 0
     assert outcomes == ["read", "refused"]

@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 
 from deployments.meter import Meter
 from serve_app.errors import BodyTooLarge
-from serve_app.middleware import RequestEnvelope
+from serve_app.middleware import HeldBodies, RequestEnvelope
 from serve_app.settings import Limits
 from tests.support.app import App, running_app
 from tests.support.hostile import MULTIPART, disposition, multipart
@@ -186,7 +186,7 @@ class TestAnswer:
             seen.append((scope, receive, send))
 
         arguments: Any = ({"type": "websocket"}, object(), object())
-        await RequestEnvelope(application, MAX_BODY_BYTES, MAX_HELD_BYTES, Meter())(*arguments)
+        await RequestEnvelope(application, MAX_BODY_BYTES, HeldBodies(MAX_HELD_BYTES), Meter())(*arguments)
         assert seen == [arguments]
 
 
@@ -213,7 +213,7 @@ class TestLog:
 
 
 def _client(application: Any) -> httpx.AsyncClient:
-    envelope: Any = RequestEnvelope(application, MAX_BODY_BYTES, MAX_HELD_BYTES, Meter())
+    envelope: Any = RequestEnvelope(application, MAX_BODY_BYTES, HeldBodies(MAX_HELD_BYTES), Meter())
     return httpx.AsyncClient(transport=httpx.ASGITransport(envelope), base_url="http://cluster.test")
 
 

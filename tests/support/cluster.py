@@ -44,7 +44,10 @@ class Cluster:
         return dream.Client(api_key=self.key, base_url=self.base_url, **options)  # type: ignore[arg-type]
 
     def http(self) -> httpx.Client:
-        return httpx.Client(base_url=self.base_url, headers={"Authorization": f"Bearer {self.key}"}, timeout=60.0)
+        return self.http_of(self.key)
+
+    def http_of(self, key: str) -> httpx.Client:
+        return httpx.Client(base_url=self.base_url, headers={"Authorization": f"Bearer {key}"}, timeout=60.0)
 
     def admin(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
         """`dream-admin`, as an operator runs it beside this cluster."""

@@ -14,7 +14,7 @@ if __name__ == "__main__":
                     ModelArgs(slug="tiny-pusher", checkpoint="", runner=runner, num_cpus=0.5),
                     ModelArgs(slug="dreamdojo-2b-gr1", checkpoint="", runner=runner, num_cpus=0.5),
                 ),
-                "limits": Limits(queue_timeout_s=30.0, chunk_timeout_s=30.0),
+                "limits": Limits(queue_timeout_s=30.0, chunk_timeout_s=30.0, send_timeout_s=3.0),
             }
         ),
     )
