@@ -19,7 +19,7 @@ import numpy as np
 from deployments.batching import BatchProfile
 from deployments.engine import Engine
 from deployments.messages import NO_TERMS, ChunkRow, Frame, ReplicaId, Ticket, TicketId, TicketTerms
-from deployments.scheduler import Overloaded, SchedulerLimits, TooLate
+from deployments.scheduler import Notice, Overloaded, SchedulerLimits, TooLate
 from deployments.scheduler_actor import SchedulerActor
 
 RESOLUTION = (16, 16)
@@ -84,6 +84,7 @@ class Served:
         self.engine = Engine(model, RESOLUTION, 10, cap, profile=profile)
         self.engine.cap = cap
         self._names = itertools.count()
+        self._notices: list[Notice] = []
 
     async def start(self) -> None:
         await self.scheduler.replica_alive(ReplicaId("r"), self.engine.cap, profile=self._profile)
@@ -100,9 +101,19 @@ class Served:
         try:
             report = await asyncio.wrap_future(self.engine.submit(rows, terms.service_class, left_s))
         finally:
-            await self.scheduler.notice([("complete", ticket.ticket_id)])
+            self._notice(("complete", ticket.ticket_id))
         if not report.outcomes:
             raise Refusal
+
+    def _notice(self, notice: Notice) -> None:
+        """As `ModelClient` does: what ends together is one call."""
+        self._notices.append(notice)
+        if len(self._notices) == 1:
+            asyncio.get_running_loop().call_soon(self._send_notices)
+
+    def _send_notices(self) -> None:
+        notices, self._notices = self._notices, []
+        self._sending = asyncio.ensure_future(self.scheduler.notice(notices))
 
     async def stop(self) -> None:
         await asyncio.to_thread(self.engine.stop)

@@ -37,6 +37,7 @@ class SchedulerActor:
         self._scheduler = Scheduler(time.monotonic, limits)
         self._waiting: dict[TicketId, asyncio.Future[Grant | Overloaded | TooLate]] = {}
         self._expiry: asyncio.Task[None] | None = None
+        self._is_dispatching = False
 
     async def acquire(self, ticket: Ticket) -> Grant | Overloaded | TooLate:
         """Wait until a replica has room for `ticket`, or refuse it at once."""
@@ -132,6 +133,13 @@ class SchedulerActor:
                 self._meter.count(SCHEDULER_REFUSALS, self._slug, service_class, "withdrawn")
 
     def _dispatch(self) -> None:
+        """Once for all that happens in one turn of the loop."""
+        if not self._is_dispatching:
+            self._is_dispatching = True
+            asyncio.get_running_loop().call_soon(self._dispatch_now)
+
+    def _dispatch_now(self) -> None:
+        self._is_dispatching = False
         for answer in self._scheduler.dispatch():
             self._answer(answer)
 
