@@ -10,7 +10,7 @@ export HOST ?= 127.0.0.1
 export DATA_DIR ?= ./.data
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: serve test fuzz soak lint clean simulate-payments pay-in-browser simulate-ledger chaos-ledger mutate-ledger bench-ledger chaos-jobs scale-cluster dashboard check-metrics bench-idle
+.PHONY: serve test fuzz soak lint clean simulate-payments pay-in-browser simulate-ledger chaos-ledger mutate-ledger bench-ledger chaos-jobs scale-cluster dashboard check-metrics bench-idle evaluate-proof
 
 # FAKE_STRIPE=1 turns payments on, against the fake Stripe of the tests: pay with a fake card.
 serve: $(VENV)/.installed
@@ -74,6 +74,10 @@ check-metrics: $(VENV)/.installed-dev
 	promtool check rules serve_app/config/alerts.yaml
 	promtool test rules tests/serve_app/alerts_test.yaml
 	$(BIN)/python -m benchmarks.scrape
+
+# An evaluation by `ray job submit`, killed twice; and its throughput beside a bare loop. Ten minutes on two quiet cores.
+evaluate-proof: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.evaluation $(if $(SEED),--seed $(SEED))
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

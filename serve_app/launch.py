@@ -151,8 +151,9 @@ def check_port(host: str, port: int) -> None:
 
 
 @contextlib.contextmanager
-def local_ray(data_dir: Path, num_cpus: int) -> Iterator[str]:
-    """A Ray of our own on free ports, in a directory of its own; yields its address."""
+def local_ray(data_dir: Path, num_cpus: int, dashboard_port: int = 0) -> Iterator[str]:
+    """A Ray of our own on free ports, in a directory of its own; yields its address. `ray job submit` needs its
+    dashboard, which there is only with a port for it."""
     prepare_ray_environment(data_dir)
     _progress("starting Ray")
     import ray
@@ -164,7 +165,8 @@ def local_ray(data_dir: Path, num_cpus: int) -> Iterator[str]:
         context = ray.init(
             address="local",
             namespace=NAMESPACE,
-            include_dashboard=False,
+            include_dashboard=bool(dashboard_port),
+            dashboard_port=dashboard_port or None,
             num_cpus=num_cpus,
             log_to_driver=False,
             logging_level=logging.ERROR,

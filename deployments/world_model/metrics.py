@@ -17,6 +17,8 @@ Image = npt.NDArray[np.generic] | Tensor
 
 WINDOW = 11
 WINDOW_STD = 1.5
+BLOCK = 4
+"""Images at a time: what fits in a core's cache takes two thirds of the time."""
 K1, K2 = 0.01, 0.03
 
 
@@ -38,33 +40,37 @@ def psnr_per_frame(frames: Image, reference: Image) -> npt.NDArray[np.float64]:
 
 def ssim(image: Image, reference: Image) -> float:
     """Structural similarity, 1 for equal images. Both sides must be at least 11 pixels."""
-    return float(_similarity(image, reference).mean())
+    return float(ssim_per_frame(image, reference).mean())
 
 
 def ssim_per_frame(frames: Image, reference: Image) -> npt.NDArray[np.float64]:
     """SSIM of each image of (..., H, W, C)."""
-    similarity: npt.NDArray[np.float64] = _similarity(frames, reference).mean((-3, -2, -1)).numpy()
-    return similarity
+    a, b = _comparable(frames, reference)
+    if min(a.shape[-3:-1]) < WINDOW:
+        raise ValueError(f"images are {tuple(a.shape[-3:-1])}, SSIM needs at least {WINDOW}x{WINDOW}")
+    leading = a.shape[:-3]
+    a, b = (images.reshape(-1, *images.shape[-3:]) for images in (a, b))
+    blocks = [slice(first, first + BLOCK) for first in range(0, len(a), BLOCK)]
+    similarity = torch.cat([_similarity(a[block], b[block]) for block in blocks])
+    found: npt.NDArray[np.float64] = similarity.reshape(leading).numpy()
+    return found
 
 
-def _similarity(image: Image, reference: Image) -> Tensor:
-    """(..., C, H - 10, W - 10): of each channel at each position where the window fits."""
-    a, b = (x.movedim(-1, -3) for x in unit_range(image, reference))  # (..., C, H, W)
-    if min(a.shape[-2:]) < WINDOW:
-        raise ValueError(f"images are {tuple(a.shape[-2:])}, SSIM needs at least {WINDOW}x{WINDOW}")
+def _similarity(images: Tensor, references: Tensor) -> Tensor:
+    """(N,) of (N, H, W, C). The five blurred products of the definition are four of the sum and the difference."""
+    a, b = (x.movedim(-1, -3).contiguous() for x in unit_range(images, references))  # (N, C, H, W)
     rows, columns = (_window_matrix(side) for side in a.shape[-2:])
-
-    def blur(x: Tensor) -> Tensor:
-        return rows @ x @ columns.T
-
-    mean_a, mean_b = blur(a), blur(b)
-    variance_a = blur(a * a) - mean_a**2
-    variance_b = blur(b * b) - mean_b**2
-    covariance = blur(a * b) - mean_a * mean_b
+    total, difference = a + b, a - b
+    total, difference, total_2, difference_2 = (
+        rows @ torch.stack([total, difference, total * total, difference * difference]) @ columns.T
+    )
+    means = (total * total + difference * difference) / 2  # mean_a^2 + mean_b^2
+    product = (total * total - difference * difference) / 2  # 2 mean_a mean_b
+    variances = (total_2 + difference_2) / 2 - means
+    covariance = (total_2 - difference_2) / 2 - product  # twice
     c1, c2 = K1**2, K2**2
-    luminance = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
-    structure = (2 * covariance + c2) / (variance_a + variance_b + c2)
-    return luminance * structure
+    similarity: Tensor = (product + c1) / (means + c1) * ((covariance + c2) / (variances + c2))
+    return similarity.mean((-3, -2, -1))
 
 
 @lru_cache(maxsize=16)
@@ -81,8 +87,14 @@ def _window_matrix(side: int) -> Tensor:
 
 def unit_range(*images: Image) -> list[Tensor]:
     """The images in [0, 1] and double precision. Raises ValueError unless shape and dtype are the same."""
+    tensors = _comparable(*images)
+    scale = 255.0 if tensors[0].dtype == torch.uint8 else 1.0
+    return [tensor.double() / scale for tensor in tensors]
+
+
+def _comparable(*images: Image) -> list[Tensor]:
+    """Raises ValueError unless shape and dtype are the same."""
     tensors = [torch.as_tensor(image).cpu() for image in images]
     if tensors[0].shape != tensors[1].shape or tensors[0].dtype != tensors[1].dtype:
         raise ValueError(f"cannot compare {[(tuple(t.shape), str(t.dtype)) for t in tensors]}")
-    scale = 255.0 if tensors[0].dtype == torch.uint8 else 1.0
-    return [tensor.double() / scale for tensor in tensors]
+    return tensors

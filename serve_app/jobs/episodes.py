@@ -17,8 +17,9 @@ Shapes: T actions, A action features, H and W pixels.
 import io
 import json
 import posixpath
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import av
@@ -52,6 +53,7 @@ class EpisodeRef:
     url: str
     """Its file, or the root of a LeRobot data set."""
     row: int = 0
+    """Of a parquet file or a LeRobot data set; of a .jsonl file the byte at which its line begins."""
     camera: str = ""
     """Of a LeRobot data set; empty takes its first."""
 
@@ -66,21 +68,39 @@ class Episode:
 
 
 def list_episodes(url: str, camera: str = "") -> list[EpisodeRef]:
-    """All episodes at `url`, in a fixed order. Raises BadDataset."""
+    """All episodes at `url`, in a fixed order; of two with the same id the second is `ID~2`. Raises BadDataset."""
+    try:
+        return _distinct(_list_episodes(url, camera))
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise BadDataset(f"{url} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _list_episodes(url: str, camera: str) -> list[EpisodeRef]:
     fs, path = fsspec.core.url_to_fs(url)
     path = path.rstrip("/")
-    try:
-        if path.endswith(".jsonl"):
-            return list(_list_jsonl(fs, path, url))
-        if path.endswith(".parquet"):
-            return list(_list_parquet(fs, path, url))
-        if fs.exists(f"{path}/meta/info.json"):
-            return list(_list_lerobot(fs, path, url, camera))
-        if fs.isdir(path):
-            return list(_list_directory(fs, path, url))
-    except (OSError, ValueError, KeyError) as error:
-        raise BadDataset(f"{url} cannot be read: {type(error).__name__}: {error}") from error
+    if path.endswith(".jsonl"):
+        return list(_list_jsonl(fs, path, url))
+    if path.endswith(".parquet"):
+        return list(_list_parquet(fs, path, url))
+    if fs.exists(f"{path}/meta/info.json"):
+        return list(_list_lerobot(fs, path, url, camera))
+    if fs.isdir(path):
+        return list(_list_directory(fs, path, url))
     raise BadDataset(f"{url} is neither a directory of episodes, nor .jsonl, nor .parquet, nor a LeRobot v3 data set")
+
+
+def _distinct(refs: Sequence[EpisodeRef]) -> list[EpisodeRef]:
+    counts: Counter[str] = Counter()
+    names: set[str] = set()
+    distinct = []
+    for ref in refs:
+        name = ref.episode_id
+        while name in names:
+            counts[ref.episode_id] += 1
+            name = f"{ref.episode_id}~{1 + counts[ref.episode_id]}"
+        names.add(name)
+        distinct.append(replace(ref, episode_id=name))
+    return distinct
 
 
 def load_episode(ref: EpisodeRef) -> Episode:
@@ -116,6 +136,7 @@ def _list_directory(fs: Any, path: str, url: str) -> Iterator[EpisodeRef]:
 
 
 def _list_jsonl(fs: Any, path: str, url: str) -> Iterator[EpisodeRef]:
+    offset = 0
     with fs.open(path, "rb") as file:
         for index, line in enumerate(file):
             if line.strip():
@@ -124,7 +145,8 @@ def _list_jsonl(fs: Any, path: str, url: str) -> Iterator[EpisodeRef]:
                     name = str(row.get("id", index)) if isinstance(row, dict) else str(index)
                 except ValueError:
                     name = str(index)  # listed as bad when it is loaded, with the reason
-                yield EpisodeRef(name, "jsonl", url, index)
+                yield EpisodeRef(name, "jsonl", url, offset)
+            offset += len(line)
 
 
 def _list_parquet(fs: Any, path: str, url: str) -> Iterator[EpisodeRef]:
@@ -170,17 +192,17 @@ def _load_mp4(ref: EpisodeRef) -> tuple[Frames, Actions]:
 
 def _load_jsonl(ref: EpisodeRef) -> tuple[Frames, Actions]:
     with fsspec.open(ref.url, "rb") as file:
-        line = next(line for index, line in enumerate(file) if index == ref.row)
-    row = json.loads(line)
+        file.seek(ref.row)
+        row = json.loads(file.readline())
     if not isinstance(row, dict):
-        raise BadEpisode(f"row {ref.row} is no JSON object")
+        raise BadEpisode("its line is no JSON object")
     root = ref.url.rsplit("/", 1)[0]
     if "video" in row:
         frames = _read_video(f"{root}/{row['video']}")
     elif "frames" in row:
         frames = _read_npy(f"{root}/{row['frames']}")
     else:
-        raise BadEpisode(f"row {ref.row} has neither `video` nor `frames`")
+        raise BadEpisode("its line has neither `video` nor `frames`")
     actions = row.get("actions")
     if isinstance(actions, str):
         return frames, _read_npy(f"{root}/{actions}")
@@ -221,8 +243,8 @@ def _load_lerobot(ref: EpisodeRef) -> tuple[Frames, Actions]:
         chunk_index=episode[f"{of_video}/chunk_index"],
         file_index=episode[f"{of_video}/file_index"],
     )
-    first = round(episode[f"{of_video}/from_timestamp"] * info["fps"])
-    return _read_video(f"{ref.url}/{video}", first, len(actions)), actions
+    from_s = float(episode[f"{of_video}/from_timestamp"])
+    return _read_video(f"{ref.url}/{video}", from_s, len(actions), 0.5 / info["fps"]), actions
 
 
 def _read_npy(url: str) -> NDArray[Any]:
@@ -231,17 +253,21 @@ def _read_npy(url: str) -> NDArray[Any]:
     return array
 
 
-def _read_video(url: str, first: int = 0, count: int = MAX_FRAMES) -> Frames:
-    """Frames `first` and on, at most `count`."""
-    frames = []
+def _read_video(url: str, from_s: float = 0.0, count: int = MAX_FRAMES, early_s: float = 0.0) -> Frames:
+    """The frames from `from_s` less `early_s` on, at most `count`. What is before the last key frame is not decoded."""
+    frames: list[Frames] = []
     with fsspec.open(url, "rb") as file, av.open(file) as container:
-        for index, frame in enumerate(container.decode(video=0)):
-            if index >= first + count:
+        stream = container.streams.video[0]
+        if from_s and stream.time_base is not None:
+            container.seek(int(from_s / stream.time_base), stream=stream)
+        for frame in container.decode(stream):
+            if from_s and (frame.time is None or frame.time < from_s - early_s):
+                continue
+            if len(frames) == count:
                 break
-            if index >= first:
-                frames.append(frame.to_ndarray(format="rgb24"))
+            frames.append(frame.to_ndarray(format="rgb24"))
     if not frames:
-        raise BadEpisode(f"{url} has no frame {first}")
+        raise BadEpisode(f"{url} has no frame at {from_s:.3f} s")
     return np.stack(frames)
 
 

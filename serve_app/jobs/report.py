@@ -1,5 +1,6 @@
-"""An evaluation's results as files: a parquet table, the unusable episodes, a summary, a page with plots and clips."""
+"""An evaluation's results as files: a parquet table, what could not be used, a summary, a page with plots and clips."""
 
+import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -10,12 +11,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from serve_app.jobs.records import Record
+from serve_app.jobs.records import Record, write_whole
 
 CLIPS = 9
 """Shown of each: the worst, the middle, the best."""
 WIDTH, HEIGHT = 640, 220
 BOOTSTRAPS = 2_000
+HORIZONS = (1, 12, 24, 48, 96, 192, 384, 768)
+METRICS = ("psnr_db", "copy_first_psnr_db", "ssim", "lpips")
 COLOURS = ("#3465a4", "#c4562a", "#5b8a3c")
 
 STYLE = """
@@ -26,8 +29,8 @@ figure{display:inline-block;margin:.3rem}video{width:256px;image-rendering:pixel
 """
 
 
-def write_report(out: Path, found: Mapping[str, Sequence[Record]], model: str) -> Path:
-    """`found` has one set of records, or two to compare; returns the page's path."""
+def write_report(out: Path, found: Mapping[str, Sequence[Record]], asked: Mapping[str, int], model: str) -> Path:
+    """`found` has one set of records, or two to compare, of so many episodes as were `asked` for; returns the page."""
     import pyarrow
     from pyarrow import parquet
 
@@ -35,42 +38,64 @@ def write_report(out: Path, found: Mapping[str, Sequence[Record]], model: str) -
     rows = [{"policy": name, **asdict(record)} for name, records in found.items() for record in records]
     good = [row for row in rows if row["status"] == "ok"]
     schema = None if good else pyarrow.schema([("policy", pyarrow.string()), ("episode_id", pyarrow.string())])
-    parquet.write_table(pyarrow.Table.from_pylist(good, schema=schema), out / "episodes.parquet")
+    table = io.BytesIO()
+    parquet.write_table(pyarrow.Table.from_pylist(good, schema=schema), table)
+    write_whole(out / "episodes.parquet", table.getvalue())
     bad = [{key: row[key] for key in ("policy", "episode_id", "reason")} for row in rows if row["status"] == "bad"]
-    (out / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in bad))
-    summary = summarise(found)
-    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    write_whole(out / "bad.jsonl", "".join(json.dumps(row) + "\n" for row in bad))
+    summary = summarise(found, asked)
+    write_whole(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    write_whole(out / "table.md", _markdown(summary, model))
     page = out / "report.html"
-    page.write_text(_page(found, summary, bad, model))
+    write_whole(page, _page(found, summary, bad, model))
     return page
 
 
-def summarise(found: Mapping[str, Sequence[Record]]) -> dict[str, Any]:
-    """Means over episodes of each episode's mean over frames; at horizons, over the frames up to there."""
+def summarise(found: Mapping[str, Sequence[Record]], asked: Mapping[str, int]) -> dict[str, Any]:
+    """Means over episodes of each episode's mean over frames; at a horizon, over its frames up to there, of those
+    episodes that are so long."""
     summary: dict[str, Any] = {}
     for name, records in found.items():
         good = [record for record in records if record.status == "ok"]
         figures: dict[str, Any] = {
             "episodes": len(good),
             "bad": sum(record.status == "bad" for record in records),
+            "left": asked[name] - len(records),
             "frames": sum(record.num_frames for record in good),
-            "cost_usd": round(sum(record.cost_usd for record in good), 4),
+            "cost_usd": round(sum(record.cost_usd for record in records), 4),
+            **_metrics(good),
         }
-        for metric in ("psnr_db", "copy_first_psnr_db", "ssim", "lpips"):
-            values = [np.mean(each) for record in good if (each := getattr(record, metric))]
-            if values:
-                figures[metric] = _mean_and_error(np.array(values))
         scores = [record.score for record in good if record.score is not None]
         if scores:
             figures["score"] = _mean_and_error(np.array(scores))
+        lengths = [len(record.psnr_db) for record in good]
+        figures["horizons"] = {
+            str(horizon): {"episodes": sum(length >= horizon for length in lengths), **_metrics(good, horizon)}
+            for horizon in HORIZONS
+            if horizon <= max(lengths, default=0)
+        }
         summary[name or "dataset"] = figures
     if len(found) == 2:
         summary["comparison"] = compare(*found.values())
     return summary
 
 
+def _metrics(records: Sequence[Record], horizon: int | None = None) -> dict[str, dict[str, float]]:
+    figures = {}
+    for metric in METRICS:
+        values = [
+            np.mean(each[:horizon])
+            for record in records
+            if (each := getattr(record, metric)) and len(each) >= (horizon or 1)
+        ]
+        if values:
+            figures[metric] = _mean_and_error(np.array(values))
+    return figures
+
+
 def compare(first: Sequence[Record], second: Sequence[Record]) -> dict[str, Any]:
-    """Paired over the episodes that both have; the interval is a percentile bootstrap over episodes."""
+    """Paired over the episodes that both have. The interval is a percentile bootstrap over episodes; `p_value` says how
+    often differences of these sizes and random signs have so large a mean."""
     others = {record.episode_id: record.score for record in second if record.score is not None}
     pairs = [
         (each.score, others[each.episode_id]) for each in first if each.score is not None and each.episode_id in others
@@ -78,12 +103,16 @@ def compare(first: Sequence[Record], second: Sequence[Record]) -> dict[str, Any]
     if not pairs:
         return {"episodes": 0}
     differences = np.array([a - b for a, b in pairs])
-    draws = np.random.default_rng(0).integers(0, len(pairs), (BOOTSTRAPS, len(pairs)))
-    low, high = np.percentile(differences[draws].mean(1), (2.5, 97.5))
+    random, mean = np.random.default_rng(0), differences.mean()
+    draws = [differences[random.integers(0, len(pairs), len(pairs))].mean() for _ in range(BOOTSTRAPS)]
+    low, high = np.percentile(draws, (2.5, 97.5))
+    flipped = [abs((differences * random.choice((-1, 1), len(pairs))).mean()) for _ in range(BOOTSTRAPS)]
+    as_large = sum(each >= abs(mean) - 1e-12 for each in flipped)
     return {
         "episodes": len(pairs),
-        "mean_difference": round(float(differences.mean()), 5),
+        "mean_difference": round(float(mean), 5),
         "interval_95": [round(float(low), 5), round(float(high), 5)],
+        "p_value": round((1 + as_large) / (1 + BOOTSTRAPS), 5),
         "first_higher": int((differences > 0).sum()),
         "second_higher": int((differences < 0).sum()),
     }
@@ -116,10 +145,32 @@ def _page(found: Mapping[str, Sequence[Record]], summary: Mapping[str, Any], bad
 def _table(summary: Mapping[str, Any]) -> str:
     rows = []
     for name, figures in summary.items():
-        for key, value in figures.items():
-            shown = f"{value['mean']} ± {value['standard_error']}" if isinstance(value, dict) else str(value)
-            rows.append(f"<tr><td>{escape(name)}<td>{escape(key)}<td>{escape(shown)}</tr>")
+        flat = {key: value for key, value in figures.items() if key != "horizons"}
+        for horizon, metrics in figures.get("horizons", {}).items():
+            flat |= {f"{key} to frame {horizon}": value for key, value in metrics.items()}
+        for key, value in flat.items():
+            rows.append(f"<tr><td>{escape(name)}<td>{escape(key)}<td>{escape(_shown(value))}</tr>")
     return f"<table><tr><th><th>figure<th>value (mean ± standard error)</tr>{''.join(rows)}</table>"
+
+
+def _shown(value: Any) -> str:
+    return f"{value['mean']} ± {value['standard_error']}" if isinstance(value, dict) else str(value)
+
+
+def _markdown(summary: Mapping[str, Any], model: str) -> str:
+    """For `docs/RESULTS.md`."""
+    columns = [metric for metric in METRICS if any(metric in figures for figures in summary.values())]
+    lines = [f"| {model} | episodes | {' | '.join(columns)} |", "|---" * (2 + len(columns)) + "|"]
+    for name, figures in summary.items():
+        rows = {f"{name}, frames 1 to {horizon}": each for horizon, each in figures.get("horizons", {}).items()}
+        if "horizons" in figures:
+            rows[f"{name}, all frames"] = figures
+        for title, each in rows.items():
+            cells = [_shown(each[metric]) if metric in each else "" for metric in columns]
+            lines.append(f"| {title} | {each['episodes']} | {' | '.join(cells)} |")
+    if "comparison" in summary:
+        lines += ["", *(f"- {key}: {value}" for key, value in summary["comparison"].items())]
+    return "\n".join(lines) + "\n"
 
 
 def _by_frame(records: Sequence[Record], metric: str) -> tuple[list[float], list[float]]:

@@ -14,12 +14,16 @@ import httpx
 import numpy as np
 from PIL import Image, ImageOps
 
-from serve_app.jobs.episodes import Actions, Episode, Frames
+from serve_app.jobs.episodes import Actions, Frames
 
-ATTEMPTS = 8
 BACKOFF_S = 1.0
-MAX_BACKOFF_S = 60.0
-RETRIED = frozenset({408, 429, 500, 502, 503, 504})
+MAX_BACKOFF_S = 30.0
+ENGINE_ATTEMPTS = 3
+"""Of work that breaks the engine: a lost replica is behind it after that, or the input is."""
+AWAY = frozenset({408, 429, 502, 503, 504})
+"""Answers of a cluster that is busy, restarts, or is not there."""
+STOPPING = frozenset({401, 402, 403, 404})
+"""Answers that any other episode would get too."""
 
 
 class Refused(Exception):
@@ -27,7 +31,7 @@ class Refused(Exception):
 
 
 class CannotGoOn(Exception):
-    """No further rollout can succeed: no credits, no such model, a key that is not accepted."""
+    """No further rollout can succeed for now: no credits, no such model, a key that is not accepted, no cluster."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,32 +48,41 @@ class Roller(Protocol):
     """(H, W) of the model's frames."""
     action_dim: int
 
-    async def roll_out(self, start_frame: Frames, actions: Actions, seed: int, name: str) -> Rollout:
-        """`name` is the same for the same work: whoever asks again under it pays once. Raises Refused, CannotGoOn."""
+    async def roll_out(self, start_frame: Frames, actions: Actions, seed: int) -> Rollout:
+        """Raises Refused, CannotGoOn."""
 
 
 class ClusterRoller:
-    """Through `POST /v1/predict/batch` of a running cluster, which reserves and charges as for any customer."""
+    """Through `POST /v1/predict/batch` of a running cluster, which reserves and charges as for any customer.
 
-    def __init__(self, http: httpx.AsyncClient, model: str, num_steps: int | None) -> None:
+    Every rollout has an idempotency key that is derived from its content, so whoever asks again pays once. It waits up
+    to `patience_s` for a cluster that is busy or away. `max_mils` bounds what one rollout may cost; 0 sets no bound.
+    """
+
+    def __init__(
+        self, http: httpx.AsyncClient, model: str, num_steps: int | None, patience_s: float, max_mils: int = 0
+    ) -> None:
         """`http` has the cluster's base URL and a key."""
         self._http = http
         self._base = f"/models/{model}"
-        self._num_steps = num_steps
         self._model = model
+        self._num_steps = num_steps
+        self._patience_s = patience_s
+        self._max_mils = max_mils
         self.resolution = (0, 0)
         self.action_dim = 0
-        self.usd_per_frame = 0.0
 
     async def open(self) -> None:
         """Read the model's form from the catalog. Raises CannotGoOn."""
-        answer = await self._send("GET", f"/v1/models/{self._model}")
-        entry = answer.json()
-        if not entry["active"]:
+        try:
+            answer = await self._send("GET", f"/v1/models/{self._model}")
+            entry = answer.json()
+            active, spec = entry["active"], entry["spec"]
+            self.resolution, self.action_dim = tuple(spec["resolution"]), spec["action_dim"]
+        except (Refused, ValueError, KeyError, TypeError) as error:
+            raise CannotGoOn(f"the catalog's entry of {self._model} cannot be read: {error}") from error
+        if not active:
             raise CannotGoOn(f"{self._model} is not served there")
-        self.resolution = tuple(entry["spec"]["resolution"])
-        self.action_dim = entry["spec"]["action_dim"]
-        self.usd_per_frame = entry["price_per_frame_usd"]
 
     async def quote(self, start_frame: Frames, actions: Actions, seed: int) -> dict[str, float]:
         """What one rollout would cost; nothing is run. Raises Refused, CannotGoOn."""
@@ -78,15 +91,17 @@ class ClusterRoller:
         quoted: dict[str, float] = answer.json()
         return quoted
 
-    async def roll_out(self, start_frame: Frames, actions: Actions, seed: int, name: str) -> Rollout:
-        answer = await self._send(
-            "POST",
-            f"{self._base}/v1/predict/batch",
-            headers={"Idempotency-Key": name},
-            **self._form(start_frame, actions, seed),
-        )
-        with zipfile.ZipFile(io.BytesIO(answer.content)) as files, files.open("rollout_000.npy") as file:
-            frames = np.lib.format.read_array(io.BytesIO(file.read()), allow_pickle=False)
+    async def roll_out(self, start_frame: Frames, actions: Actions, seed: int) -> Rollout:
+        name = work_name(self._model, self._num_steps, seed, start_frame, actions)
+        form = self._form(start_frame, actions, seed)
+        if self._max_mils:
+            form["data"]["max_cost_mils"] = str(self._max_mils)
+        headers = {"Idempotency-Key": name}
+        answer = await self._send("POST", f"{self._base}/v1/predict/batch", headers=headers, **form)
+        frames = _unpacked(answer.content)
+        expected = (1 + len(actions), *start_frame.shape)
+        if frames.shape != expected or frames.dtype != np.uint8:
+            raise Refused(f"the answer holds {frames.dtype} {frames.shape} where uint8 {expected} was asked for")
         return Rollout(
             frames,
             float(answer.headers["X-DreamEngine-Estimated-Charge-USD"]),
@@ -96,17 +111,17 @@ class ClusterRoller:
 
     def _form(self, start_frame: Frames, actions: Actions, seed: int) -> dict[str, Any]:
         png, npy = io.BytesIO(), io.BytesIO()
-        Image.fromarray(start_frame).save(png, "PNG")
+        Image.fromarray(start_frame).save(png, "PNG", compress_level=1)
         np.save(npy, actions)
-        fields = {"seed": str(seed), "return": "npz"}
+        fields = {"seed": str(seed), "return": "npz", "service_class": "batch"}
         if self._num_steps is not None:
             fields["num_steps"] = str(self._num_steps)
         return {"files": {"frame": png.getvalue(), "actions": npy.getvalue()}, "data": fields}
 
     async def _send(self, method: str, path: str, **content: Any) -> httpx.Response:
-        """Tries again, for minutes, while the cluster is busy or away; asks in the same words, so pays once."""
-        problem = ""
-        for attempt in range(ATTEMPTS):
+        """Asks again in the same words, so pays once. Raises Refused, CannotGoOn."""
+        began, attempt, broken = time.monotonic(), 0, 0
+        while True:
             wait_s = min(MAX_BACKOFF_S, BACKOFF_S * 2**attempt)
             try:
                 answer = await self._http.request(method, path, **content)
@@ -116,14 +131,17 @@ class ClusterRoller:
                 if answer.is_success:
                     return answer
                 problem = f"{answer.status_code} {_reason(answer)}"
-                if answer.status_code in (401, 402, 403, 404):
+                if answer.status_code in STOPPING or "max_cost_mils" in problem:
                     raise CannotGoOn(problem)
-                if answer.status_code not in RETRIED:
+                broken += answer.status_code == 500
+                if broken == ENGINE_ATTEMPTS or answer.status_code not in (500, *AWAY):
                     raise Refused(problem)
-                wait_s = min(MAX_BACKOFF_S, max(wait_s, float(answer.headers.get("Retry-After", 0))))
-            if attempt + 1 < ATTEMPTS:
-                await asyncio.sleep(wait_s)
-        raise Refused(f"tried {ATTEMPTS} times; the last answer was {problem}")
+                wait_s = max(wait_s, _retry_after_s(answer))
+            left_s = began + self._patience_s - time.monotonic()
+            if wait_s > left_s:
+                raise CannotGoOn(f"the cluster could not be used for {self._patience_s:.0f} s: {problem}")
+            await asyncio.sleep(wait_s)
+            attempt += 1
 
 
 class LocalRoller:
@@ -141,8 +159,8 @@ class LocalRoller:
         self._waiting: list[_Waiting] = []
         self._runner: asyncio.Task[None] | None = None
 
-    async def roll_out(self, start_frame: Frames, actions: Actions, seed: int, name: str) -> Rollout:
-        waiting = _Waiting(start_frame, actions, seed, asyncio.get_running_loop().create_future())
+    async def roll_out(self, start_frame: Frames, actions: Actions, seed: int) -> Rollout:
+        waiting = _Waiting((start_frame, actions, seed), asyncio.get_running_loop().create_future())
         self._waiting.append(waiting)
         if self._runner is None or self._runner.done():
             self._runner = asyncio.get_running_loop().create_task(self._run())
@@ -155,7 +173,7 @@ class LocalRoller:
         while self._waiting:
             batch, self._waiting = self._waiting[: self._max_rows], self._waiting[self._max_rows :]
             try:
-                videos = await asyncio.to_thread(self._generate, batch)
+                videos = await asyncio.to_thread(self.generate, [each.work for each in batch])
             except Exception as error:
                 for each in batch:
                     each.frames.set_exception(Refused(f"{type(error).__name__}: {error}"))
@@ -163,23 +181,25 @@ class LocalRoller:
                 for each, video in zip(batch, videos, strict=True):
                     each.frames.set_result(video)
 
-    def _generate(self, batch: Sequence["_Waiting"]) -> list[Frames]:
+    def generate(self, work: Sequence[tuple[Frames, Actions, int]]) -> list[Frames]:
+        """Of each start frame (H, W, 3), actions (T, A) and seed (1 + T, H, W, 3), chunk by chunk in one batch."""
         from deployments.world_model.rollout import ChunkInput
 
-        size = self._model.config.chunk_size
-        videos = [[each.start_frame[None]] for each in batch]
-        for chunk in range(max(-(-len(each.actions) // size) for each in batch)):
+        config = self._model.config
+        size = config.chunk_size
+        videos = [[start_frame[None]] for start_frame, _, _ in work]
+        for chunk in range(max(-(-len(actions) // size) for _, actions, _ in work)):
             first = chunk * size
-            going_on = [index for index, each in enumerate(batch) if len(each.actions) > first]
+            going_on = [index for index, (_, actions, _) in enumerate(work) if len(actions) > first]
             inputs = [
                 ChunkInput(
                     videos[index][-1][-1],
-                    batch[index].actions[first : first + size],
-                    batch[index].seed,
+                    work[index][1][first : first + size],
+                    work[index][2],
                     0,
                     chunk,
                     self._num_steps,
-                    self._model.config.default_guidance,
+                    config.default_guidance,
                 )
                 for index in going_on
             ]
@@ -190,9 +210,7 @@ class LocalRoller:
 
 @dataclass(frozen=True, slots=True)
 class _Waiting:
-    start_frame: Frames
-    actions: Actions
-    seed: int
+    work: tuple[Frames, Actions, int]
     frames: asyncio.Future[Frames]
 
 
@@ -205,9 +223,29 @@ def fit(frames: Frames, resolution: tuple[int, int]) -> Frames:
     return np.stack([np.asarray(each, np.uint8) for each in fitted])
 
 
-def work_name(run: str, episode: Episode, seed: int) -> str:
-    """The same for the same run, episode and seed, also after a restart: the idempotency key of its rollout."""
-    return "eval-" + hashlib.sha256(f"{run}\n{episode.episode_id}\n{seed}".encode()).hexdigest()[:40]
+def work_name(model: str, num_steps: int | None, seed: int, start_frame: Frames, actions: Actions) -> str:
+    """The same for the same work, whichever job asks for it, also after a restart: its idempotency key."""
+    digest = hashlib.sha256(f"npz {model} {num_steps} {seed} {start_frame.shape} {actions.shape}\n".encode())
+    digest.update(np.ascontiguousarray(start_frame).data)
+    digest.update(np.ascontiguousarray(actions).data)
+    return f"eval-{digest.hexdigest()[:40]}"
+
+
+def _unpacked(content: bytes) -> Frames:
+    """The one rollout of a `return=npz` answer. Raises Refused."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as files, files.open("rollout_000.npy") as file:
+            frames: Frames = np.lib.format.read_array(io.BytesIO(file.read()), allow_pickle=False)
+    except (zipfile.BadZipFile, KeyError, ValueError) as error:
+        raise Refused(f"the answer is not what was asked for: {type(error).__name__}: {error}") from error
+    return frames
+
+
+def _retry_after_s(answer: httpx.Response) -> float:
+    try:
+        return min(MAX_BACKOFF_S, float(answer.headers.get("Retry-After", 0)))
+    except ValueError:  # a proxy's date
+        return 0.0
 
 
 def _reason(answer: httpx.Response) -> str:

@@ -155,7 +155,7 @@ def test_a_video_of_a_data_set_that_is_cut_short_is_a_bad_episode(tmp_path: Path
     write_lerobot(tmp_path)
     video = tmp_path / "videos/camera.front/chunk-000/file-000.mp4"
     video.write_bytes(mp4(episode(0)[0]))
-    with pytest.raises(BadEpisode, match="has no frame 5"):
+    with pytest.raises(BadEpisode, match=r"has no frame at 0\.500 s"):
         load_episode(EpisodeRef("000001", "lerobot", str(tmp_path), 1, "camera.front"))
 
 
@@ -169,3 +169,27 @@ def test_what_holds_no_data_set_is_refused(name: str, tmp_path: Path) -> None:
 def test_a_camera_that_is_not_there_is_refused_with_those_that_are(tmp_path: Path) -> None:
     with pytest.raises(BadDataset, match=r"camera\.front"):
         list_episodes(write_lerobot(tmp_path), camera="wrist")
+
+
+def test_two_episodes_of_one_name_are_both_there(tmp_path: Path) -> None:
+    write_npz(tmp_path)
+    write_mp4(tmp_path)
+    refs = list_episodes(str(tmp_path))
+    assert sorted(ref.episode_id for ref in refs) == ["e0", "e0~2", "e1", "e1~2"]
+    assert len({(ref.url, ref.row) for ref in refs}) == 4
+
+
+def test_a_broken_part_of_a_parquet_file_costs_its_episodes_and_a_cut_off_file_the_data_set(tmp_path: Path) -> None:
+    url = write_parquet(tmp_path)
+    file = tmp_path / "rows.parquet"
+    chunk = parquet.ParquetFile(file).metadata.row_group(1).column(1)
+    content = bytearray(file.read_bytes())
+    content[chunk.data_page_offset : chunk.data_page_offset + 40] = bytes(40)
+    file.write_bytes(content)
+    first, second = list_episodes(url)
+    assert len(load_episode(first).actions) == T
+    with pytest.raises(BadEpisode):
+        load_episode(second)
+    file.write_bytes(content[:-20])
+    with pytest.raises(BadDataset, match="cannot be read"):
+        list_episodes(url)

@@ -1,7 +1,14 @@
 """Evaluations through the real API: what is found, what is paid, and what a second start does."""
 
 import argparse
+import asyncio
+import errno
+import io
 import json
+import zipfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -9,10 +16,13 @@ import numpy as np
 import pytest
 from pyarrow import parquet
 
+from billing.commands import Grant
+from billing.money import Mils
 from deployments.world_model import pusher
 from serve_app.catalog import PACKAGED_CHECKPOINTS
-from serve_app.jobs.episodes import BadDataset, list_episodes
-from serve_app.jobs.evaluate import Evaluator, Plan, evaluate_all
+from serve_app.jobs.episodes import BadDataset, EpisodeRef, list_episodes
+from serve_app.jobs.evaluate import Stopped, evaluate_all, main
+from serve_app.jobs.evaluator import Evaluator, Notable, Plan, columns_of, left_of
 from serve_app.jobs.records import Record, Records
 from serve_app.jobs.report import summarise, write_report
 from serve_app.jobs.rollouts import CannotGoOn, LocalRoller
@@ -47,6 +57,7 @@ def plan(out: Path, **changes: object) -> Plan:
         "num_steps": 1,
         "max_actions": 12,
         "concurrency": 4,
+        "patience_s": 5.0,
         "lpips_weights": "",
         "lpips_sha256": "",
     }
@@ -70,6 +81,7 @@ async def test_every_episode_is_rolled_out_compared_and_paid_once(
     assert records[0].copy_first_psnr_db[0] > records[0].psnr_db[0]  # the stand-in brightens what it repeats
     assert sum(record.cost_usd for record in records) == pytest.approx(5 * PRICE_USD)
     assert all((tmp_path / "out" / record.clip).stat().st_size for record in records)
+    assert {each.service_class for each in app.model.terms} == {"batch"}
 
 
 async def test_work_that_was_paid_but_not_written_is_not_paid_again(
@@ -95,7 +107,7 @@ async def test_bad_episodes_are_listed_with_the_reason_and_the_others_go_on(
     records = await Evaluator(plan(tmp_path / "out"), "").evaluate(list_episodes(str(tmp_path / "data")), paying)
     assert [record.status for record in records] == ["bad", "bad", "ok"]
     assert "3 columns; the model takes 8" in records[1].reason
-    page = write_report(tmp_path / "out", {"": records}, "tiny-pusher")
+    page = write_report(tmp_path / "out", {"": records}, {"": 4}, "tiny-pusher")
     listed = [json.loads(line) for line in (tmp_path / "out" / "bad.jsonl").read_text().splitlines()]
     assert [row["episode_id"] for row in listed] == ["a-broken", "b-narrow"]
     assert parquet.read_table(tmp_path / "out" / "episodes.parquet").num_rows == 1
@@ -120,12 +132,184 @@ async def test_an_engine_failure_is_tried_again_and_then_listed_unpaid(
 async def test_without_credits_the_evaluation_stops_instead_of_listing_everything_as_bad(
     app: App, tmp_path: Path
 ) -> None:
-    headers, _ = app.key(credits_mils=70)
+    headers, customer = app.key(credits_mils=70)
     app.http.headers.update(headers)
     refs = list_episodes(write_episodes(tmp_path / "data", 3))
     with pytest.raises(CannotGoOn, match="402"):
         await Evaluator(plan(tmp_path / "out", concurrency=1), "").evaluate(refs, app.http)
     assert len(list(Records(tmp_path / "out", "test"))) == 1
+    grant = Grant(customer, Mils(130), "adm_more", "more")
+    app.ledger.apply(grant)
+    await Evaluator(plan(tmp_path / "out"), "").evaluate(refs, app.http)
+    assert len(list(Records(tmp_path / "out", "test"))) == 3
+    assert [row for row in app.ledger.rows(customer) if row[0] == "debit"] == [("debit", -65)] * 3
+
+
+class LosesAnswers(httpx.AsyncBaseTransport):
+    """A network over which requests arrive and their first answers do not."""
+
+    def __init__(self, inner: httpx.AsyncBaseTransport) -> None:
+        self._inner = inner
+        self._seen: set[bytes] = set()
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        name = request.headers.get("Idempotency-Key", "").encode()
+        answer = await self._inner.handle_async_request(request)
+        if name and name not in self._seen:
+            self._seen.add(name)
+            await answer.aread()
+            raise httpx.ReadError("connection reset")
+        return answer
+
+
+async def test_an_answer_that_was_lost_is_asked_for_again_and_paid_once(
+    app: App, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve_app.jobs.rollouts.BACKOFF_S", 0.0)
+    headers, customer = app.key()
+    transport = LosesAnswers(httpx.ASGITransport(app.api, raise_app_exceptions=False))
+    refs = list_episodes(write_episodes(tmp_path / "data", 3))
+    async with httpx.AsyncClient(transport=transport, base_url="http://cluster.test", headers=headers) as http:
+        records = await Evaluator(plan(tmp_path / "out"), "").evaluate(refs, http)
+    assert [record.status for record in records] == ["ok"] * 3
+    assert app.ledger.rows(customer)[1:] == [("debit", -65)] * 3
+
+
+async def test_a_cluster_that_stays_away_stops_the_job_and_makes_no_episode_bad(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve_app.jobs.rollouts.BACKOFF_S", 0.001)
+    refs = list_episodes(write_episodes(tmp_path / "data", 2))
+    entry = {"active": True, "spec": {"resolution": [64, 64], "action_dim": 8}}
+    asked = []
+
+    def away(request: httpx.Request) -> httpx.Response:
+        if request.method == "GET":
+            return httpx.Response(200, json=entry)
+        asked.append(request.headers["Idempotency-Key"])
+        return httpx.Response(503, headers={"Retry-After": "Sat, 21 Nov 2026 07:28:00 GMT"}, text="no replica")
+
+    async with httpx.AsyncClient(transport=httpx.MockTransport(away), base_url="http://cluster.test") as http:
+        with pytest.raises(CannotGoOn, match="could not be used for 0 s: 503 no replica"):
+            await Evaluator(plan(tmp_path / "out", patience_s=0.05), "").evaluate(refs, http)
+    assert len(asked) > len(set(asked)) == 2
+    assert list(Records(tmp_path / "out", "test")) == []
+
+
+def test_calls_from_several_threads_share_a_bound_and_a_stop_is_a_status(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Ray Data calls a worker."""
+    rows = columns_of(list_episodes(write_episodes(tmp_path / "data", 9)))
+    batches = [{name: [row[name] for row in rows[first : first + 3]] for name in rows[0]} for first in (0, 3, 6)]
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as files:
+        array = io.BytesIO()
+        np.save(array, np.zeros((13, 64, 64, 3), np.uint8))
+        files.writestr("rollout_000.npy", array.getvalue())
+    headers = {f"X-DreamEngine-{name}": "0" for name in ("Estimated-Charge-USD", "Request-Id", "Engine-Wall-Ms")}
+    running, most, answered = 0, 0, 0
+
+    async def answer(request: httpx.Request) -> httpx.Response:
+        nonlocal running, most, answered
+        if request.method == "GET":
+            return httpx.Response(200, json={"active": True, "spec": {"resolution": [64, 64], "action_dim": 8}})
+        running, answered = running + 1, answered + 1
+        most = max(most, running)
+        refused = answered > 6
+        await asyncio.sleep(0)
+        running -= 1
+        return httpx.Response(402) if refused else httpx.Response(200, content=content.getvalue(), headers=headers)
+
+    def mocked(plan: Plan, key: str) -> httpx.AsyncClient:
+        return httpx.AsyncClient(transport=httpx.MockTransport(answer), base_url="http://cluster.test")
+
+    monkeypatch.setattr("serve_app.jobs.evaluator.client", mocked)
+    evaluator = Evaluator(plan(tmp_path / "out", concurrency=2), "")
+    with ThreadPoolExecutor(3) as pool:
+        outcomes = list(pool.map(evaluator, batches))
+    assert most == 2
+    assert len(list(Records(tmp_path / "out", "test"))) == 6
+    assert any(outcome["status"] == ["stopped"] and "402" in outcome["reason"][0] for outcome in outcomes)
+    assert evaluator(batches[0])["status"] == ["stopped"]
+    evaluator.close()
+
+
+async def test_an_answer_that_is_no_rollout_costs_its_episode_and_not_the_job(tmp_path: Path) -> None:
+    refs = list_episodes(write_episodes(tmp_path / "data", 2))
+    entry = {"active": True, "spec": {"resolution": [64, 64], "action_dim": 8}}
+    transport = httpx.MockTransport(
+        lambda request: (
+            httpx.Response(200, json=entry) if request.method == "GET" else httpx.Response(200, text="hello")
+        )
+    )
+    async with httpx.AsyncClient(transport=transport, base_url="http://cluster.test") as http:
+        records = await Evaluator(plan(tmp_path / "out"), "").evaluate(refs, http)
+    assert [(record.status, "not what was asked for" in record.reason) for record in records] == [("bad", True)] * 2
+
+
+async def test_a_full_disk_stops_the_job_and_what_was_paid_is_not_paid_again(
+    app: App, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    headers, customer = app.key()
+    app.http.headers.update(headers)
+    refs = list_episodes(write_episodes(tmp_path / "data", 3))
+    evaluator = Evaluator(plan(tmp_path / "out"), "")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("serve_app.jobs.records.os.replace", full)
+        with pytest.raises(CannotGoOn, match=r"cannot be written: .*No space left"):
+            await evaluator.evaluate(refs, app.http)
+    assert list((tmp_path / "out" / "episodes").iterdir()) == []  # nor anything partial
+    assert app.ledger.rows(customer)[1:] == [("debit", -65)] * 3
+    records = await Evaluator(plan(tmp_path / "out"), "").evaluate(refs, app.http)
+    assert [record.status for record in records] == ["ok"] * 3
+    assert app.ledger.rows(customer)[1:] == [("debit", -65)] * 3
+
+
+async def test_a_record_that_was_cut_off_is_made_again_at_no_cost(
+    app: App, paying: httpx.AsyncClient, tmp_path: Path
+) -> None:
+    refs = list_episodes(write_episodes(tmp_path / "data", 2))
+    first = await Evaluator(plan(tmp_path / "out"), "").evaluate(refs, paying)
+    balance = (await paying.get("/v1/billing/balance")).json()["balance_mils"]
+    file = next((tmp_path / "out" / "episodes").glob("*.json"))
+    file.write_text(file.read_text()[:40])
+    assert len(left_of(plan(tmp_path / "out"), refs)) == 1
+    again = await Evaluator(plan(tmp_path / "out"), "").evaluate(refs, paying)
+    assert [replace(record, clip="") for record in again] == [replace(record, clip="") for record in first]
+    assert (await paying.get("/v1/billing/balance")).json()["balance_mils"] == balance
+
+
+async def test_the_same_content_is_paid_once_whatever_its_data_set_is_called(
+    app: App, paying: httpx.AsyncClient, tmp_path: Path
+) -> None:
+    first, second = (list_episodes(write_episodes(tmp_path / name, 2)) for name in ("a", "b"))
+    paid = await Evaluator(plan(tmp_path / "out-a"), "").evaluate(first, paying)
+    again = await Evaluator(plan(tmp_path / "out-b", run="other"), "").evaluate(second, paying)
+    assert [record.request_id for record in again] == [record.request_id for record in paid]
+    other_seed = await Evaluator(plan(tmp_path / "out-c", run="seed", seed=1), "").evaluate(second, paying)
+    assert not {record.request_id for record in other_seed} & {record.request_id for record in paid}
+
+
+async def test_a_price_that_rises_above_the_highest_cost_stops_the_job(
+    app: App, paying: httpx.AsyncClient, tmp_path: Path
+) -> None:
+    refs = list_episodes(write_episodes(tmp_path / "data", 2))
+    with pytest.raises(CannotGoOn, match="max_cost_mils"):
+        await Evaluator(plan(tmp_path / "out", max_rollout_mils=64), "").evaluate(refs, paying)
+    records = await Evaluator(plan(tmp_path / "out", max_rollout_mils=65), "").evaluate(refs, paying)
+    assert [record.status for record in records] == ["ok"] * 2
+
+
+async def test_a_score_that_raises_costs_its_episode(app: App, paying: httpx.AsyncClient, tmp_path: Path) -> None:
+    refs = list_episodes(write_episodes(tmp_path / "data", 1))
+    (record,) = await Evaluator(plan(tmp_path / "out", score="math:sqrt"), "").evaluate(refs, paying)
+    assert (record.status, "math:sqrt raised TypeError" in record.reason) == ("bad", True)
+    assert record.cost_usd == pytest.approx(PRICE_USD)
 
 
 async def test_a_local_model_gives_batched_what_it_gives_alone() -> None:
@@ -137,9 +321,7 @@ async def test_a_local_model_gives_batched_what_it_gives_alone() -> None:
     checkpoint = str(PACKAGED_CHECKPOINTS["tiny-pusher"])
 
     async def together(roller: LocalRoller) -> list[np.ndarray]:
-        import asyncio
-
-        rollouts = await asyncio.gather(*(roller.roll_out(frames[i], actions[i], 7, "") for i in range(3)))
+        rollouts = await asyncio.gather(*(roller.roll_out(frames[i], actions[i], 7) for i in range(3)))
         return [rollout.frames for rollout in rollouts]
 
     batched = await together(LocalRoller(checkpoint, "cpu", 1))
@@ -158,9 +340,49 @@ def test_records_of_another_evaluation_are_not_taken_for_this_one(tmp_path: Path
 def test_two_policies_are_compared_over_the_episodes_that_both_have() -> None:
     better = [Record(f"e{i}", "ok", score=i + 1.0, psnr_db=[1.0]) for i in range(20)]
     worse = [Record(f"e{i}", "ok", score=float(i), psnr_db=[1.0]) for i in range(15)] + [Record("x", "bad", "why")]
-    comparison = summarise({"a": better, "b": worse})["comparison"]
+    comparison = summarise({"a": better, "b": worse}, {"a": 20, "b": 16})["comparison"]
     assert (comparison["episodes"], comparison["mean_difference"], comparison["first_higher"]) == (15, 1.0, 15)
     assert comparison["interval_95"] == [1.0, 1.0]
+    assert comparison["p_value"] < 0.005
+
+
+def test_clips_are_made_of_the_worst_and_the_best_and_of_few_others() -> None:
+    notable = Notable()
+    values = np.random.default_rng(0).normal(size=1000)
+    chosen = {float(value) for value in values if notable.add(value)}
+    assert {float(value) for value in (*sorted(values)[:3], *sorted(values)[-3:])} <= chosen
+    assert len(chosen) < 130
+
+
+def test_the_report_has_every_horizon_that_some_episode_reaches(tmp_path: Path) -> None:
+    short = [Record(f"s{i}", "ok", psnr_db=[30.0] * 12, ssim=[0.9] * 12) for i in range(3)]
+    long = [Record("l", "ok", psnr_db=[30.0] * 12 + [10.0] * 36, ssim=[0.5] * 48)]
+    write_report(tmp_path, {"": [*short, *long]}, {"": 6}, "m")
+    found = json.loads((tmp_path / "summary.json").read_text())["dataset"]
+    assert {name: each["episodes"] for name, each in found["horizons"].items()} == {"1": 4, "12": 4, "24": 1, "48": 1}
+    assert found["horizons"]["48"]["psnr_db"]["mean"] == 15.0
+    assert found["left"] == 2
+    assert "| dataset, frames 1 to 48 | 1 | 15.0 ± 0.0 | 0.5 ± 0.0 |" in (tmp_path / "table.md").read_text()
+    assert "psnr_db to frame 24" in (tmp_path / "report.html").read_text()
+
+
+def test_a_job_that_stops_on_the_way_says_so_and_reports_what_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = write_episodes(tmp_path / "data", 2), tmp_path / "out"
+
+    def stop(plan: Plan, key: str, refs: Sequence[EpisodeRef], workers: int) -> None:
+        Records(Path(plan.out), plan.run).put(Record("e000", "ok", psnr_db=[20.0], ssim=[0.5]))
+        raise Stopped("402 Your balance is $0.00.")
+
+    monkeypatch.setattr("serve_app.jobs.evaluate.run_plan", stop)
+    monkeypatch.setattr("sys.argv", ["evaluate", "--dataset", data, "--checkpoint", "here", "--out", str(out)])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 3
+    assert "stopped: 402 Your balance is $0.00.; the same command goes on" in capsys.readouterr().err
+    found = json.loads((out / "summary.json").read_text())["dataset"]
+    assert (found["episodes"], found["left"]) == (1, 1)
 
 
 def arguments(dataset: str, out: Path, **changes: object) -> argparse.Namespace:
@@ -170,6 +392,7 @@ def arguments(dataset: str, out: Path, **changes: object) -> argparse.Namespace:
         "concurrency": 4,
         "device": "cpu",
         "dry_run": False,
+        "key_file": None,
         "limit": None,
         "lpips_sha256": "",
         "lpips_weights": "",
@@ -178,6 +401,7 @@ def arguments(dataset: str, out: Path, **changes: object) -> argparse.Namespace:
         "model": "tiny-pusher",
         "num_steps": 1,
         "out": out,
+        "patience": 5.0,
         "score": "",
         "seed": 0,
         "url": "http://127.0.0.1:1",
@@ -202,6 +426,6 @@ def test_nothing_runs_above_the_highest_cost(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("DREAM_API_KEY", "dre_x")
     monkeypatch.setattr("serve_app.jobs.evaluate.estimate_usd", lambda *_: 3.0)
     data = write_episodes(tmp_path / "data", 1)
-    with pytest.raises(CannotGoOn, match=r"\$3\.0000 is more than --max-cost \$2\.0000"):
+    with pytest.raises(CannotGoOn, match=r"\$3\.0000 after \$0\.0000 is more than --max-cost \$2\.0000"):
         evaluate_all(arguments(data, tmp_path / "out", max_cost=2.0), {"": data})
     assert evaluate_all(arguments(data, tmp_path / "out", dry_run=True), {"": data}) == "$3.0000"

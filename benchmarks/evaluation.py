@@ -1,0 +1,357 @@
+"""An evaluation as a researcher runs it, killed twice; and what it costs over a bare loop: `make evaluate-proof`.
+
+    python -m benchmarks.evaluation [--episodes 512] [--kills 2] [--rounds 5] [--round-episodes 160]
+
+First: recordings of the true simulator go through `ray job submit -- python -m serve_app.jobs.evaluate` on a cluster
+with the packaged tiny-pusher, HTTP and the ledger. The job's driver is killed with SIGKILL at random moments and
+submitted again. Every episode must be in the report once and paid for once, and no audit may find anything.
+
+Then its throughput, in turns on the same cluster, each with the same number of torch threads and batches of 16 rows:
+
+- `cluster`: what a worker of the job does. Reads the files, sends them over HTTP, gets raw frames, pays, compares every
+  frame by PSNR and SSIM, writes a record per episode and some clips.
+- `actors`: the same worker with the model in its own process, as `--checkpoint` does it.
+- `bare_evaluation`: one process that reads the same files, calls the model, compares every frame by PSNR and SSIM, and
+  keeps the figures in memory; one after the other.
+- `bare_model`: only the calls of the model, with all inputs in memory.
+
+Prints one JSON line: medians over rounds of episodes/s, ratios of `cluster` and `actors` over both bare loops (medians
+of the rounds' own ratios). The exit status is 1 unless the first part held.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import random
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from sqlalchemy import text
+
+from billing import invariants
+from billing.commands import Grant
+from billing.database import open_database
+from billing.keys import token_sha256
+from billing.money import Mils
+from billing.reader import LedgerReader
+from deployments.world_model import pusher
+from serve_app.catalog import PACKAGED_CHECKPOINTS
+from serve_app.launch import check_port, development_token, local_ray, register_development_key
+from serve_app.settings import Settings
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = "tiny-pusher"
+NUM_ACTIONS = 48
+MILS_PER_EPISODE = 5 * (1 + NUM_ACTIONS)
+BATCH = 16
+
+
+def write_episodes(root: Path, count: int) -> Path:
+    root.mkdir()
+    generator = np.random.default_rng(0)
+    state = pusher.reset(count, generator)
+    moves = pusher.random_actions(state, NUM_ACTIONS, generator)
+    states = pusher.simulate(state, moves)
+    video = np.stack([pusher.render(each) for each in states], axis=1)
+    actions = np.zeros((count, NUM_ACTIONS, 8), np.float32)
+    actions[..., :2] = moves
+    for index in range(count):
+        np.savez(root / f"e{index:04d}.npz", frames=video[index], actions=actions[index])
+    return root
+
+
+def fund(settings: Settings, key: str) -> None:
+    from deployments.actors import ledger_handle
+    from deployments.ledger_client import apply_once
+
+    database = open_database(settings.ledger_url)
+    customer = LedgerReader(database).key_by_token_hash(token_sha256(key))
+    database.dispose()
+    assert customer is not None
+    grant = Grant(customer.customer_id, Mils(10**7), "adm_evaluation", "evaluation")
+    apply_once(ledger_handle(settings.ledger_url), grant, timeout_s=30)
+
+
+class Jobs:
+    """`ray job submit`, from outside the cluster."""
+
+    def __init__(self, address: str, arguments: list[str], directory: Path) -> None:
+        self._command = ["ray", "job", "submit", "--address", address, "--working-dir", str(directory), "--"]
+        self._command += [sys.executable, "-m", "serve_app.jobs.evaluate", *arguments]
+        self._log = directory.parent / "jobs.log"
+
+    def submit(self) -> subprocess.Popen[bytes]:
+        program = str(Path(sys.executable).with_name("ray"))
+        with self._log.open("ab") as log:
+            return subprocess.Popen([program, *self._command[1:]], stdout=log, stderr=log)
+
+    def log(self) -> str:
+        return self._log.read_text()[-3000:]
+
+
+def killed_and_resumed(jobs: Jobs, out: Path, episodes: int, kills: int, chance: random.Random) -> dict[str, Any]:
+    """Submit until it is done; the first `kills` times kill the driver at a random number of finished episodes."""
+    points = sorted(chance.randrange(episodes // 20, episodes) for _ in range(kills))
+    killed_at = []
+    for point in points:
+        submitted = jobs.submit()
+        while finished(out) < point:
+            if submitted.poll() is not None:
+                raise SystemExit(f"a job ended by itself:\n{jobs.log()}")
+            time.sleep(0.05)
+        (driver,) = drivers()
+        driver.kill()
+        submitted.wait(timeout=60)
+        time.sleep(chance.uniform(0, 1))
+        killed_at.append(finished(out))
+    started = time.monotonic()
+    if jobs.submit().wait(timeout=600):
+        raise SystemExit(f"the last job failed:\n{jobs.log()}")
+    return {"killed_at": killed_at, "last_job_s": round(time.monotonic() - started, 1)}
+
+
+def finished(out: Path) -> int:
+    return len(list((out / "episodes").glob("*.json")))
+
+
+def drivers() -> list[psutil.Process]:
+    """The job's own process on the cluster, which the submitting command is not."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if process.cmdline()[1:3] == ["-m", "serve_app.jobs.evaluate"]:
+                found.append(process)
+    return found
+
+
+def wait_until(condition: Any, timeout_s: float = 300.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            raise SystemExit("it did not happen in time")
+        time.sleep(0.05)
+
+
+def books(settings: Settings, out: Path, episodes: int) -> dict[str, Any]:
+    """What the report says, and what the ledger says once nothing is open any more."""
+    from pyarrow import parquet
+
+    ids = Counter(parquet.read_table(out / "episodes.parquet").column("episode_id").to_pylist())
+    summary = json.loads((out / "summary.json").read_text())["dataset"]
+    database = open_database(settings.ledger_url)
+    try:
+
+        def rows(where: str) -> tuple[int, int]:
+            with database.connect() as connection:
+                query = f"SELECT count(*), coalesce(sum(captured), 0) FROM reservation WHERE {where}"
+                count, mils = connection.execute(text(query)).one()
+            return int(count), int(mils)
+
+        wait_until(lambda: rows("state = 'open'")[0] == 0, 60)
+        paid, mils = rows("captured > 0")
+        refunded, _ = rows("state <> 'open' AND captured = 0")
+        violations = len(invariants.audit(database))
+    finally:
+        database.dispose()
+    found = {
+        "episodes": len(ids),
+        "most_often": max(ids.values(), default=0),
+        "bad": summary["bad"],
+        "left": summary["left"],
+        "reported_usd": summary["cost_usd"],
+        "paid_requests": paid,
+        "paid_mils": mils,
+        "refunded_requests": refunded,
+        "audit_violations": violations,
+    }
+    expected = {
+        "episodes": episodes,
+        "most_often": 1,
+        "bad": 0,
+        "left": 0,
+        "reported_usd": round(episodes * MILS_PER_EPISODE / 10_000, 4),
+        "paid_requests": episodes,
+        "paid_mils": episodes * MILS_PER_EPISODE,
+        "audit_violations": 0,
+    }
+    return found | {"held": all(found[name] == value for name, value in expected.items())}
+
+
+class Bare:
+    """The loops without a service."""
+
+    def __init__(self) -> None:
+        import torch
+
+        from serve_app.jobs.rollouts import LocalRoller
+
+        self._roller = LocalRoller(str(PACKAGED_CHECKPOINTS[MODEL]), "cpu", None, BATCH)
+        self.threads = torch.get_num_threads()
+
+    def num_threads(self) -> int:
+        return self.threads
+
+    def model(self, files: list[str], seed: int) -> float:
+        """Seconds inside the model for all of them."""
+        took_s = 0.0
+        for first in range(0, len(files), BATCH):
+            episodes = [read(file) for file in files[first : first + BATCH]]
+            started = time.perf_counter()
+            self._roller.generate([(frames[0], actions, seed) for frames, actions in episodes])
+            took_s += time.perf_counter() - started
+        return took_s
+
+    def evaluation(self, files: list[str], seed: int) -> float:
+        """Seconds for reading, model and comparison of all of them."""
+        from deployments.world_model.metrics import psnr_per_frame, ssim_per_frame
+
+        started = time.perf_counter()
+        figures = []
+        for first in range(0, len(files), BATCH):
+            episodes = [read(file) for file in files[first : first + BATCH]]
+            videos = self._roller.generate([(frames[0], actions, seed) for frames, actions in episodes])
+            for video, (frames, _) in zip(videos, episodes, strict=True):
+                psnr = psnr_per_frame(video[1:], frames[1:])
+                figures.append((psnr, ssim_per_frame(video[1:], frames[1:])))
+        return time.perf_counter() - started
+
+
+def read(file: str) -> tuple[np.ndarray, np.ndarray]:
+    with np.load(file) as arrays:
+        return arrays["frames"], arrays["actions"]
+
+
+def throughput(settings: Settings, key: str, data: Path, rounds: int, count: int, concurrency: int) -> dict[str, Any]:
+    import ray
+
+    from serve_app.jobs.episodes import list_episodes
+    from serve_app.jobs.evaluator import Evaluator, Plan, columns_of
+
+    refs = list_episodes(str(data))[:count]
+    files = [ref.url for ref in refs]
+    rows = columns_of(refs)
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    bare = ray.remote(Bare).options(num_cpus=1).remote()
+    figures: dict[str, list[float]] = {name: [] for name in ("cluster", "actors", "bare_evaluation", "bare_model")}
+    warm_up = {name: values[:BATCH] for name, values in columns.items()}
+
+    def evaluate(where: dict[str, str], seed: int) -> float:
+        """As a worker of the job, which has started and has opened its connection."""
+        with tempfile.TemporaryDirectory() as out:
+            plan = Plan(
+                run=str(seed),
+                out=out,
+                url=f"http://{settings.host}:{settings.port}",
+                device="cpu",
+                seed=seed,
+                num_steps=None,
+                max_actions=NUM_ACTIONS,
+                concurrency=concurrency,
+                patience_s=60.0,
+                lpips_weights="",
+                lpips_sha256="",
+                **where,
+            )
+            worker = ray.remote(Evaluator).options(num_cpus=1).remote(plan, key)
+            ray.get(worker.__call__.remote(warm_up))
+            left = {name: values[BATCH:] for name, values in columns.items()}
+            started = time.perf_counter()
+            done = ray.get(worker.__call__.remote(left))
+            took_s = time.perf_counter() - started
+            ray.kill(worker)
+        assert done["status"] == ["ok"] * (count - BATCH), done
+        return took_s
+
+    runs: dict[str, Any] = {
+        "cluster": lambda seed: evaluate({"model": MODEL, "checkpoint": ""}, seed),
+        "bare_evaluation": lambda seed: ray.get(bare.evaluation.remote(files[BATCH:], seed)),
+        "actors": lambda seed: evaluate({"model": "", "checkpoint": str(PACKAGED_CHECKPOINTS[MODEL])}, seed),
+        "bare_model": lambda seed: ray.get(bare.model.remote(files[BATCH:], seed)),
+    }
+    ray.get(bare.model.remote(files[:BATCH], 0))
+    for round_index in range(rounds):
+        for name, run in runs.items():
+            figures[name].append((count - BATCH) / run(1000 + round_index))
+            print(f"round {round_index} {name} {figures[name][-1]:.2f}/s", file=sys.stderr, flush=True)
+    return {
+        "episodes_per_s": {name: round(statistics.median(values), 2) for name, values in figures.items()},
+        "ratio": {
+            f"{name}_over_{loop}": round(
+                statistics.median(a / b for a, b in zip(figures[name], figures[loop], strict=True)), 3
+            )
+            for name in ("cluster", "actors")
+            for loop in ("bare_evaluation", "bare_model")
+        },
+        "torch_threads": ray.get(bare.num_threads.remote()),
+        "rounds": rounds,
+        "round_episodes": count - BATCH,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--episodes", type=int, default=512)
+    parser.add_argument("--kills", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--round-episodes", type=int, default=160)
+    parser.add_argument("--concurrency", type=int, default=32)
+    parser.add_argument("--seed", type=int, default=None, help="of the moments of the kills; another each time without")
+    parser.add_argument("--port", type=int, default=8126)
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the cluster ends with it
+    seed = random.randrange(2**32) if arguments.seed is None else arguments.seed
+    report: dict[str, Any] = {"benchmark": "evaluation", "seed": seed}
+    with tempfile.TemporaryDirectory(prefix="evaluation-") as directory:
+        root = Path(directory)
+        settings = Settings(data_dir=root / "data", port=arguments.port)
+        settings.data_dir.mkdir()
+        data = write_episodes(root / "episodes", max(arguments.episodes, arguments.round_episodes))
+        check_port(settings.host, settings.port)
+        check_port("127.0.0.1", arguments.port + 1)
+        # sets what Ray reads when imported, so its users come after
+        with local_ray(settings.data_dir, num_cpus=6, dashboard_port=arguments.port + 1):
+            import ray
+            from ray import serve
+
+            from serve_app.build import build
+
+            serve.start(http_options={"host": settings.host, "port": settings.port, "request_timeout_s": None})
+            serve.run(build(settings.cluster_args()), name="evaluation", route_prefix="/")
+            key = development_token(settings)
+            register_development_key(settings, key)
+            fund(settings, key)
+            if arguments.episodes:
+                code = root / "code"
+                for package in ("serve_app", "deployments", "billing"):
+                    shutil.copytree(ROOT / package, code / package, ignore=shutil.ignore_patterns("__pycache__"))
+                out = root / "out"
+                options = ["--dataset", data, "--model", MODEL, "--out", out, "--limit", arguments.episodes]
+                options += ["--url", f"http://{settings.host}:{settings.port}", "--max-cost", 20]
+                options += ["--key-file", settings.data_dir / "dev-key", "--concurrency", arguments.concurrency]
+                jobs = Jobs(f"http://127.0.0.1:{arguments.port + 1}", [str(each) for each in options], code)
+                chance = random.Random(seed)
+                report |= killed_and_resumed(jobs, out, arguments.episodes, arguments.kills, chance)
+                report |= books(settings, out, arguments.episodes)
+            if arguments.rounds:
+                report |= throughput(
+                    settings, key, data, arguments.rounds, arguments.round_episodes, arguments.concurrency
+                )
+            report |= {"ray": ray.__version__, "python": platform.python_version(), "cores": os.cpu_count()}
+    print(json.dumps(report))
+    sys.exit(0 if report.get("held", True) else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,256 @@
+"""Evaluates episodes, many at a time: roll out, compare with the recording, write the record. One on each worker."""
+
+import asyncio
+import bisect
+import importlib
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+
+from deployments.video import encode_chunk, join_chunks, open_encoder
+from deployments.world_model.lpips import Lpips
+from deployments.world_model.metrics import psnr_per_frame, ssim_per_frame
+from serve_app.jobs.episodes import BadEpisode, Episode, EpisodeRef, Frames, list_episodes, load_episode
+from serve_app.jobs.records import Record, Records, write_whole
+from serve_app.jobs.rollouts import CannotGoOn, ClusterRoller, LocalRoller, Refused, Roller, fit, work_name
+
+TIMEOUT_S = 300.0
+CLIP_FPS = 10
+CLIPS_OF_EACH_END = 3
+CLIP_EVERY = 16
+"""Beside the worst and the best so far: a video costs more than the comparison, and the report shows nine."""
+MAX_DB = 100.0
+"""Of equal frames, whose PSNR has no bound."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What one evaluation does; the same on every worker, and after a restart."""
+
+    run: str
+    out: str
+    url: str
+    model: str
+    checkpoint: str
+    device: str
+    seed: int
+    num_steps: int | None
+    max_actions: int
+    concurrency: int
+    patience_s: float
+    lpips_weights: str
+    lpips_sha256: str
+    score: str = ""
+    starts: str = ""
+    """Data set of the start frames, if they are not the episodes' own."""
+    camera: str = ""
+    max_rollout_mils: int = 0
+    """What one rollout may cost; 0 sets no bound."""
+
+
+class Evaluator:
+    """Calls from several threads share its loop and its `concurrency`, so it is busy from one batch to the next."""
+
+    def __init__(self, plan: Plan, key: str) -> None:
+        self._plan = plan
+        self._key = key
+        self._records = Records(Path(plan.out), plan.run)
+        self._lpips = Lpips.read(Path(plan.lpips_weights), plan.lpips_sha256) if plan.lpips_weights else None
+        self._score = named_function(plan.score) if plan.score else None
+        starts = list_episodes(plan.starts, plan.camera) if plan.starts else []
+        self._starts = {ref.episode_id: ref for ref in starts}
+        self._local = LocalRoller(plan.checkpoint, plan.device, plan.num_steps) if plan.checkpoint else None
+        self._gate = asyncio.Semaphore(plan.concurrency)
+        self._opening = asyncio.Lock()
+        self._roller: Roller | None = None
+        self._stop: CannotGoOn | None = None
+        self._notable = Notable()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._starting = threading.Lock()
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """As Ray Data's `map_batches` calls it: columns in, columns out. What stops it is a status, not an exception:
+        those after it have it too."""
+        with self._starting:
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                self._thread = threading.Thread(target=self._loop.run_forever, name="evaluator", daemon=True)
+                self._thread.start()
+        refs = [EpisodeRef(**dict(zip(batch, row, strict=True))) for row in zip(*batch.values(), strict=True)]
+        working = asyncio.run_coroutine_threadsafe(
+            self.evaluate([replace(ref, row=int(ref.row)) for ref in refs]), self._loop
+        )
+        try:
+            records = working.result()
+        except CannotGoOn as stop:
+            return {"status": ["stopped"], "reason": [str(stop)]}
+        return {"status": [each.status for each in records], "reason": [each.reason for each in records]}
+
+    def close(self) -> None:
+        """When no call runs any more; a worker's process just ends."""
+        if self._loop is not None and self._thread is not None:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+
+    async def evaluate(self, refs: Sequence[EpisodeRef], http: httpx.AsyncClient | None = None) -> list[Record]:
+        """Their records, which are written. Raises CannotGoOn when those that had begun are done and written."""
+        try:
+            roller = await self._open(http)
+        except CannotGoOn as stop:
+            self._stop = stop
+            raise
+        records = await asyncio.gather(*(self._record(roller, ref) for ref in refs))
+        if self._stop is not None:
+            raise self._stop
+        return [record for record in records if record is not None]
+
+    async def _open(self, http: httpx.AsyncClient | None) -> Roller:
+        async with self._opening:
+            if self._roller is None and self._local is not None:
+                self._roller = self._local
+            elif self._roller is None:
+                http = http or client(self._plan, self._key)
+                self._roller = await open_roller(self._plan, http)
+        return self._roller
+
+    async def _record(self, roller: Roller, ref: EpisodeRef) -> Record | None:
+        async with self._gate:
+            if self._stop is not None:
+                return None
+            try:
+                record = await asyncio.to_thread(self._records.get, ref.episode_id)  # after a lost worker
+                if record is None:
+                    record = await self._evaluate_one(roller, ref)
+                    await asyncio.to_thread(self._records.put, record)
+            except CannotGoOn as stop:
+                self._stop = stop
+            except OSError as error:
+                self._stop = CannotGoOn(f"{self._plan.out} cannot be written: {error}")
+            else:
+                return record
+        return None
+
+    async def _evaluate_one(self, roller: Roller, ref: EpisodeRef) -> Record:
+        try:
+            episode = await asyncio.to_thread(self._load, roller, ref)
+            rollout = await roller.roll_out(episode.frames[0], episode.actions, self._plan.seed)
+        except (BadEpisode, Refused) as error:
+            return Record(ref.episode_id, "bad", str(error))
+        try:
+            record = await asyncio.to_thread(self._compare, episode, rollout.frames)
+        except BadEpisode as error:
+            record = Record(ref.episode_id, "bad", str(error))
+        return replace(
+            record, cost_usd=rollout.cost_usd, request_id=rollout.request_id, engine_ms=round(rollout.engine_ms, 3)
+        )
+
+    def _load(self, roller: Roller, ref: EpisodeRef) -> Episode:
+        episode = load_episode(ref)
+        length = min(len(episode.actions), self._plan.max_actions)
+        if episode.actions.shape[1] != roller.action_dim:
+            raise BadEpisode(f"actions have {episode.actions.shape[1]} columns; the model takes {roller.action_dim}")
+        frames = fit(episode.frames[: length + 1], roller.resolution)
+        if self._plan.starts:
+            if ref.episode_id not in self._starts:
+                raise BadEpisode("it has no start frame in the data set of the starts")
+            start = load_episode(self._starts[ref.episode_id])
+            frames = np.concatenate([fit(start.frames[:1], roller.resolution), frames[1:]])
+        return Episode(ref.episode_id, frames, episode.actions[:length])
+
+    def _compare(self, episode: Episode, generated: Frames) -> Record:
+        truth, made = episode.frames[1:], generated[1:]
+        first = np.broadcast_to(episode.frames[:1], truth.shape).copy()
+        psnr_db = _decibels(made, truth)
+        lpips = self._lpips
+        return Record(
+            episode.episode_id,
+            "ok",
+            num_frames=len(generated),
+            psnr_db=psnr_db,
+            copy_first_psnr_db=_decibels(first, truth),
+            ssim=[round(float(each), 5) for each in ssim_per_frame(made, truth)],
+            lpips=None
+            if lpips is None
+            else [round(lpips(a[None], b[None]), 5) for a, b in zip(made, truth, strict=True)],
+            score=self._scored(generated),
+            clip=self._clip(episode, generated) if self._notable.add(float(np.mean(psnr_db))) else "",
+        )
+
+    def _scored(self, generated: Frames) -> float | None:
+        if self._score is None:
+            return None
+        try:
+            return float(self._score(generated))
+        except Exception as error:  # somebody else's function
+            raise BadEpisode(f"{self._plan.score} raised {type(error).__name__}: {error}") from error
+
+    def _clip(self, episode: Episode, generated: Frames) -> str:
+        """The recording on the left, the rollout on the right."""
+        directory = Path(self._plan.out) / "clips"
+        directory.mkdir(parents=True, exist_ok=True)
+        beside = np.concatenate([episode.frames, generated], axis=2)
+        plan = self._plan
+        name = f"{work_name(plan.run, plan.num_steps, plan.seed, episode.frames, episode.actions)[5:21]}.mp4"
+        chunk = encode_chunk(beside, open_encoder(beside.shape[1:3], CLIP_FPS))
+        write_whole(directory / name, join_chunks([chunk], CLIP_FPS, len(beside)))
+        return f"clips/{name}"
+
+
+class Notable:
+    """Which episodes a clip is made of: each that is among the worst or best so far, and every `CLIP_EVERY`th."""
+
+    def __init__(self) -> None:
+        self._seen: list[float] = []
+        self._turn = threading.Lock()
+
+    def add(self, psnr_db: float) -> bool:
+        with self._turn:
+            rank = bisect.bisect(self._seen, psnr_db)
+            self._seen.insert(rank, psnr_db)
+            count = len(self._seen)
+        at_an_end = min(rank, count - 1 - rank) < CLIPS_OF_EACH_END
+        return at_an_end or count % CLIP_EVERY == 0
+
+
+def client(plan: Plan, key: str) -> httpx.AsyncClient:
+    limits = httpx.Limits(max_connections=plan.concurrency)
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    return httpx.AsyncClient(base_url=plan.url, headers=headers, timeout=TIMEOUT_S, limits=limits)
+
+
+async def open_roller(plan: Plan, http: httpx.AsyncClient) -> ClusterRoller:
+    """Raises CannotGoOn."""
+    roller = ClusterRoller(http, plan.model, plan.num_steps, plan.patience_s, plan.max_rollout_mils)
+    await roller.open()
+    return roller
+
+
+def named_function(path: str) -> Callable[[Frames], float]:
+    """The callable named by `module:attribute`. Raises ValueError."""
+    module, _, attribute = path.partition(":")
+    try:
+        found: Callable[[Frames], float] = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"--score {path} is not a module:function here: {error}") from error
+    return found
+
+
+def left_of(plan: Plan, refs: Sequence[EpisodeRef]) -> list[EpisodeRef]:
+    """Those without a record. Raises ValueError, OSError."""
+    records = Records(Path(plan.out), plan.run)
+    return [ref for ref in refs if records.get(ref.episode_id) is None]
+
+
+def columns_of(refs: Sequence[EpisodeRef]) -> list[dict[str, Any]]:
+    return [asdict(ref) for ref in refs]
+
+
+def _decibels(frames: Frames, reference: Frames) -> list[float]:
+    return [round(min(float(each), MAX_DB), 4) for each in psnr_per_frame(frames, reference)]
