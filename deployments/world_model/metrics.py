@@ -31,8 +31,15 @@ def psnr(image: Image, reference: Image) -> float:
 
 def psnr_per_frame(frames: Image, reference: Image) -> npt.NDArray[np.float64]:
     """PSNR in dB of each image of (..., H, W, C); what a table averages."""
-    a, b = unit_range(frames, reference)
-    error = ((a - b) ** 2).mean((-3, -2, -1)).numpy()
+    a, b = _comparable(frames, reference)
+    if a.dtype == torch.uint8:  # in whole numbers: exact, and a tenth of the time
+        difference = a.numpy().astype(np.int32) - b.numpy()
+        error = np.einsum("...hwc,...hwc->...", difference, difference, dtype=np.int64) / (
+            255.0**2 * a.shape[-3:].numel()
+        )
+    else:
+        a, b = unit_range(frames, reference)
+        error = ((a - b) ** 2).mean((-3, -2, -1)).numpy()
     with np.errstate(divide="ignore"):
         decibels: npt.NDArray[np.float64] = -10 * np.log10(error)
     return decibels

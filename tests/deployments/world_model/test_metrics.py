@@ -62,6 +62,14 @@ def test_both_agree_with_scikit_image(noise: int) -> None:
     assert ssim(b, a) == pytest.approx(expected, abs=1e-9)
 
 
+def test_the_decibels_of_a_frame_are_the_same_alone_among_others_and_as_floats() -> None:
+    frames, others = np.random.default_rng(3).integers(0, 256, (2, 4, 480, 640, 3), np.uint8)
+    expected = [psnr(frame, other) for frame, other in zip(frames, others, strict=True)]
+    assert psnr_per_frame(frames, others) == pytest.approx(expected)
+    assert psnr_per_frame(frames / 255, others / 255) == pytest.approx(expected)
+    assert psnr_per_frame(frames[0], others[0]) == pytest.approx(expected[0])
+
+
 def test_the_similarity_of_a_frame_is_the_same_alone_and_among_others() -> None:
     frames, others = np.random.default_rng(3).integers(0, 256, (2, 4, 16, 24, 3), np.uint8)
     expected = [ssim(frame, other) for frame, other in zip(frames, others, strict=True)]
