@@ -88,14 +88,17 @@ class Jobs:
     """`ray job submit`, from outside the cluster."""
 
     def __init__(self, address: str, arguments: list[str], directory: Path) -> None:
-        self._command = ["ray", "job", "submit", "--address", address, "--working-dir", str(directory), "--"]
+        # Ray does not hand a job the path of the token that this cluster asks for.
+        token = {name: os.environ[name] for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")}
+        self._command = ["job", "submit", "--address", address, "--working-dir", str(directory)]
+        self._command += ["--runtime-env-json", json.dumps({"env_vars": token}), "--"]
         self._command += [sys.executable, "-m", "serve_app.jobs.evaluate", *arguments]
         self._log = directory.parent / "jobs.log"
 
     def submit(self) -> subprocess.Popen[bytes]:
         program = str(Path(sys.executable).with_name("ray"))
         with self._log.open("ab") as log:
-            return subprocess.Popen([program, *self._command[1:]], stdout=log, stderr=log)
+            return subprocess.Popen([program, *self._command], stdout=log, stderr=log)
 
     def log(self) -> str:
         return self._log.read_text()[-3000:]
@@ -344,6 +347,7 @@ def main() -> None:
                 chance = random.Random(seed)
                 report |= killed_and_resumed(jobs, out, arguments.episodes, arguments.kills, chance)
                 report |= books(settings, out, arguments.episodes)
+                print(json.dumps(report), file=sys.stderr, flush=True)
             if arguments.rounds:
                 report |= throughput(
                     settings, key, data, arguments.rounds, arguments.round_episodes, arguments.concurrency

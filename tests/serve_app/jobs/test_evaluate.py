@@ -209,6 +209,7 @@ def test_calls_from_several_threads_share_a_bound_and_a_stop_is_a_status(
         files.writestr("rollout_000.npy", array.getvalue())
     headers = {f"X-DreamEngine-{name}": "0" for name in ("Estimated-Charge-USD", "Request-Id", "Engine-Wall-Ms")}
     running, most, answered = 0, 0, 0
+    met = asyncio.Event()
 
     async def answer(request: httpx.Request) -> httpx.Response:
         nonlocal running, most, answered
@@ -217,7 +218,9 @@ def test_calls_from_several_threads_share_a_bound_and_a_stop_is_a_status(
         running, answered = running + 1, answered + 1
         most = max(most, running)
         refused = answered > 6
-        await asyncio.sleep(0)
+        if running == 2:
+            met.set()
+        await met.wait()
         running -= 1
         return httpx.Response(402) if refused else httpx.Response(200, content=content.getvalue(), headers=headers)
 
