@@ -6,17 +6,19 @@ standard `OTEL_*` variables itself. Spans hold ids and numbers: no key, no paylo
 
 import os
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 from opentelemetry import trace
-from opentelemetry.trace import Link, Span, SpanContext, SpanKind
+from opentelemetry.trace import INVALID_SPAN, Link, Span, SpanContext, SpanKind, Tracer
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
 
-TRACER = trace.get_tracer("dream-engine-cluster")
+TRACER: Tracer | None = None
+"""This process's, once `configure_tracing` has turned tracing on."""
+_OFF = nullcontext[Span](INVALID_SPAN)
 _PROPAGATOR = TraceContextTextMapPropagator()
 _HEADER = "traceparent"
 
@@ -25,9 +27,10 @@ Attribute = str | int | float | bool
 
 def configure_tracing(process: str) -> None:
     """Once per process. Raises as `tracer_provider` does."""
+    global TRACER
     provider = tracer_provider(process)
     if provider is not None:
-        trace.set_tracer_provider(provider)
+        TRACER = provider.get_tracer("dream-engine-cluster")
 
 
 def tracer_provider(process: str) -> "TracerProvider | None":
@@ -58,6 +61,8 @@ def tracer_provider(process: str) -> "TracerProvider | None":
 
 def span(name: str, attributes: Mapping[str, Attribute]) -> AbstractContextManager[Span]:
     """Current while it lasts. What is raised in it is its status; the text of it may name what a span must not."""
+    if TRACER is None:
+        return _OFF
     return TRACER.start_as_current_span(
         name, attributes=attributes, record_exception=False, set_status_on_exception=False
     )
@@ -65,6 +70,8 @@ def span(name: str, attributes: Mapping[str, Attribute]) -> AbstractContextManag
 
 def request_span(request_id: str, client_traceparent: str) -> AbstractContextManager[Span]:
     """Of a request from outside: a trace of its own, so that no client decides what is sampled, linked to its own."""
+    if TRACER is None:
+        return _OFF
     return TRACER.start_as_current_span(
         "request",
         kind=SpanKind.SERVER,
@@ -77,7 +84,7 @@ def request_span(request_id: str, client_traceparent: str) -> AbstractContextMan
 
 def traceparent() -> str:
     """Names the current span for another process; empty where there is none, or nobody records it."""
-    if not trace.get_current_span().is_recording():
+    if TRACER is None or not trace.get_current_span().is_recording():
         return ""
     carrier: dict[str, str] = {}
     _PROPAGATOR.inject(carrier)
@@ -86,6 +93,8 @@ def traceparent() -> str:
 
 def record_step(traceparents: Iterable[str], started_ns: int, ended_ns: int, rows: int) -> None:
     """One forward of the engine, with a link to each chunk that had rows in it. `*_ns` are POSIX."""
+    if TRACER is None:
+        return
     links = _links(dict.fromkeys(traceparents))
     if links:
         step = TRACER.start_span("engine.step", links=links, start_time=started_ns, attributes={"dream.rows": rows})
