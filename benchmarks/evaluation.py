@@ -48,8 +48,9 @@ from billing.money import Mils
 from billing.reader import LedgerReader
 from deployments.world_model import pusher
 from serve_app.catalog import PACKAGED_CHECKPOINTS
-from serve_app.launch import check_port, development_token, local_ray, register_development_key
+from serve_app.launch import development_token, local_ray, register_development_key
 from serve_app.settings import Settings
+from tests.support.cluster import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = "tiny-pusher"
@@ -311,20 +312,18 @@ def main() -> None:
     parser.add_argument("--round-episodes", type=int, default=160)
     parser.add_argument("--concurrency", type=int, default=32)
     parser.add_argument("--seed", type=int, default=None, help="of the moments of the kills; another each time without")
-    parser.add_argument("--port", type=int, default=8126)
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the cluster ends with it
     seed = random.randrange(2**32) if arguments.seed is None else arguments.seed
     report: dict[str, Any] = {"benchmark": "evaluation", "seed": seed}
     with tempfile.TemporaryDirectory(prefix="evaluation-") as directory:
         root = Path(directory)
-        settings = Settings(data_dir=root / "data", port=arguments.port)
+        settings = Settings(data_dir=root / "data", port=free_port())
         settings.data_dir.mkdir()
         data = write_episodes(root / "episodes", max(arguments.episodes, arguments.round_episodes))
-        check_port(settings.host, settings.port)
-        check_port("127.0.0.1", arguments.port + 1)
+        dashboard_port = free_port()
         # sets what Ray reads when imported, so its users come after
-        with local_ray(settings.data_dir, num_cpus=6, dashboard_port=arguments.port + 1):
+        with local_ray(settings.data_dir, num_cpus=6, dashboard_port=dashboard_port):
             import ray
             from ray import serve
 
@@ -343,7 +342,7 @@ def main() -> None:
                 options = ["--dataset", data, "--model", MODEL, "--out", out, "--limit", arguments.episodes]
                 options += ["--url", f"http://{settings.host}:{settings.port}", "--max-cost", 20]
                 options += ["--key-file", settings.data_dir / "dev-key", "--concurrency", arguments.concurrency]
-                jobs = Jobs(f"http://127.0.0.1:{arguments.port + 1}", [str(each) for each in options], code)
+                jobs = Jobs(f"http://127.0.0.1:{dashboard_port}", [str(each) for each in options], code)
                 chance = random.Random(seed)
                 report |= killed_and_resumed(jobs, out, arguments.episodes, arguments.kills, chance)
                 report |= books(settings, out, arguments.episodes)
