@@ -1,9 +1,10 @@
 """A real cluster under load whose clients hang up at random: `make soak`, or `python -m benchmarks.soak --minutes 10`.
 
-Rollouts and batches over HTTP on a stand-in model that takes 3 + b ms per step; one request in a hundred is aborted
+Rollouts, batches, streams and sessions on a stand-in model that takes 3 + b ms per step; one in a hundred is aborted
 after a random part of the time that it takes. When all is quiet again nothing may be left: no row in an engine, no
-ticket at the scheduler, no open reservation, no task in the ingress, no mil that the audits cannot explain, and no
-process that has grown. One JSON line; the exit status is 1 if anything is left.
+ticket at the scheduler, no open reservation, no session, no byte of a body and no task in the ingress, no mil that the
+audits cannot explain, and no process that has grown. One JSON line; the exit status is 1 if anything is left, or if an
+answer was an error of the server's.
 """
 
 import argparse
@@ -25,6 +26,7 @@ import numpy as np
 import psutil
 from PIL import Image
 from sqlalchemy import text
+from websockets.asyncio.client import connect
 
 from benchmarks.sleep_model import STEP_MS_VARIABLE
 from billing import invariants
@@ -38,23 +40,65 @@ from serve_app.settings import Limits, ModelArgs, Settings
 
 MODEL = "tiny-pusher"
 NUM_ACTIONS = 24
-QUIET_TIMEOUT_S = 60.0
+QUIET_TIMEOUT_S = 120.0
+"""A session that was created and never connected to is given up after a minute."""
 MAX_GROWTH_MIB = 48.0
 """Of one process between a third of the run and its end: bounded histories fill up, leaks do not end."""
 
 
-def body(generator: random.Random) -> tuple[str, dict[str, Any]]:
-    """A path and a distinct request for it: a rollout, or one time in five a batch of four."""
+def picture(generator: random.Random) -> bytes:
     frame = io.BytesIO()
     Image.fromarray(np.full((64, 64, 3), generator.randrange(256), np.uint8)).save(frame, "PNG")
-    batch = generator.random() < 0.2
-    parts: list[tuple[str, Any]] = [("frame", ("frame.png", frame.getvalue()))]
-    for _ in range(4 if batch else 1):
+    return frame.getvalue()
+
+
+def body(generator: random.Random, candidates: int) -> dict[str, Any]:
+    """A request unlike any other."""
+    parts: list[tuple[str, Any]] = [("frame", ("frame.png", picture(generator)))]
+    for _ in range(candidates):
         actions = io.BytesIO()
         np.save(actions, np.full((NUM_ACTIONS, 8), generator.random(), np.float32))
         parts.append(("actions", ("actions.npy", actions.getvalue())))
-    path = "/v1/predict/batch" if batch else "/v1/predict"
-    return path, {"files": parts, "data": {"seed": str(generator.randrange(2**40))}}
+    return {"files": parts, "data": {"seed": str(generator.randrange(2**40))}}
+
+
+async def rollout(http: httpx.AsyncClient, generator: random.Random) -> str:
+    return f"{(await http.post('/v1/predict', **body(generator, 1))).status_code} rollout"
+
+
+async def batch(http: httpx.AsyncClient, generator: random.Random) -> str:
+    return f"{(await http.post('/v1/predict/batch', **body(generator, 4))).status_code} batch"
+
+
+async def stream(http: httpx.AsyncClient, generator: random.Random) -> str:
+    async with http.stream("POST", "/v1/predict", params={"stream": "png"}, **body(generator, 1)) as answer:
+        return f"{answer.status_code} stream" if await answer.aread() else "empty stream"
+
+
+async def session(http: httpx.AsyncClient, generator: random.Random) -> str:
+    """Two submissions; half of the clients say that they leave, the others just do."""
+    created = await http.post(
+        "/v1/sessions", files={"initial_frame": picture(generator)}, data={"model": MODEL, "max_frames": "100"}
+    )
+    if created.status_code != 200:
+        return f"{created.status_code} session"
+    headers = {"Authorization": http.headers["Authorization"]}
+    async with connect(created.json()["ws_url"], additional_headers=headers) as socket:
+        for _ in range(2):
+            await socket.send(json.dumps({"type": "submit_actions", "actions": [[0.5] * 8] * NUM_ACTIONS}))
+            while (kind := json.loads(await socket.recv())["type"]) not in ("rollout_complete", "error"):
+                pass
+            if kind == "error":
+                return "session error"
+        if generator.random() < 0.5:
+            await socket.send(json.dumps({"type": "control", "command": "stop"}))
+            await socket.wait_closed()
+    return "200 session"
+
+
+KINDS = {rollout: 0.6, batch: 0.2, stream: 0.1, session: 0.1}
+"""What clients do, and how often."""
+ABORTS = "aborted"
 
 
 async def load(url: str, key: str, until: float, connections: int, abort: float, seed: int) -> Counter[str]:
@@ -64,16 +108,13 @@ async def load(url: str, key: str, until: float, connections: int, abort: float,
     async def one_connection(generator: random.Random) -> None:
         async with httpx.AsyncClient(base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=60) as http:
             while time.monotonic() < until:
-                path, parts = body(generator)
+                (act,) = generator.choices([*KINDS], [*KINDS.values()])
+                patience_s = generator.uniform(0.0, 0.15) if generator.random() < abort else None
                 try:
-                    if generator.random() < abort:
-                        async with asyncio.timeout(generator.uniform(0.0, 0.15)):
-                            await http.post(path, **parts)
-                        ends["aborted too late"] += 1
-                    else:
-                        ends[str((await http.post(path, **parts)).status_code)] += 1
+                    async with asyncio.timeout(patience_s):
+                        ends[await act(http, generator)] += 1
                 except TimeoutError:
-                    ends["aborted"] += 1
+                    ends[ABORTS] += 1
 
     await asyncio.gather(*(one_connection(random.Random(f"{seed}/{index}")) for index in range(connections)))
     return ends
@@ -95,10 +136,12 @@ def left_over(serve: Any, database: Any, url: str, key: str) -> dict[str, Any]:
     with database.connect() as connection:
         open_reservations = connection.execute(text("SELECT count(*) FROM reservation WHERE state = 'open'")).scalar()
     rows = serve.get_deployment_handle(f"model-{MODEL}", "soak").broadcast("num_rows").results(timeout_s=10)
+    held = serve.get_app_handle("soak").broadcast("held").results(timeout_s=10)
     return {
         "scheduler_rows": status["running_rows"] + status["queued_rows"],
         "engine_rows": sum(rows),
         "open_reservations": open_reservations,
+        **{name: sum(each[name] for each in held) for name in held[0]},
     }
 
 
@@ -140,13 +183,15 @@ def soak(serve: Any, settings: Settings, arguments: argparse.Namespace) -> dict[
     with database.connect() as connection:
         rows = connection.execute(text("SELECT coalesce(sum(amount), 0) FROM entry")).scalar()
     database.dispose()
-    clean = not (any(left.values()) or tasks > 0 or violations or max(growth.values()) > MAX_GROWTH_MIB)
+    drift_mils = balance - int(rows or 0)
+    failed = sum(count for end, count in ends.items() if not end.startswith(("200", "429", "503", ABORTS)))
+    grown = max(growth.values()) > MAX_GROWTH_MIB
     return {
-        "clean": clean,
+        "clean": not (any(left.values()) or tasks > 0 or drift_mils or violations or grown or failed),
         "ends": dict(ends),
         **left,
         "tasks_more": tasks,
-        "drift_mils": balance - int(rows or 0),
+        "drift_mils": drift_mils,
         "violations": [violation.name for violation in violations],
         "growth_mib": dict(sorted(growth.items(), key=lambda entry: -entry[1])[:6]),
         "processes_replaced": len(set(before) - set(memory_mib())),
