@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import LoggingConfig
 
 from billing.database import open_database
 from billing.payments.reader import PaymentsReader
@@ -51,6 +52,8 @@ from serve_app.signing import LinkSigner, load_secret
 INGRESS_CPUS = 0.1
 MAX_CONSTRUCTOR_ATTEMPTS = 2
 """A checkpoint that does not load once will not load at the twentieth try."""
+LOGGING = LoggingConfig(enable_access_log=False)
+"""A request is a line of ours already, with its own id."""
 MAX_ONGOING_CHUNKS = 10_000
 """Serve's own bound on a replica's calls, out of the way: the scheduler grants no more than a replica has room for."""
 
@@ -174,6 +177,7 @@ def build(args: ClusterArgs, open_to: str = "") -> serve.Application:
         max_ongoing_requests=args.limits.max_ongoing_requests,
         max_queued_requests=args.limits.max_waiting_requests,
         graceful_shutdown_timeout_s=args.limits.chunk_timeout_s,
+        logging_config=LOGGING,
         ray_actor_options={"num_cpus": INGRESS_CPUS, "label_selector": args.control_labels},
     )
     return gateway.bind(args, {model.slug: _replicas(model, args) for model in args.models}, open_to)
@@ -199,6 +203,7 @@ def _replicas(model: ModelArgs, args: ClusterArgs) -> serve.Application:
     deployment = serve.deployment(Replica, name=_replicas_name(model.slug)).options(
         **_replica_count(model, args),
         max_ongoing_requests=MAX_ONGOING_CHUNKS,
+        logging_config=LOGGING,
         request_router_config=RequestRouterConfig(
             request_router_class="deployments.routing:GrantedReplicaRouter",
         ),
