@@ -4,7 +4,16 @@ from collections.abc import Iterator, Sequence
 import pytest
 
 import billing.writer
-from billing.commands import Command, ExpireLeases, HeartbeatDone, LeasesExpired, Outcome, RequestId, Settle
+from billing.commands import (
+    ChargeUnits,
+    Command,
+    ExpireLeases,
+    HeartbeatDone,
+    LeasesExpired,
+    Outcome,
+    RequestId,
+    Settle,
+)
 from billing.writer import LedgerWriter
 
 
@@ -80,7 +89,7 @@ def test_expired_leases_are_swept_without_any_traffic(
     assert ledger.entered.acquire(timeout=10)
     ledger.permits.release(1_000_000)
     writer.stop()
-    assert ledger.batches[0] == [ExpireLeases()]
+    assert ledger.batches[0] == [ExpireLeases(), ChargeUnits()]
     assert deaths == []
 
 
