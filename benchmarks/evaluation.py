@@ -27,6 +27,7 @@ import platform
 import random
 import shutil
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -50,13 +51,19 @@ from deployments.world_model import pusher
 from serve_app.catalog import PACKAGED_CHECKPOINTS
 from serve_app.launch import development_token, local_ray, register_development_key
 from serve_app.settings import Settings
-from tests.support.cluster import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = "tiny-pusher"
 NUM_ACTIONS = 48
 MILS_PER_EPISODE = 5 * (1 + NUM_ACTIONS)
 BATCH = 16
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def write_episodes(root: Path, count: int) -> Path:
