@@ -117,7 +117,8 @@ def free_port() -> int:
 
 
 def environment(data_dir: Path, port: int) -> dict[str, str]:
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "DREAM_"))}
+    ours = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "DREAM_"))}
+    inherited = ours | {name: value for name, value in os.environ.items() if name.startswith("RAY_SERVE_")}
     return inherited | {
         "DATA_DIR": str(data_dir),
         "PORT": str(port),
