@@ -8,6 +8,7 @@ from sqlalchemy import Column, Engine, MetaData, Table, text
 
 from billing.commands import (
     AddPrice,
+    ChargeUnits,
     CloseStatement,
     Credit,
     KeyTerms,
@@ -17,6 +18,7 @@ from billing.commands import (
     SetCreditLine,
     SetKeyTerms,
     SetMember,
+    SetUnits,
     Transfer,
 )
 from billing.database import open_database, writer
@@ -47,6 +49,11 @@ def unruled(databases: Databases) -> Iterator[Engine]:
         desk.do(keyed)
         desk.settle(keyed.request_id, 0)
         desk.settle(desk.do(replace(keyed, request_id=mint_request_id())).request_id, 3)
+        fay = desk.account(1000, name="fay")
+        desk.do(SetUnits(fay.customer_id, "m", 1, "2027-01", 2, Mils(100), 60, 4))
+        desk.do(ChargeUnits())
+        desk.ran(fay, 49, "m", delivered=10)
+        desk.ran(fay, 49, "m")
         desk.settle(desk.reserved(bob, 20), 0)
         desk.do(RevokeKey(bob.key.key_id))
         for version, since in ((1, 10.0), (2, 20.0)):
@@ -159,10 +166,10 @@ DAMAGE = [
         "no_spending_by_revoked_key",
         f"UPDATE api_key SET customer_id = {BOB} WHERE customer_id = {ANN}",
     ),
-    ("one key charged twice", "one_request_per_idempotency_key", "UPDATE reservation SET captured = amount"),
+    ("one key charged twice", "one_request_per_idempotency_key", "UPDATE reservation SET frames_delivered = 1"),
     ("a submission without its request", "submission_is_its_request", "DELETE FROM reservation"),
     ("a submission of another customer", "submission_is_its_request", f"UPDATE submission SET customer_id = {BOB}"),
-    ("a paid request's key released", "submission_is_its_request", "UPDATE reservation SET captured = amount"),
+    ("a paid request's key released", "submission_is_its_request", "UPDATE reservation SET frames_delivered = 1"),
     ("a payment that credited nothing", "payment_is_its_credit", "UPDATE payment SET credit_seq = 0"),
     ("a payment that credited less", "payment_is_its_credit", "UPDATE payment SET granted = granted + 1"),
     ("a payment taken back further", "reversals_add_up", "UPDATE payment SET reversed = reversed + 1"),
@@ -172,6 +179,12 @@ DAMAGE = [
     ("a debt forgiven", "debt_adds_up", "UPDATE wallet SET debt_mils = 0 WHERE name = 'cat'"),
     ("a repayment that moved no money", "debt_adds_up", "DELETE FROM entry WHERE kind = 'repayment'"),
     ("money to spend beside a debt", "debt_adds_up", "UPDATE wallet SET balance_mils = 5 WHERE name = 'cat'"),
+    ("units that nobody paid", "units_are_charged_once", "DELETE FROM entry WHERE kind = 'fee'"),
+    ("a fee for no units", "units_are_charged_once", "DELETE FROM unit_charge"),
+    ("units at other terms", "units_are_charged_once", "UPDATE provision SET version = 2"),
+    ("a use that is forgotten", "units_cover_what_they_allot", "DELETE FROM unit_use WHERE seq = 1"),
+    ("more used than there is", "units_cover_what_they_allot", "UPDATE unit_charge SET frames = 1"),
+    ("frames that no units cover", "units_cover_what_they_allot", "UPDATE reservation SET covered = 1"),
     ("time that runs back", "history_runs_forward", f"UPDATE entry SET ts = 0 WHERE customer_id = {ANN} AND seq = 3"),
     (
         "a stale writer's entry",

@@ -105,7 +105,9 @@ class TestTheCharge:
 
     @pytest.mark.parametrize(("more", "fewer"), [(3, 1), (1, 3)])
     def test_other_terms_begin_with_a_later_month(self, desk: Desk, lab: Account, more: int, fewer: int):
-        assert isinstance(desk.do(units(lab, more, 2)), Rejected)
+        refused = desk.do(units(lab, more, 2))
+        assert isinstance(refused, Rejected)
+        assert refused.reason.startswith("the units of 2027-01 are set already")
         assert desk.do(units(lab, more, 2, FEBRUARY)) == UnitsSet(lab.customer_id, "m", 2)
         assert desk.do(units(lab, more, 2, FEBRUARY)) == UnitsSet(lab.customer_id, "m", 2)
         assert isinstance(desk.do(units(lab, fewer, 2, FEBRUARY)), Rejected)
@@ -113,6 +115,21 @@ class TestTheCharge:
         desk.clock.advance(TO_FEBRUARY_S)
         desk.do(ChargeUnits())
         assert desk.rows(lab)[-1][1] == -100 * more
+
+    def test_a_month_that_was_charged_keeps_its_terms(self, desk: Desk, lab: Account):
+        desk.clock.advance(TO_FEBRUARY_S)
+        desk.do(ChargeUnits())
+        refused = desk.do(units(lab, 3, 2, FEBRUARY))
+        assert isinstance(refused, Rejected)
+        assert refused.reason.startswith("2027-02 is charged already")
+
+    def test_of_two_models_one_is_charged_and_the_other_waits(self, desk: Desk):
+        account = desk.account(450)
+        desk.do(units(account))
+        desk.do(units(account, 5, model="other"))
+        assert desk.do(ChargeUnits()) == UnitsCharged((charge_of(account),), (account.customer_id,))
+        assert desk.do(ChargeUnits()) == UnitsCharged((), (account.customer_id,))
+        assert desk.balance(account) == 250
 
     def test_no_units_end_it(self, desk: Desk, lab: Account):
         desk.do(units(lab, 0, 2, FEBRUARY))
