@@ -207,6 +207,7 @@ def test_a_client_that_hangs_up_while_it_is_queued_is_refunded_and_leaves_the_qu
     def rows(state: str) -> int:
         return int(http.get("/v1/status").json()["models"]["tiny-pusher"][f"{state}_rows"])
 
+    eventually(lambda: idle(http), timeout_s=60)  # a killed ingress's grant is held until it times out
     with contextlib.ExitStack() as stack:
         batches = [stack.enter_context(sent(http, "/v1/predict/batch", [slow(0.5, seed)] * 16)) for seed in range(2)]
         eventually(lambda: unanswered(batches) and rows("running") == 32)
