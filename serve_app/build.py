@@ -166,7 +166,12 @@ def _replicas_name(slug: str) -> str:
     return f"model-{slug}"
 
 
-def build(args: ClusterArgs, open_to: str = "") -> serve.Application:
+def build(args: ClusterArgs) -> serve.Application:
+    """What `serve deploy` calls; Serve takes no builder of two parameters."""
+    return application(args)
+
+
+def application(args: ClusterArgs, open_to: str = "") -> serve.Application:
     """The whole cluster as one Serve application: an ingress deployment, and a replica deployment per model.
 
     `open_to` is the SHA-256 of the key that every request is taken to carry, in development. It is no field of `args`:

@@ -206,7 +206,7 @@ def serve_application(settings: Settings, args: ClusterArgs, open_to: str = "") 
     import ray
     from ray import serve
 
-    from serve_app.build import build
+    from serve_app.build import application
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     _progress("starting Serve")
@@ -217,7 +217,7 @@ def serve_application(settings: Settings, args: ClusterArgs, open_to: str = "") 
     serve.start(http_options={"host": settings.host, "port": settings.port, "request_timeout_s": None})
     _progress(f"loading {', '.join(model.slug for model in args.models)}")
     try:
-        serve.run(build(args, open_to), name=APPLICATION, route_prefix="/", blocking=False)
+        serve.run(application(args, open_to), name=APPLICATION, route_prefix="/", blocking=False)
     except RuntimeError:
         raise CannotStart(_why_unhealthy()) from None
 

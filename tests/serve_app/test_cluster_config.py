@@ -6,7 +6,10 @@ from typing import Any
 import pytest
 import yaml
 from pydantic import ValidationError
+from ray._common.utils import import_attr
 from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.serve import Application
+from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 from ray.serve.schema import ServeDeploySchema
 from ray.util.accelerators import accelerators
 
@@ -79,3 +82,10 @@ def test_a_cold_start_that_takes_longer_than_a_request_may_wait_is_refused() -> 
     (application,) = load("serve_app/config/production.yaml")["applications"]
     with pytest.raises(ValidationError, match=r"tiny-pusher: cold_start_budget_s 30 .* queue_timeout_s 20"):
         ClusterArgs.model_validate(application["args"] | {"limits": {"queue_timeout_s": 20}})
+
+
+def test_serve_can_call_the_builder_that_the_config_names() -> None:
+    (deployed,) = load("serve_app/config/production.yaml")["applications"]
+    builder = import_attr(deployed["import_path"])
+    built = call_user_app_builder_with_args_if_necessary(builder, deployed["args"])
+    assert isinstance(built, Application)
