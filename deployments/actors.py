@@ -60,12 +60,14 @@ def start_session_directory(max_per_customer: int, max_sessions: int, labels: La
 
 
 def start_scheduler(model: str, limits: SchedulerLimits, labels: Labels) -> Any:
-    return _remote(SchedulerActor, _scheduler_name(model, limits), labels).remote(limits, model)
+    """One for each model, whatever the limits: while a configuration replaces another, the ingress replicas of both
+    work with the replicas of both. `limits` hold until a replica says its own."""
+    return _remote(SchedulerActor, _scheduler_name(model), labels).remote(limits, model)
 
 
-def scheduler_handle(model: str, limits: SchedulerLimits) -> Any:
+def scheduler_handle(model: str) -> Any:
     """The running scheduler of that model. Raises ValueError if there is none."""
-    return ray.get_actor(_scheduler_name(model, limits), namespace=NAMESPACE)
+    return ray.get_actor(_scheduler_name(model), namespace=NAMESPACE)
 
 
 def start_payments(config: PaymentsConfig, database_url: str, ledger: Any, report_secret: bytes, labels: Labels) -> Any:
@@ -79,8 +81,8 @@ def _remote(actor: type, name: str, labels: Labels, **options: int) -> Any:
     return ray.remote(actor).options(name=name, label_selector=dict(labels), **(_OPTIONS | options))
 
 
-def _scheduler_name(model: str, limits: SchedulerLimits) -> str:
-    return _name(f"scheduler:{model}", repr(limits))
+def _scheduler_name(model: str) -> str:
+    return _name(f"scheduler:{model}")
 
 
 def _ledger_name(database_url: str) -> str:
@@ -88,6 +90,6 @@ def _ledger_name(database_url: str) -> str:
 
 
 def _name(actor: str, *configuration: str) -> str:
-    """Another version or configuration is another actor: a redeploy never goes on with the old one's."""
+    """Another version is another actor, and another configuration too: a redeploy never goes on with the old one's."""
     digest = hashlib.sha256("\n".join((version("dream-engine-cluster"), *configuration)).encode()).hexdigest()
     return f"{actor}:{digest[:12]}"

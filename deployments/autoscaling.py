@@ -22,7 +22,7 @@ import structlog
 
 from billing.database import open_database
 from billing.units import UnitsReader
-from deployments.scheduler import Demand, SchedulerLimits
+from deployments.scheduler import Demand
 
 log = structlog.get_logger(__name__)
 
@@ -127,11 +127,10 @@ class ServePolicy:
     PROMISES_EVERY_S = 30.0
     STALE_S = 10.0
 
-    def __init__(self, model: str, limits: dict[str, Any], terms: dict[str, Any], database_url: str) -> None:
-        """`limits` name the scheduler, `terms` are the fields of `ScalingTerms`: Serve passes JSON. The database tells
-        how many replicas are promised; the last answer holds while it cannot be asked."""
+    def __init__(self, model: str, terms: dict[str, Any], database_url: str) -> None:
+        """`terms` are the fields of `ScalingTerms`: Serve passes JSON. The database tells how many replicas are
+        promised; the last answer holds while it cannot be asked."""
         self._model = model
-        self._limits = SchedulerLimits(**limits)
         self._policy = DemandPolicy(ScalingTerms(**terms))
         self._database_url = database_url
         self._units: UnitsReader | None = None
@@ -168,7 +167,7 @@ class ServePolicy:
 
         from deployments.actors import scheduler_handle
 
-        demand = ray.get(scheduler_handle(self._model, self._limits).demand.remote(), timeout=self.STALE_S)
+        demand = ray.get(scheduler_handle(self._model).demand.remote(), timeout=self.STALE_S)
         self._latest = time.monotonic(), demand
 
     def _ask_promises(self) -> None:

@@ -78,6 +78,14 @@ class FairQueue:
         self.cost = 0
         self.num_rows = 0
 
+    def reweigh(self, weights: Mapping[CustomerId, float]) -> None:
+        """From now on; what was granted before stays paid for at the old weights."""
+        self._weights = weights
+        for group in self._classes.values():
+            for flow in group.flows.values():
+                flow.weight = self._weight(flow.customer_id)
+            group.active_weight = sum(flow.weight for flow in group.flows.values() if flow.num_tickets)
+
     def __len__(self) -> int:
         return len(self._entries)
 

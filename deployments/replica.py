@@ -125,7 +125,12 @@ class Replica:
             measured = self._measured()
             try:
                 await self._scheduler.replica_alive.remote(
-                    self._id, self._engine.cap, self._attention, self._profile, measured
+                    self._id,
+                    self._engine.cap,
+                    self._attention,
+                    self._profile,
+                    measured,
+                    self._config.scheduler_limits,
                 )
             except Exception as error:
                 self._meter.add(measured)

@@ -23,7 +23,8 @@ from deployments.present_batches import PresentBatches
 BATCHES_AHEAD = 2
 """Rows that a replica holds, in batches: the one that runs and the next."""
 CAUTION = 1.05
-"""At the door the estimate must leave this much: who is let in and is late after all has lost more than who is not."""
+"""At the door the estimate must leave this much while others are there: who is let in and is late after all has lost
+more than who is not."""
 REMEMBERED_FRAMES = 4096
 """Start frames of which the scheduler knows who encoded them last."""
 MAX_RETRY_AFTER_S = 60.0
@@ -207,6 +208,15 @@ class Scheduler:
         self._drain = DrainRate(clock)
         self._recent = RecentRate(clock)
 
+    def limit(self, limits: SchedulerLimits) -> None:
+        """Other limits from now on. What waits and runs already stays."""
+        if limits == self._limits:
+            return
+        self._limits = limits
+        self._queue.reweigh(limits.customer_weights)
+        for customer_id in {waiting.ticket.terms.customer_id for waiting in self._queue}:
+            self._queue.release(customer_id)
+
     def submit(self, ticket: Ticket) -> Overloaded | TooLate | None:
         """Queue `ticket`, or refuse it. A rollout that has begun is refused only when its deadline is lost.
 
@@ -226,7 +236,7 @@ class Scheduler:
             replica = next(iter(self._replicas.values()), None)
             if replica is not None and now + self._shortest_run_s(ticket, replica) > deadline:
                 return TooLate()
-            finish_s = self.finish_s(ticket)
+            finish_s = self.finish_s(ticket) if self._running or len(self._queue) else None
             if finish_s is not None and now + CAUTION * finish_s > deadline:
                 return TooLate() if ticket.begun else Overloaded(self._retry_after_s(ticket))
         bound = self._limits.max_queued_cost

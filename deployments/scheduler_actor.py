@@ -86,8 +86,11 @@ class SchedulerActor:
         attention: str = "",
         profile: BatchProfile | None = None,
         measured: Series | None = None,
+        limits: SchedulerLimits | None = None,
     ) -> None:
-        """`measured`: what the replica has counted since it last said so."""
+        """`measured`: what the replica has counted since it last said so. `limits`: of its configuration."""
+        if limits is not None:
+            self._scheduler.limit(limits)
         gauges = {key: values for key, values in (measured or {}).items() if BY_NAME[key[0]].kind == "gauge"}
         self._meter.add({key: values for key, values in (measured or {}).items() if key not in gauges})
         self._replica_gauges[replica_id] = gauges

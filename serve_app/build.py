@@ -226,7 +226,6 @@ def _replica_count(model: ModelArgs, args: ClusterArgs) -> dict[str, Any]:
         return {"num_replicas": model.min_replicas}
     kwargs = {
         "model": model.slug,
-        "limits": asdict(scheduler_limits(model.slug, args)),
         "terms": asdict(model.scaling_terms()),
         "database_url": args.database_url,
     }

@@ -107,6 +107,42 @@ def test_tickets_of_one_customer_are_granted_in_the_order_they_came(scheduler: S
     assert granted(scheduler.dispatch()) == ["c"]
 
 
+class TestLimitsThatChange:
+    def test_the_queues_bound_is_the_new_one(self, scheduler: Scheduler) -> None:
+        fill(scheduler)
+        assert scheduler.submit(ticket("waits", 16)) is None
+        scheduler.limit(replace(LIMITS, max_queued_rows=32))
+        assert scheduler.submit(ticket("waits too", 16)) is None
+        scheduler.limit(LIMITS)
+        assert isinstance(scheduler.submit(ticket("refused", 1)), Overloaded)
+
+    def test_who_was_held_back_goes_on_when_its_bound_is_lifted(self, clock: Clock) -> None:
+        scheduler = Scheduler(clock, SchedulerLimits(max_customer_rows=1))
+        scheduler.replica_alive(ReplicaId("r"), 8)
+        for name in "ab":
+            scheduler.submit(ticket(name, customer="c"))
+        assert granted(scheduler.dispatch()) == ["a"]
+        scheduler.limit(SchedulerLimits())
+        assert granted(scheduler.dispatch()) == ["b"]
+
+    def test_shares_follow_the_new_weights_while_work_waits(self, clock: Clock) -> None:
+        limits = SchedulerLimits(1000)
+        scheduler = Scheduler(clock, limits)
+        fill(scheduler, capacity=1)
+        for index in range(40):
+            for customer in ("one", "other"):
+                scheduler.submit(ticket(f"{customer} {index}", customer=customer))
+        scheduler.limit(replace(limits, customer_weights={CustomerId("one"): 3.0}))
+        drain(scheduler)
+        order: list[str] = []
+        while len(order) < 40:
+            names = granted(scheduler.dispatch())
+            order += names
+            for name in names:
+                scheduler.complete(TicketId(name))
+        assert 29 <= sum(name.startswith("one") for name in order) <= 31
+
+
 def test_nothing_is_granted_before_a_replica_announces_itself(scheduler: Scheduler) -> None:
     scheduler.submit(ticket("a"))
     assert scheduler.dispatch() == []
