@@ -10,7 +10,7 @@ export HOST ?= 127.0.0.1
 export DATA_DIR ?= ./.data
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: serve test fuzz soak lint clean simulate-payments pay-in-browser simulate-ledger chaos-ledger mutate-ledger bench-ledger chaos-jobs scale-cluster dashboard check-metrics bench-idle evaluate-proof
+.PHONY: serve test fuzz soak lint clean simulate-payments pay-in-browser simulate-ledger chaos-ledger mutate-ledger bench-ledger chaos-jobs scale-cluster dashboard check-metrics bench-idle evaluate-proof chaos-cluster drain-node
 
 # FAKE_STRIPE=1 turns payments on, against the fake Stripe of the tests: pay with a fake card.
 serve: $(VENV)/.installed
@@ -60,6 +60,15 @@ chaos-jobs: $(VENV)/.installed-dev
 # Ray's autoscaler adds GPU nodes under load and takes them away after it, on one machine: two minutes.
 scale-cluster: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.cluster_autoscaling
+
+# Head and GPU node killed, model and limits replaced by `serve deploy`, all under load: four minutes, and wants
+# `apt-get install redis-server`.
+chaos-cluster: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.cluster_faults
+
+# The node of a serving replica is drained and ends; a minute or two.
+drain-node: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.node_drain
 
 # CPU and memory of each process of a cluster that nobody uses: two minutes.
 bench-idle: $(VENV)/.installed-dev

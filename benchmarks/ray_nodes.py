@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -72,16 +73,19 @@ class RayNodes:
             f"--temp-dir={self.directory / 'ray'}",
             f"--ray-client-server-port={free_port()}",
         )
-        return self._start(("--head", *common, *options), env or {})
+        return self._start([RAY, "start", "--block", *EVERY_NODE, "--head", *common, *options], env or {})
 
-    def worker(self, *options: str, env: Mapping[str, str] | None = None) -> Node:
-        return self._start((f"--address={self.address}", *options), env or {})
+    def worker(self, env: Mapping[str, str] | None = None, **resources: Any) -> Node:
+        """Not by `ray start`, which refuses a second node on a loopback address."""
+        return self._start(
+            [sys.executable, "-m", "benchmarks.ray_nodes", self.address, json.dumps(resources)], env or {}
+        )
 
-    def _start(self, options: tuple[str, ...], env: Mapping[str, str]) -> Node:
+    def _start(self, command: list[str], env: Mapping[str, str]) -> Node:
         log = self.directory / f"node-{len(self._nodes)}.log"
         with log.open("wb") as output:
             process = subprocess.Popen(
-                [RAY, "start", "--block", *EVERY_NODE, *options],
+                command,
                 env=os.environ | {"PYTHONPATH": str(ROOT)} | dict(env),
                 cwd=ROOT,
                 stdout=output,
@@ -149,3 +153,30 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def join(address: str, resources: Mapping[str, Any]) -> None:
+    """Be a worker node of the cluster at `address`, until this process ends."""
+    from ray._private.node import Node as RayNode
+    from ray._private.parameter import RayParams
+
+    RayNode(
+        RayParams(
+            gcs_address=address,
+            redis_address=address,
+            min_worker_port=0,
+            max_worker_port=0,
+            dashboard_agent_listen_port=0,
+            object_store_memory=STORE_BYTES,
+            **resources,
+        ),
+        head=False,
+        shutdown_at_exit=True,
+        spawn_reaper=False,
+    )
+    print("Ray runtime started", flush=True)
+    signal.pause()
+
+
+if __name__ == "__main__":
+    join(sys.argv[1], json.loads(sys.argv[2]))
