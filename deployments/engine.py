@@ -94,6 +94,9 @@ class Engine:
         self._model = model
         self._slug = slug
         self._meter = meter or Meter()
+        for rare in (ENGINE_BISECTIONS, ENGINE_OUT_OF_MEMORY, ENGINE_ROWS_FAILED):
+            # Prometheus sees no increase in a series that begins with its first event.
+            self._meter.count(rare, slug, by=0)
         self._presenter = Presenter(model, resolution, fps, lpips)
         self._profile = profile
         self._max_rows = max_rows

@@ -141,7 +141,11 @@ LEDGER_AUDIT_DURATION_SECONDS = Metric(
     "dream_ledger_audit_duration_seconds", "gauge", "How long the last round of audits took."
 )
 
-STRIPE_DIFFERENCE_CENTS = Metric("dream_stripe_difference_cents", "gauge", "Stripe's books less ours, of the last day.")
+STRIPE_DIFFERENCE_CENTS = Metric(
+    "dream_stripe_difference_cents",
+    "gauge",
+    "By how much Stripe's books of the last day differ from ours, without sign.",
+)
 STRIPE_INBOX_AGE_SECONDS = Metric(
     "dream_stripe_inbox_age_seconds", "gauge", "Of the oldest event of Stripe's that was not applied."
 )

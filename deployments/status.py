@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import structlog
 from datasketches import req_floats_sketch
@@ -296,7 +296,9 @@ class StatusActor:
 
 
 def measure_sample(meter: Meter, sample: Sample) -> None:
-    meter.count(ROLLOUTS, sample.model, sample.outcome)
+    for outcome in get_args(Outcome):
+        # All at once: Prometheus sees no increase in a series that begins with its first event.
+        meter.count(ROLLOUTS, sample.model, outcome, by=outcome == sample.outcome)
     if sample.outcome == "succeeded":
         for metric, milliseconds in (
             (ROLLOUT_QUEUE_SECONDS, sample.queue_ms),

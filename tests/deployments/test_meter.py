@@ -1,11 +1,13 @@
 """What is measured in one process arrives on the page, once, whatever the way."""
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from deployments.engine import Engine
 from deployments.messages import ReplicaId, Ticket, TicketId, TicketTerms
 from deployments.meter import Meter, Series, exposition
 from deployments.metrics import (
@@ -19,8 +21,10 @@ from deployments.metrics import (
 )
 from deployments.scheduler import SchedulerLimits
 from deployments.scheduler_actor import SchedulerActor
+from deployments.status import Sample, measure_sample
 from deployments.status_client import StatusClient
 from tests.support.app import LocalActor
+from tests.support.models import StandInModel
 
 
 def samples(page: bytes) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
@@ -54,6 +58,17 @@ def test_drained_increments_add_up_to_what_was_counted_and_gauges_to_what_they_a
     assert series["dream_engine_bisections_total", ("m",)] == (4.0,)
     assert series["dream_latent_cache_bytes", ("m",)] == (3.0,)
     assert sum(series["dream_engine_step_rows", ("m",)][:-1]) == 2
+
+
+def test_what_is_rare_is_on_the_page_at_nought_before_it_happens_so_that_an_alert_sees_the_first() -> None:
+    meter = Meter()
+    Engine(StandInModel(Path(), "cpu"), (16, 16), fps=10, max_rows=2, slug="m", meter=meter).stop()
+    measure_sample(meter, Sample("m", "succeeded", num_frames=49))
+    page = samples(exposition([meter.series()]))
+    for name in ("dream_engine_out_of_memory_total", "dream_engine_rows_failed_total", "dream_engine_bisections_total"):
+        assert page[name, (("model", "m"),)] == 0
+    by_outcome = {"succeeded": 1, "refused": 0, "failed": 0, "canceled": 0}
+    assert {key: page["dream_rollouts_total", (("model", "m"), ("outcome", key))] for key in by_outcome} == by_outcome
 
 
 def test_labels_reach_the_page_whatever_is_in_them() -> None:
