@@ -236,8 +236,11 @@ class Ticket:
     num_steps: int = 1
     """Forwards that each of its rows takes."""
     terms: TicketTerms = NO_TERMS
-    start_frame: str = ""
-    """Digest of the frame that its rows begin with; a replica that has it encoded already is preferred."""
+    affinity: str = ""
+    """Names what a replica may have ready for its rows, the encoded start frame or the context of a stream: the replica
+    that was last granted such a ticket is preferred."""
+    affinity_steps: int = 0
+    """Forwards of a row that another replica needs to make it ready: how long that replica is worth waiting for."""
     compatibility: str = ""
     """Only tickets that agree in this run on a replica at a time."""
 

@@ -109,7 +109,7 @@ class ModelClient:
         permit: asyncio.Event | None,
     ) -> tuple[ChunkReport, ChunkTiming]:
         num_steps = max(row.num_steps * (2 if row.guidance else 1) for row in rows)
-        start_frame = _digest(rows[0].start_frame) if rows[0].chunk == 0 else ""
+        affinity = _digest(rows[0].start_frame) if rows[0].chunk == 0 else ""
         deadline = None if terms.deadline_s is None else time.monotonic() + terms.deadline_s
         for attempt in range(MAX_ATTEMPTS):
             if attempt:
@@ -123,7 +123,7 @@ class ModelClient:
                 patience_s,
                 num_steps,
                 replace(terms, deadline_s=_left_s(deadline)),
-                start_frame,
+                affinity,
             )
             finished = False
             try:

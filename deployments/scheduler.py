@@ -25,8 +25,10 @@ BATCHES_AHEAD = 2
 CAUTION = 1.05
 """At the door the estimate must leave this much while others are there: who is let in and is late after all has lost
 more than who is not."""
-REMEMBERED_FRAMES = 4096
-"""Start frames of which the scheduler knows who encoded them last."""
+REMEMBERED_AFFINITIES = 4096
+"""Start frames and streams of which the scheduler knows which replica had them last."""
+UNKNOWN_BATCH_S = 1.0
+"""What a present batch is taken to last, where no profile tells; only what has something ready is compared by it."""
 MAX_RETRY_AFTER_S = 60.0
 UNKNOWN_COST_PER_S = 10.0
 """A replica's rate, for counting demand, until one has said its own."""
@@ -182,7 +184,7 @@ class Scheduler:
         """In the order in which they were granted."""
         self._rows_of: dict[CustomerId, int] = {}
         """Running, per customer."""
-        self._encoded_on: OrderedDict[str, ReplicaId] = OrderedDict()
+        self._ready_on: OrderedDict[str, ReplicaId] = OrderedDict()
         self._by_room: list[tuple[bool, int, int, ReplicaId]] = []
         """Whether it runs something, rows beyond its present batch, turn, replica: a heap, entries may be stale."""
         self._turns = 0
@@ -384,20 +386,35 @@ class Scheduler:
         self._backlog_cost -= ticket.cost * ticket.terms.chunks_left
 
     def _replica_for(self, ticket: Ticket) -> _Replica | None:
-        """The replica that has its start frame already, if the rows fit into its present batch; else the roomiest."""
-        if not self._replicas:
-            return None
-        known = self._encoded_on.get(ticket.start_frame) if ticket.start_frame else None
-        if known is not None and known in self._replicas:
-            replica = self._replicas[known]
-            if replica.has_room_for(ticket) and replica.rows + ticket.num_rows <= replica.capacity_rows:
-                return replica
-        while True:
+        """The replica that has ready what it needs, unless it would begin later there by more than that is worth; else
+        the roomiest."""
+        roomiest = self._roomiest()
+        known = self._replicas.get(self._ready_on.get(ticket.affinity, ReplicaId(""))) if ticket.affinity else None
+        if known is not None and not known.has_room_for(ticket):
+            known = None
+        if roomiest is None or not roomiest.has_room_for(ticket):
+            return known
+        if known is None or known is roomiest:
+            return roomiest
+        worth_s = 0.0 if known.profile is None else ticket.affinity_steps * known.profile.step_s(ticket.num_rows)
+        waits_longer_s = self._begins_in_s(ticket, known) - self._begins_in_s(ticket, roomiest)
+        return known if waits_longer_s <= worth_s else roomiest
+
+    def _roomiest(self) -> _Replica | None:
+        while self._replicas:
             *_, turn, replica_id = self._by_room[0]
             roomiest = self._replicas.get(replica_id)
             if roomiest is not None and roomiest.turn == turn:
-                return roomiest if roomiest.has_room_for(ticket) else None
+                return roomiest
             heapq.heappop(self._by_room)
+        return None
+
+    def _begins_in_s(self, ticket: Ticket, replica: _Replica) -> float:
+        """Until the engine there has a place for its rows: at once, or when its present batch is done."""
+        if replica.rows + ticket.num_rows <= replica.capacity_rows:
+            return 0.0
+        ends_at = replica.batch_ends_at
+        return UNKNOWN_BATCH_S if ends_at is None else max(0.0, ends_at - self._clock())
 
     def _start(self, ticket: Ticket, replica: _Replica) -> None:
         now, replica_id = self._clock(), replica.replica_id
@@ -409,11 +426,11 @@ class Scheduler:
         self._running[ticket.ticket_id] = _Running(ticket, replica_id, now)
         customer_id = ticket.terms.customer_id
         self._rows_of[customer_id] = self._rows_of.get(customer_id, 0) + ticket.num_rows
-        if ticket.start_frame:
-            self._encoded_on[ticket.start_frame] = replica_id
-            self._encoded_on.move_to_end(ticket.start_frame)
-            if len(self._encoded_on) > REMEMBERED_FRAMES:
-                self._encoded_on.popitem(last=False)
+        if ticket.affinity:
+            self._ready_on[ticket.affinity] = replica_id
+            self._ready_on.move_to_end(ticket.affinity)
+            if len(self._ready_on) > REMEMBERED_AFFINITIES:
+                self._ready_on.popitem(last=False)
 
     def _release(self, ticket_id: TicketId) -> _Running | None:
         running = self._running.pop(ticket_id, None)

@@ -206,7 +206,7 @@ def test_rows_go_where_their_start_frame_is_encoded_while_that_costs_no_wait(sch
         scheduler.replica_alive(ReplicaId(name), 4)
 
     def replica_of(name: str, num_rows: int) -> str:
-        scheduler.submit(replace(ticket(name, num_rows), start_frame="frame"))
+        scheduler.submit(replace(ticket(name, num_rows), affinity="frame"))
         (answer,) = scheduler.dispatch()
         assert isinstance(answer, Grant)
         return answer.replica_id
@@ -214,6 +214,67 @@ def test_rows_go_where_their_start_frame_is_encoded_while_that_costs_no_wait(sch
     first = replica_of("first", 2)
     assert replica_of("fits", 2) == first
     assert replica_of("would wait", 1) != first
+
+
+class TestStreams:
+    """A stream's context is on one replica; making it again elsewhere takes 18 forwards of a second each."""
+
+    @pytest.fixture
+    def scheduler(self, clock: Clock) -> Scheduler:
+        scheduler = Scheduler(clock, SchedulerLimits(max_queued_rows=1000, grant_timeout_s=1e9, replica_timeout_s=1e9))
+        for name in ("a", "b"):
+            scheduler.replica_alive(ReplicaId(name), 4, profile=ROW_S)
+        return scheduler
+
+    def replica_of(self, scheduler: Scheduler, name: str, num_steps: int = 5) -> str:
+        chunk = Ticket(TicketId(name), 1, True, num_steps=num_steps, affinity="stream", affinity_steps=18)
+        scheduler.submit(chunk)
+        answers = {answer.ticket_id: answer for answer in scheduler.dispatch()}
+        answer = answers[chunk.ticket_id]
+        assert isinstance(answer, Grant)
+        return answer.replica_id
+
+    def test_each_chunk_goes_where_the_last_one_was_whatever_else_runs(
+        self, clock: Clock, scheduler: Scheduler
+    ) -> None:
+        home, seen, present = self.replica_of(scheduler, "0"), set(), list[str]()
+        scheduler.complete(TicketId("0"))
+        for index in range(1, 200):
+            scheduler.submit(replace(ticket(f"other {index}", 1 + index % 2, "other"), num_steps=4))
+            present += [name for name in granted(scheduler.dispatch()) if name.startswith("other")]
+            seen.add(self.replica_of(scheduler, str(index)))
+            clock.now += 5
+            scheduler.complete(TicketId(str(index)))
+            if len(present) > 3:
+                scheduler.complete(TicketId(present.pop(0)))
+        assert seen == {home}
+
+    @pytest.mark.parametrize(("num_steps", "stays"), [(4, True), (5, False)])
+    def test_it_waits_no_longer_than_making_its_context_again_takes(
+        self, scheduler: Scheduler, num_steps: int, stays: bool
+    ) -> None:
+        """For a batch of four rows: 16 s, or 20 s."""
+        home = self.replica_of(scheduler, "0")
+        scheduler.complete(TicketId("0"))
+        batch = replace(ticket("batch", 4, "other"), num_steps=num_steps, affinity="stream")
+        scheduler.submit(batch)
+        assert scheduler.dispatch() == [Grant(batch.ticket_id, ReplicaId(home))]
+        assert (self.replica_of(scheduler, "1") == home) == stays
+
+    def test_it_does_not_wait_for_a_replica_that_has_its_next_batch_too(self, scheduler: Scheduler) -> None:
+        home = self.replica_of(scheduler, "0")
+        for name, num_rows in (("this batch", 3), ("next batch", 4)):
+            scheduler.submit(replace(ticket(name, num_rows, "other"), affinity="stream", affinity_steps=99))
+        assert {answer.replica_id for answer in scheduler.dispatch() if isinstance(answer, Grant)} == {home}
+        assert self.replica_of(scheduler, "1") != home
+
+    def test_it_goes_elsewhere_when_its_replica_is_gone(self, scheduler: Scheduler) -> None:
+        home = self.replica_of(scheduler, "0")
+        scheduler.replica_gone(ReplicaId(home))
+        other = self.replica_of(scheduler, "1")
+        assert other != home
+        scheduler.replica_alive(ReplicaId(home), 4, profile=ROW_S)
+        assert self.replica_of(scheduler, "2") == other, "it stays where it went"
 
 
 def test_the_next_chunk_of_a_rollout_goes_before_a_new_rollout_of_its_customer(scheduler: Scheduler) -> None:
