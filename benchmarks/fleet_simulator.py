@@ -119,11 +119,26 @@ class _Replica:
     """A batch that advances in steps; `ends` holds the step at which each ticket's chunk is done, `waiting` what was
     granted ahead of its room."""
 
-    __slots__ = ("_service", "at", "draining", "ends", "replica_id", "rows", "steps", "version", "waiting")
+    __slots__ = (
+        "_first_end",
+        "_service",
+        "_step_s",
+        "at",
+        "draining",
+        "ends",
+        "replica_id",
+        "rows",
+        "steps",
+        "version",
+        "waiting",
+    )
 
     def __init__(self, replica_id: ReplicaId, service: Service, now: float) -> None:
         self.replica_id = replica_id
         self._service = service
+        self._step_s = service.step_s(0)
+        """Of the batch as it is."""
+        self._first_end = math.inf
         self.ends: dict[TicketId, tuple[float, int]] = {}
         self.waiting: deque[tuple[TicketId, int]] = deque()
         self.rows = 0
@@ -134,7 +149,7 @@ class _Replica:
 
     def advance(self, now: float) -> None:
         if self.rows:
-            self.steps += (now - self.at) / self._service.step_s(self.rows)
+            self.steps += (now - self.at) / self._step_s
         self.at = now
 
     def add(self, now: float, ticket_id: TicketId, rows: int) -> None:
@@ -144,26 +159,31 @@ class _Replica:
         self.version += 1
 
     def _begin(self) -> None:
-        while self.waiting and (not self.rows or self.rows + self.waiting[0][1] <= self._service.max_rows):
-            ticket_id, rows = self.waiting.popleft()
-            self.ends[ticket_id] = (math.ceil(self.steps - 1e-9) + self._service.num_steps, rows)
-            self.rows += rows
+        rows, most = self.rows, self._service.max_rows
+        while self.waiting and (not rows or rows + self.waiting[0][1] <= most):
+            ticket_id, joining = self.waiting.popleft()
+            end = math.ceil(self.steps - 1e-9) + self._service.num_steps
+            self.ends[ticket_id] = (end, joining)
+            if end < self._first_end:
+                self._first_end = end
+            rows += joining
+        self.rows = rows
+        self._step_s = self._service.step_s(rows)
 
     def pop_finished(self, now: float) -> list[TicketId]:
         self.advance(now)
-        done = [ticket_id for ticket_id, (end, _) in self.ends.items() if end <= self.steps + 1e-6]
+        by = self.steps + 1e-6
+        done = [ticket_id for ticket_id, (end, _) in self.ends.items() if end <= by]
         for ticket_id in done:
             self.rows -= self.ends.pop(ticket_id)[1]
+        self._first_end = min([end for end, _ in self.ends.values()], default=math.inf)
         self._begin()
         self.version += 1
         return done
 
     def next_end(self) -> float:
         """When the first of its tickets is done, if nothing joins; infinite when it has none."""
-        if not self.ends:
-            return math.inf
-        first = min(end for end, _ in self.ends.values())
-        return self.at + max(0.0, first - self.steps) * self._service.step_s(self.rows)
+        return self.at + max(0.0, self._first_end - self.steps) * self._step_s
 
 
 class Simulator:

@@ -16,37 +16,34 @@ from deployments.messages import ServiceClass, Ticket, TicketId
 CLASS_WEIGHTS: Mapping[ServiceClass, float] = {"interactive": 64.0, "standard": 8.0, "batch": 1.0}
 """Of the capacity when all of them want it. Interactive goes first for as long as it takes less than seven eighths."""
 
-_Position = tuple[bool, float, int]
-"""Not begun, deadline, arrival."""
 
-
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Waiting:
     ticket: Ticket
+    cost: int
+    """The ticket's: it is asked for many times."""
     arrival: int
     deadline: float
     """By the scheduler's clock; infinite without one."""
-
-    @property
-    def position(self) -> _Position:
-        return (not self.ticket.begun, self.deadline, self.arrival)
+    is_queued: bool = False
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Flow:
     """One customer's tickets in one class."""
 
     customer_id: CustomerId
     weight: float
     virtual: float
-    tickets: list[tuple[_Position, TicketId]] = field(default_factory=list)
+    tickets: list[tuple[bool, float, int, Waiting]] = field(default_factory=list)
+    """Not begun, deadline, arrival, and the ticket: a heap."""
     num_tickets: int = 0
     cost: int = 0
     turn: int = -1
     """Names its one valid entry in the order of its class; -1 while it has none."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Class:
     weight: float
     virtual: float = 0.0
@@ -55,7 +52,7 @@ class _Class:
     """Of the flows within the class: where one that comes back starts."""
     latest: float = 0.0
     flows: dict[CustomerId, _Flow] = field(default_factory=dict)
-    order: list[tuple[float, int, CustomerId]] = field(default_factory=list)
+    order: list[tuple[float, int, _Flow]] = field(default_factory=list)
     idle: list[tuple[float, CustomerId]] = field(default_factory=list)
     """Customers who wait for nothing, and the virtual time at which nothing needs to be remembered of them."""
     num_active: int = 0
@@ -104,48 +101,53 @@ class FairQueue:
 
     def add(self, waiting: Waiting) -> None:
         ticket = waiting.ticket
+        customer_id = ticket.terms.customer_id
         group = self._classes[ticket.terms.service_class]
         if not group.num_tickets:
             group.virtual = max(group.virtual, self._now)
-        flow = group.flows.get(ticket.terms.customer_id)
+        flow = group.flows.get(customer_id)
         if flow is None:
-            flow = _Flow(ticket.terms.customer_id, self._weight(ticket.terms.customer_id), group.now)
-            group.flows[ticket.terms.customer_id] = flow
+            flow = group.flows[customer_id] = _Flow(customer_id, self._weight(customer_id), group.now)
         if not flow.num_tickets:
             flow.virtual = max(flow.virtual, group.now)
             group.active_weight += flow.weight
             group.num_active += 1
             self._enter(group, flow)
-        heapq.heappush(flow.tickets, (waiting.position, ticket.ticket_id))
+        heapq.heappush(flow.tickets, (not ticket.begun, waiting.deadline, waiting.arrival, waiting))
         self._entries[ticket.ticket_id] = waiting
-        self._count(group, flow, ticket, 1)
+        waiting.is_queued = True
+        self._count(group, flow, ticket.num_rows, waiting.cost, 1)
 
     def remove(self, ticket_id: TicketId) -> None:
         """It leaves without having been granted: nobody's virtual time moves."""
-        ticket = self._entries.pop(ticket_id).ticket
-        group = self._classes[ticket.terms.service_class]
-        self._leave(group, group.flows[ticket.terms.customer_id], ticket)
+        waiting = self._entries.pop(ticket_id)
+        group = self._classes[waiting.ticket.terms.service_class]
+        self._leave(group, group.flows[waiting.ticket.terms.customer_id], waiting)
 
     def take(self, ticket_id: TicketId) -> None:
         """It is granted: its customer and its class pay for it in virtual time."""
-        ticket = self._entries.pop(ticket_id).ticket
-        group = self._classes[ticket.terms.service_class]
-        flow = group.flows[ticket.terms.customer_id]
+        waiting = self._entries.pop(ticket_id)
+        group = self._classes[waiting.ticket.terms.service_class]
+        flow = group.flows[waiting.ticket.terms.customer_id]
         group.now = max(group.now, flow.virtual)
-        flow.virtual += ticket.cost / flow.weight
+        flow.virtual += waiting.cost / flow.weight
         group.latest = max(group.latest, flow.virtual)
         self._now = max(self._now, group.virtual)
-        group.virtual += ticket.cost / group.weight
+        group.virtual += waiting.cost / group.weight
         flow.turn = -1
-        self._leave(group, flow, ticket)
+        self._leave(group, flow, waiting)
 
     def head(self) -> Waiting | None:
         """The next in fair order, of those whose customers are not held back."""
+        if not self._entries:
+            return None
         waiting = [group for group in self._classes.values() if group.num_tickets]
-        for group in sorted(waiting, key=_virtual) if len(waiting) > 1 else waiting:
+        if len(waiting) > 1:
+            waiting.sort(key=_virtual)
+        for group in waiting:
             flow = self._first(group)
             if flow is not None:
-                return self._entries[self._first_ticket(flow)]
+                return self._first_ticket(flow)
         return None
 
     def hold(self, waiting: Waiting) -> None:
@@ -203,31 +205,29 @@ class FairQueue:
     def _enter(self, group: _Class, flow: _Flow) -> None:
         self._turns += 1
         flow.turn = self._turns
-        heapq.heappush(group.order, (flow.virtual, flow.turn, flow.customer_id))
+        heapq.heappush(group.order, (flow.virtual, flow.turn, flow))
         if len(group.order) > 2 * group.num_active + 64:
-            group.order = [entry for entry in group.order if self._is_entered(group, entry)]
+            group.order = [entry for entry in group.order if entry[2].turn == entry[1]]
             heapq.heapify(group.order)
 
-    def _is_entered(self, group: _Class, entry: tuple[float, int, CustomerId]) -> bool:
-        flow = group.flows.get(entry[2])
-        return flow is not None and flow.turn == entry[1]
-
     def _first(self, group: _Class) -> _Flow | None:
-        while group.order:
-            _, turn, customer_id = group.order[0]
-            flow = group.flows.get(customer_id)
-            if flow is not None and flow.turn == turn:
+        order = group.order
+        while order:
+            _, turn, flow = order[0]
+            if flow.turn == turn:
                 return flow
-            heapq.heappop(group.order)
+            heapq.heappop(order)
         return None
 
-    def _first_ticket(self, flow: _Flow) -> TicketId:
-        while flow.tickets[0][1] not in self._entries:
-            heapq.heappop(flow.tickets)
-        return flow.tickets[0][1]
+    def _first_ticket(self, flow: _Flow) -> Waiting:
+        tickets = flow.tickets
+        while not tickets[0][3].is_queued:
+            heapq.heappop(tickets)
+        return tickets[0][3]
 
-    def _leave(self, group: _Class, flow: _Flow, ticket: Ticket) -> None:
-        self._count(group, flow, ticket, -1)
+    def _leave(self, group: _Class, flow: _Flow, waiting: Waiting) -> None:
+        waiting.is_queued = False
+        self._count(group, flow, -waiting.ticket.num_rows, -waiting.cost, -1)
         if not flow.num_tickets:
             flow.turn = -1
             flow.tickets.clear()
@@ -242,10 +242,12 @@ class FairQueue:
             group.order.clear()
             group.idle.clear()
             group.active_weight, group.num_active = 0.0, 0
-        elif len(flow.tickets) > 2 * flow.num_tickets + 64:
-            flow.tickets = [entry for entry in flow.tickets if entry[1] in self._entries]
+            return
+        if len(flow.tickets) > 2 * flow.num_tickets + 64:
+            flow.tickets = [entry for entry in flow.tickets if entry[3].is_queued]
             heapq.heapify(flow.tickets)
-        self._forget_idle(group)
+        if group.idle:
+            self._forget_idle(group)
 
     def _forget_idle(self, group: _Class) -> None:
         """Customers who wait for nothing, once virtual time has caught up with them."""
@@ -258,14 +260,14 @@ class FairQueue:
             group.idle = [(flow.virtual, name) for name, flow in group.flows.items() if not flow.num_tickets]
             heapq.heapify(group.idle)
 
-    def _count(self, group: _Class, flow: _Flow, ticket: Ticket, sign: int) -> None:
-        flow.num_tickets += sign
-        flow.cost += sign * ticket.cost
-        group.num_tickets += sign
-        group.num_rows += sign * ticket.num_rows
-        group.cost += sign * ticket.cost
-        self.cost += sign * ticket.cost
-        self.num_rows += sign * ticket.num_rows
+    def _count(self, group: _Class, flow: _Flow, rows: int, cost: int, tickets: int) -> None:
+        flow.num_tickets += tickets
+        flow.cost += cost
+        group.num_tickets += tickets
+        group.num_rows += rows
+        group.cost += cost
+        self.cost += cost
+        self.num_rows += rows
 
 
 def _virtual(group: _Class) -> float:

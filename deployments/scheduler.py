@@ -19,9 +19,8 @@ from deployments.drain_rate import DrainRate, RecentRate
 from deployments.fair_queue import FairQueue, Waiting
 from deployments.messages import ReplicaId, ServiceClass, Ticket, TicketId
 from deployments.present_batches import PresentBatches
+from deployments.room import ByRoom, RunningReplica
 
-BATCHES_AHEAD = 2
-"""Rows that a replica holds, in batches: the one that runs and the next."""
 CAUTION = 1.05
 """At the door the estimate must leave this much while others are there: who is let in and is late after all has lost
 more than who is not."""
@@ -125,48 +124,11 @@ class Demand:
     """Of the rollouts whose tickets wait or run: those chunks and the ones after them."""
 
 
-@dataclass(slots=True)
-class _Replica:
-    replica_id: ReplicaId
-    capacity_rows: int
-    seen_at: float
-    attention: str
-    profile: BatchProfile | None
-    progress_at: float
-    """When something that ran here was last completed, or began after the replica was idle."""
-    running: set[TicketId] = field(default_factory=set)
-    rows: int = 0
-    cost: int = 0
-    compatibility: str = ""
-    turn: int = 0
-    """Names its one valid entry in the order of room."""
-    cost_per_s: float = 0.0
-    """In full batches; 0 without a profile."""
-
-    @property
-    def batch_ends_at(self) -> float | None:
-        """When the batch that runs is done; None while nothing runs, or no profile tells."""
-        if not self.running or self.profile is None:
-            return None
-        return self.progress_at + self.cost / self.rows * self.profile.step_s(min(self.rows, self.capacity_rows))
-
-    @property
-    def cost_ahead(self) -> float:
-        """Of what was granted beyond the batch that runs."""
-        return self.cost * (self.rows - self.capacity_rows) / self.rows if self.rows > self.capacity_rows else 0.0
-
-    def has_room_for(self, ticket: Ticket) -> bool:
-        """A ticket wider than the whole replica still runs, alone."""
-        if not self.running:
-            return True
-        fits = self.rows + ticket.num_rows <= BATCHES_AHEAD * self.capacity_rows
-        return fits and self.compatibility == ticket.compatibility
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class _Running:
     ticket: Ticket
-    replica_id: ReplicaId
+    cost: int
+    replica: RunningReplica
     granted_at: float
 
 
@@ -176,7 +138,8 @@ class Scheduler:
     def __init__(self, clock: Callable[[], float], limits: SchedulerLimits | None = None) -> None:
         self._clock = clock
         self._limits = limits or SchedulerLimits()
-        self._replicas: dict[ReplicaId, _Replica] = {}
+        self._replicas: dict[ReplicaId, RunningReplica] = {}
+        self._by_room = ByRoom()
         self._queue = FairQueue(self._limits.customer_weights)
         self._arrivals = 0
         self._patience: list[tuple[float, TicketId]] = []
@@ -185,11 +148,6 @@ class Scheduler:
         self._rows_of: dict[CustomerId, int] = {}
         """Running, per customer."""
         self._ready_on: OrderedDict[str, ReplicaId] = OrderedDict()
-        self._by_room: list[tuple[bool, int, int, ReplicaId]] = []
-        """Whether it runs something, rows beyond its present batch, turn, replica: a heap, entries may be stale."""
-        self._turns = 0
-        self._running_rows = 0
-        self._running_cost = 0
         self._num_full = 0
         """Replicas with a full batch."""
         self._began_at = clock()
@@ -199,12 +157,11 @@ class Scheduler:
         self._cost_ahead = 0.0
         """Granted to replicas beyond their present batches."""
         self._present = PresentBatches()
+        self._unexpected: dict[ReplicaId, RunningReplica] = {}
+        """Those whose present batch has changed since `_present` was last told."""
         self._promised_per_s = 0.0
         self._backlog_cost = 0
         """Of the rollouts whose tickets wait or run, with their later chunks."""
-        self._busy_cost_per_s = 0.0
-        self._busy_since = 0.0
-        """Of the replicas that run something: their rates, and the sum of rate times `progress_at`."""
         self._offered_cost = 0
         self._replica_cost_per_s = UNKNOWN_COST_PER_S
         self._drain = DrainRate(clock)
@@ -226,9 +183,9 @@ class Scheduler:
         """
         if ticket.ticket_id in self._queue or ticket.ticket_id in self._running:
             return None
+        now, terms, cost = self._clock(), ticket.terms, ticket.cost
         if not ticket.begun:
-            self._offered_cost += ticket.cost * ticket.terms.chunks_left
-        now, terms = self._clock(), ticket.terms
+            self._offered_cost += cost * terms.chunks_left
         deadline = math.inf if terms.deadline_s is None else now + terms.deadline_s
         if not self._replicas and not ticket.begun and self._limits.cold_start_budget_s:
             boots_in_s = self._boots_in_s(now)
@@ -242,31 +199,32 @@ class Scheduler:
             if finish_s is not None and now + CAUTION * finish_s > deadline:
                 return TooLate() if ticket.begun else Overloaded(self._retry_after_s(ticket))
         bound = self._limits.max_queued_cost
-        if not ticket.begun and not self._queue.has_place(terms.service_class, terms.customer_id, ticket.cost, bound):
+        if not ticket.begun and not self._queue.has_place(terms.service_class, terms.customer_id, cost, bound):
             return Overloaded(self._retry_after_s(ticket))
         self._arrivals += 1
-        self._queue.add(Waiting(ticket, self._arrivals, deadline))
-        self._backlog_cost += ticket.cost * terms.chunks_left
+        self._queue.add(Waiting(ticket, cost, self._arrivals, deadline))
+        self._backlog_cost += cost * terms.chunks_left
         heapq.heappush(self._patience, (min(deadline, now + ticket.patience_s), ticket.ticket_id))
         return None
 
     def dispatch(self) -> list[Grant | Refused]:
         """Grant as much of the queue's head as there is room for; refuse what has come to the head too late."""
         answers: list[Grant | Refused] = []
+        now = self._clock()
         while (waiting := self._queue.head()) is not None:
-            ticket, now = waiting.ticket, self._clock()
-            if self._exceeds_its_rows(ticket):
+            ticket = waiting.ticket
+            if self._limits.max_customer_rows and self._exceeds_its_rows(ticket):
                 self._queue.hold(waiting)
                 continue
             replica = self._replica_for(ticket)
             if replica is None:
                 break
-            if now + self._shortest_run_s(ticket, replica) > waiting.deadline:
-                self._leave_queue(ticket)
+            if waiting.deadline < math.inf and now + self._shortest_run_s(ticket, replica) > waiting.deadline:
+                self._leave_queue(waiting)
                 answers.append(Refused(ticket.ticket_id, TooLate()))
                 continue
             self._queue.take(ticket.ticket_id)
-            self._start(ticket, replica)
+            self._start(waiting, replica, now)
             answers.append(Grant(ticket.ticket_id, replica.replica_id))
         self._drain.observe(saturated=self._num_full == len(self._replicas))
         return answers
@@ -275,21 +233,21 @@ class Scheduler:
         """The granted work is done. A ticket that is not running is ignored, so a repeated report does no harm."""
         running = self._release(ticket_id)
         if running is not None:
-            self._drain.completed(running.ticket.cost)
-            self._recent.completed(running.ticket.cost)
+            self._drain.completed(running.cost)
+            self._recent.completed(running.cost)
 
     def withdraw(self, ticket_id: TicketId) -> None:
         """Its client is gone: drop it from the queue, or free what it holds. Unknown tickets are ignored."""
         waiting = self._queue.get(ticket_id)
         if waiting is not None:
-            self._leave_queue(waiting.ticket)
+            self._leave_queue(waiting)
         else:
             self._release(ticket_id)
 
     def granted(self, ticket_id: TicketId) -> Grant | None:
         """The grant that `ticket_id` holds: its answer may have been lost on the way."""
         running = self._running.get(ticket_id)
-        return None if running is None else Grant(ticket_id, running.replica_id)
+        return None if running is None else Grant(ticket_id, running.replica.replica_id)
 
     def replica_alive(
         self, replica_id: ReplicaId, capacity_rows: int, attention: str = "", profile: BatchProfile | None = None
@@ -298,7 +256,7 @@ class Scheduler:
         now = self._clock()
         replica = self._replicas.get(replica_id)
         if replica is None:
-            replica = _Replica(replica_id, 0, now, attention, None, now)
+            replica = RunningReplica(replica_id, 0, now, attention, None, now)
             self._asked_for_at = None
             self._replicas[replica_id] = replica
             self._count(replica, 1)
@@ -307,7 +265,6 @@ class Scheduler:
             replica.capacity_rows, replica.profile = capacity_rows, profile
             replica.cost_per_s = 0.0 if profile is None else profile.rows_per_s(capacity_rows)
             self._count(replica, 1)
-            self._place(replica)
             self._promise()
         replica.seen_at = now
 
@@ -329,7 +286,7 @@ class Scheduler:
             _, ticket_id = heapq.heappop(self._patience)
             waiting = self._queue.get(ticket_id)
             if waiting is not None:
-                self._leave_queue(waiting.ticket)
+                self._leave_queue(waiting)
                 why = TooLate() if waiting.deadline < now else Overloaded(self._retry_after_s(waiting.ticket))
                 refused.append(Refused(ticket_id, why))
         if len(self._patience) > 2 * len(self._queue) + 64:
@@ -364,7 +321,7 @@ class Scheduler:
         return SchedulerStatus(
             replicas=len(self._replicas),
             capacity_rows=sum(replica.capacity_rows for replica in self._replicas.values()),
-            running_rows=self._running_rows,
+            running_rows=sum(replica.rows for replica in self._replicas.values()),
             queued_rows=self._queue.num_rows,
             attention="" if first is None else first.attention,
             wait_s=waiting / rate if rate else None,
@@ -381,49 +338,40 @@ class Scheduler:
     def demand(self) -> Demand:
         return Demand(self._offered_cost / self._replica_cost_per_s, self._backlog_cost / self._replica_cost_per_s)
 
-    def _leave_queue(self, ticket: Ticket) -> None:
-        self._queue.remove(ticket.ticket_id)
-        self._backlog_cost -= ticket.cost * ticket.terms.chunks_left
+    def _leave_queue(self, waiting: Waiting) -> None:
+        self._queue.remove(waiting.ticket.ticket_id)
+        self._backlog_cost -= waiting.cost * waiting.ticket.terms.chunks_left
 
-    def _replica_for(self, ticket: Ticket) -> _Replica | None:
+    def _replica_for(self, ticket: Ticket) -> RunningReplica | None:
         """The replica that has ready what it needs, unless it would begin later there by more than that is worth; else
         the roomiest."""
-        roomiest = self._roomiest()
+        roomiest = self._by_room.first()
+        if roomiest is not None and not roomiest.has_room_for(ticket):
+            roomiest = None
         known = self._replicas.get(self._ready_on.get(ticket.affinity, ReplicaId(""))) if ticket.affinity else None
-        if known is not None and not known.has_room_for(ticket):
-            known = None
-        if roomiest is None or not roomiest.has_room_for(ticket):
-            return known
-        if known is None or known is roomiest:
+        if known is None or known is roomiest or not known.has_room_for(ticket):
             return roomiest
+        if roomiest is None:
+            return known
         worth_s = 0.0 if known.profile is None else ticket.affinity_steps * known.profile.step_s(ticket.num_rows)
         waits_longer_s = self._begins_in_s(ticket, known) - self._begins_in_s(ticket, roomiest)
         return known if waits_longer_s <= worth_s else roomiest
 
-    def _roomiest(self) -> _Replica | None:
-        while self._replicas:
-            *_, turn, replica_id = self._by_room[0]
-            roomiest = self._replicas.get(replica_id)
-            if roomiest is not None and roomiest.turn == turn:
-                return roomiest
-            heapq.heappop(self._by_room)
-        return None
-
-    def _begins_in_s(self, ticket: Ticket, replica: _Replica) -> float:
+    def _begins_in_s(self, ticket: Ticket, replica: RunningReplica) -> float:
         """Until the engine there has a place for its rows: at once, or when its present batch is done."""
         if replica.rows + ticket.num_rows <= replica.capacity_rows:
             return 0.0
         ends_at = replica.batch_ends_at
         return UNKNOWN_BATCH_S if ends_at is None else max(0.0, ends_at - self._clock())
 
-    def _start(self, ticket: Ticket, replica: _Replica) -> None:
-        now, replica_id = self._clock(), replica.replica_id
+    def _start(self, waiting: Waiting, replica: RunningReplica, now: float) -> None:
+        ticket, replica_id = waiting.ticket, replica.replica_id
         if not replica.running:
             replica.progress_at, replica.compatibility = now, ticket.compatibility
-            self._count_busy(replica, 1)
+            self._num_busy += 1
         replica.running.add(ticket.ticket_id)
-        self._add(replica, ticket.num_rows, ticket.cost)
-        self._running[ticket.ticket_id] = _Running(ticket, replica_id, now)
+        self._add(replica, ticket.num_rows, waiting.cost)
+        self._running[ticket.ticket_id] = _Running(ticket, waiting.cost, replica, now)
         customer_id = ticket.terms.customer_id
         self._rows_of[customer_id] = self._rows_of.get(customer_id, 0) + ticket.num_rows
         if ticket.affinity:
@@ -436,73 +384,58 @@ class Scheduler:
         running = self._running.pop(ticket_id, None)
         if running is None:
             return None
-        ticket, replica = running.ticket, self._replicas[running.replica_id]
-        self._backlog_cost -= ticket.cost * ticket.terms.chunks_left
-        self._count_busy(replica, -1)
+        ticket, replica = running.ticket, running.replica
+        self._backlog_cost -= running.cost * ticket.terms.chunks_left
         replica.running.remove(ticket_id)
         replica.progress_at = self._clock()
-        if replica.running:
-            self._count_busy(replica, 1)
-        self._add(replica, -ticket.num_rows, -ticket.cost)
+        if not replica.running:
+            self._num_busy -= 1
+        self._add(replica, -ticket.num_rows, -running.cost)
         customer_id = ticket.terms.customer_id
-        self._rows_of[customer_id] -= ticket.num_rows
-        if not self._rows_of[customer_id]:
+        rows = self._rows_of[customer_id] - ticket.num_rows
+        if rows:
+            self._rows_of[customer_id] = rows
+        else:
             del self._rows_of[customer_id]
         if self._limits.max_customer_rows:
             self._queue.release(customer_id)
         return running
 
-    def _count(self, replica: _Replica, sign: int) -> None:
-        """Add a replica to the totals, or before a change take it out of them."""
-        self._running_rows += sign * replica.rows
-        self._running_cost += sign * replica.cost
-        self._num_full += sign * (replica.rows >= replica.capacity_rows)
+    def _count(self, replica: RunningReplica, sign: int) -> None:
+        """Add a replica to the totals and the order of room, or before a change take it out of them."""
+        self._num_full += sign * replica.is_full
+        self._num_busy += sign * bool(replica.running)
         self._cost_ahead += sign * replica.cost_ahead
         self._promised_per_s += sign * replica.cost_per_s
-        if replica.running:
-            self._count_busy(replica, sign)
         if sign > 0:
-            self._expect(replica)
+            self._by_room.add(replica)
+            self._unexpected[replica.replica_id] = replica
         else:
+            self._by_room.remove(replica)
+            self._unexpected.pop(replica.replica_id, None)
             self._present.forget(replica.replica_id)
 
-    def _expect(self, replica: _Replica) -> None:
-        end = replica.batch_ends_at
-        if end is None:
-            self._present.forget(replica.replica_id)
-        else:
-            self._present.expect(replica.replica_id, end)
-
-    def _count_busy(self, replica: _Replica, sign: int) -> None:
-        self._num_busy += sign
-        self._busy_cost_per_s += sign * replica.cost_per_s
-        self._busy_since += sign * replica.cost_per_s * replica.progress_at
-
-    def _add(self, replica: _Replica, rows: int, cost: int) -> None:
-        was_full = replica.rows >= replica.capacity_rows
+    def _add(self, replica: RunningReplica, rows: int, cost: int) -> None:
+        self._by_room.remove(replica)
+        self._num_full -= replica.is_full
         self._cost_ahead -= replica.cost_ahead
         replica.rows += rows
         replica.cost += cost
-        self._running_rows += rows
-        self._running_cost += cost
-        self._num_full += (replica.rows >= replica.capacity_rows) - was_full
+        self._num_full += replica.is_full
         self._cost_ahead += replica.cost_ahead
-        self._expect(replica)
-        self._place(replica)
+        self._by_room.add(replica)
+        self._unexpected[replica.replica_id] = replica
 
-    def _place(self, replica: _Replica) -> None:
-        """Enter it into the order of room anew."""
-        self._turns += 1
-        replica.turn = self._turns
-        beyond = replica.rows - replica.capacity_rows
-        heapq.heappush(self._by_room, (bool(replica.running), beyond, replica.turn, replica.replica_id))
-        if len(self._by_room) > 2 * len(self._replicas) + 64:
-            self._by_room = [entry for entry in self._by_room if self._is_placed(entry)]
-            heapq.heapify(self._by_room)
-
-    def _is_placed(self, entry: tuple[bool, int, int, ReplicaId]) -> bool:
-        replica = self._replicas.get(entry[3])
-        return replica is not None and replica.turn == entry[2]
+    def _present_left_s(self) -> float:
+        """Of all replicas' present batches, summed."""
+        for replica_id, replica in self._unexpected.items():
+            end = replica.batch_ends_at
+            if end is None:
+                self._present.forget(replica_id)
+            else:
+                self._present.expect(replica_id, end)
+        self._unexpected.clear()
+        return self._present.left_s(self._clock())
 
     def _promise(self) -> None:
         promised = round(self._promised_per_s, 6) if self._replicas else 0.0  # what is added and taken away leaves dust
@@ -536,11 +469,11 @@ class Scheduler:
         Of `ahead` row-steps of the queue and of what was granted ahead, if all have `num_steps`.
         """
         num_replicas, cap = len(self._replicas), next(iter(self._replicas.values())).capacity_rows
-        present_s = self._present.left_s(self._clock()) / num_replicas if self._num_busy == num_replicas else 0.0
+        present_s = self._present_left_s() / num_replicas if self._num_busy == num_replicas else 0.0
         batches, rows = divmod(round((ahead + self._cost_ahead) / num_replicas / num_steps), cap)
         return present_s, batches, rows
 
-    def _shortest_run_s(self, ticket: Ticket, replica: _Replica) -> float:
+    def _shortest_run_s(self, ticket: Ticket, replica: RunningReplica) -> float:
         """What its chunks would take if nobody else were there."""
         if replica.profile is None:
             return 0.0
@@ -550,8 +483,8 @@ class Scheduler:
 
     def _unfinished_cost(self) -> float:
         """What is left of the running tickets, if each replica has kept its profile since it last completed one."""
-        done = self._clock() * self._busy_cost_per_s - self._busy_since
-        return max(0.0, self._running_cost - done)
+        now, busy = self._clock(), [replica for replica in self._replicas.values() if replica.running]
+        return max(0.0, sum(replica.cost - (now - replica.progress_at) * replica.cost_per_s for replica in busy))
 
     def _boots_in_s(self, now: float) -> float:
         """Until the first replica serves. One that is overdue may come at any time, and is given up after as long."""

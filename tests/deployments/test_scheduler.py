@@ -12,8 +12,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from billing.commands import CustomerId
 from deployments.batching import BatchProfile
 from deployments.messages import ReplicaId, ServiceClass, Ticket, TicketId, TicketTerms
+from deployments.room import BATCHES_AHEAD
 from deployments.scheduler import (
-    BATCHES_AHEAD,
     MAX_RETRY_AFTER_S,
     UNKNOWN_RATE_RETRY_AFTER_S,
     Grant,
@@ -549,7 +549,7 @@ def test_what_is_kept_of_withdrawn_work_is_bounded_while_nothing_can_be_granted(
         scheduler.replica_alive(ReplicaId("r"), 8 + index % 2)
         scheduler.expire()
     (group,) = (group for group in scheduler._queue._classes.values() if group.num_tickets)
-    assert max(len(scheduler._patience), len(group.order), len(group.flows), len(scheduler._by_room)) <= 200
+    assert max(len(scheduler._patience), len(group.order), len(group.flows), len(list(scheduler._by_room))) <= 200
 
 
 def test_a_ticket_that_is_sent_twice_is_queued_once(scheduler: Scheduler) -> None:
@@ -758,9 +758,12 @@ class SchedulerMachine(RuleBasedStateMachine):
     def totals_are_sums(self) -> None:
         replicas = list(self.scheduler._replicas.values())
         busy = [replica for replica in replicas if replica.running]
-        assert self.scheduler._running_cost == sum(replica.cost for replica in replicas)
+        assert {replica.replica_id for replica in self.scheduler._by_room} == set(self.capacity)
+        for replica in replicas:
+            assert replica.cost == sum(self.running[name][0].cost for name in replica.running)
+            assert replica.rows == sum(self.running[name][0].num_rows for name in replica.running)
+            assert replica.level == (bool(replica.running), replica.rows - replica.capacity_rows)
         assert self.scheduler._num_full == sum(replica.rows >= replica.capacity_rows for replica in replicas)
-        assert math.isclose(self.scheduler._busy_cost_per_s, sum(replica.cost_per_s for replica in busy), abs_tol=1e-6)
         assert self.scheduler._num_busy == len(busy)
         assert math.isclose(self.scheduler._cost_ahead, sum(each.cost_ahead for each in replicas), abs_tol=1e-6)
         assert math.isclose(self.scheduler._promised_per_s, sum(each.cost_per_s for each in replicas), abs_tol=1e-6)
@@ -768,7 +771,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.scheduler._backlog_cost == sum(each.cost * each.terms.chunks_left for each in tickets)
         ends = [each.batch_ends_at for each in replicas if each.batch_ends_at is not None]
         left_s = sum(max(0.0, end - self.scheduler._clock()) for end in ends)
-        assert math.isclose(self.scheduler._present.left_s(self.scheduler._clock()), left_s, abs_tol=1e-6)
+        assert math.isclose(self.scheduler._present_left_s(), left_s, abs_tol=1e-6)
 
     @invariant()
     def no_replica_idles_while_somebody_may_run(self) -> None:
