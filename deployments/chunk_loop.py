@@ -32,11 +32,12 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ChunkPlan:
-    """What to generate: K candidates from one frame."""
+    """What to generate: K candidates."""
 
     name: str
     """Names its tickets: no two plans may share it."""
-    start_frame: Frame
+    start_frames: tuple[Frame, ...]
+    """One that all candidates share, whose noise differs; or one for each, which is as it would be alone."""
     candidates: tuple[Actions, ...]
     seed: int
     num_steps: int
@@ -84,7 +85,9 @@ async def finished_chunks(
         EngineFailed: a replica, or the model on one of the rows, broke.
     """
     size = model.spec.chunk_size
-    frames = dict.fromkeys(range(len(plan.candidates)), plan.start_frame)
+    shared = len(plan.start_frames) == 1
+    starts = plan.start_frames * len(plan.candidates) if shared else plan.start_frames
+    frames = dict(enumerate(starts))
     chunk, started = 0, time.monotonic()
     while running := {
         candidate: frame for candidate, frame in frames.items() if len(plan.candidates[candidate]) > chunk * size
@@ -97,7 +100,7 @@ async def finished_chunks(
                     start_frame=frame,
                     actions=plan.candidates[candidate][chunk * size : (chunk + 1) * size],
                     seed=plan.seed,
-                    candidate=candidate,
+                    candidate=candidate if shared else 0,
                     chunk=plan.first_chunk + chunk,
                     num_steps=plan.num_steps,
                     guidance=plan.guidance,
@@ -117,11 +120,12 @@ async def finished_chunks(
                 plan.permit,
             )
         outcomes = {}
-        for row, outcome in zip(rows, report.outcomes, strict=True):
+        for candidate, outcome in zip(running, report.outcomes, strict=True):
             if isinstance(outcome, ChunkFailed):
-                log.error("row_failed", work=plan.name, candidate=row.candidate, why=outcome.reason)
-                raise EngineFailed(model.spec.slug, f"it raised on chunk {row.chunk} of candidate {row.candidate}")
-            outcomes[row.candidate] = outcome
+                log.error("row_failed", work=plan.name, candidate=candidate, why=outcome.reason)
+                where = f"chunk {plan.first_chunk + chunk} of candidate {candidate}"
+                raise EngineFailed(model.spec.slug, f"it raised on {where}")
+            outcomes[candidate] = outcome
         finished = FinishedChunk(plan.first_chunk + chunk, outcomes, timing)
         yield finished
         go_on = survivors(finished)

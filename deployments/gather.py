@@ -19,7 +19,16 @@ from deployments.chunk_loop import (
     finished_chunks,
     no_references,
 )
-from deployments.messages import ChunkDone, ChunkForm, Closeness, Frames, ModelSpec, RolloutRequest, TicketTerms
+from deployments.messages import (
+    ChunkDone,
+    ChunkForm,
+    Closeness,
+    Frame,
+    Frames,
+    ModelSpec,
+    RolloutRequest,
+    TicketTerms,
+)
 from deployments.model_client import ModelClient
 from deployments.presenter import exact_png
 from deployments.video import join_chunks
@@ -91,7 +100,7 @@ async def gather(model: ModelClient, request: RolloutRequest, finished: Sequence
 def plan_of(request: RolloutRequest, terms: TicketTerms) -> ChunkPlan:
     return ChunkPlan(
         name=request.request_id,
-        start_frame=request.start_frame,
+        start_frames=request.start_frames,
         candidates=request.candidates,
         seed=request.seed,
         num_steps=request.num_steps,
@@ -153,7 +162,8 @@ def _outputs(
         case "mp4":
             return tuple(_mp4(parts, form, fps, count) for parts, count in zip(done, frames, strict=True))
         case "npz":
-            return tuple(_npy(request, parts) for parts in done)
+            starts = request.start_frames if len(request.start_frames) > 1 else request.start_frames * len(done)
+            return tuple(_npy(start, parts) for start, parts in zip(starts, done, strict=True))
         case "last_frame":
             return tuple(exact_png(parts[-1].last_frame) for parts in done)
         case "scores":
@@ -170,11 +180,11 @@ def _mp4(parts: Sequence[ChunkDone], form: ChunkForm, fps: int, num_frames: int)
     return join_chunks([part.video for part in parts], fps, num_frames)
 
 
-def _npy(request: RolloutRequest, parts: Sequence[ChunkDone]) -> bytes:
+def _npy(start_frame: Frame, parts: Sequence[ChunkDone]) -> bytes:
     """uint8 (1 + T, H, W, 3), the start frame first."""
     frames = [part.frames for part in parts if part.frames is not None]
     output = io.BytesIO()
-    np.save(output, np.concatenate([request.start_frame[None], *frames]))
+    np.save(output, np.concatenate([start_frame[None], *frames]))
     return output.getvalue()
 
 

@@ -112,12 +112,13 @@ def decibels(mse: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class RolloutRequest:
-    """K candidates that share a start frame; a single rollout is the case K = 1."""
+    """K candidates that share a start frame, or each have their own; a single rollout is the case K = 1."""
 
     request_id: RequestId
     key_id: KeyId
     model: str
-    start_frame: Frame
+    start_frames: tuple[Frame, ...]
+    """One for all candidates, or one for each: then each is a rollout of its own, the same as it is alone."""
     candidates: tuple[Actions, ...]
     seed: int
     num_steps: int

@@ -474,7 +474,7 @@ class RolloutJobs:
                 request_id=RequestId(f"{job.request_id}.{secrets.token_hex(4)}"),
                 key_id=job.key_id,
                 model=job.model,
-                start_frame=arrays["start_frame"],
+                start_frames=(arrays["start_frame"],),
                 candidates=(arrays["actions"],),
                 seed=job.seed,
                 num_steps=job.num_steps,
@@ -510,7 +510,7 @@ def _inputs_of(request_id: RequestId) -> str:
 
 
 def _packed(request: RolloutRequest) -> bytes:
-    arrays: dict[str, NDArray[Any]] = {"start_frame": request.start_frame, "actions": request.candidates[0]}
+    arrays: dict[str, NDArray[Any]] = {"start_frame": request.start_frames[0], "actions": request.candidates[0]}
     if request.extras.ground_truth is not None:
         arrays["ground_truth"] = request.extras.ground_truth
     output = io.BytesIO()

@@ -215,7 +215,7 @@ class Session:
         self._num_submissions += 1
         plan = ChunkPlan(
             name=f"{record.request_id}/{self._num_submissions}",
-            start_frame=self._frame,
+            start_frames=(self._frame,),
             candidates=(submission.actions,),
             seed=record.seed if submission.seed is None else submission.seed,
             num_steps=record.num_steps if submission.num_steps is None else submission.num_steps,

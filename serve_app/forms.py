@@ -57,6 +57,10 @@ class Form:
             raise InvalidRequest(name, f"is there {len(parts)} times; 1 to {at_most} file parts are accepted")
         return parts
 
+    def count(self, name: str) -> int:
+        """File parts of that name."""
+        return len(self._files.get(name, ()))
+
     def field(self, name: str) -> str:
         """The one text field of that name."""
         return self._one("text field", name, self._fields)

@@ -20,6 +20,8 @@ from serve_app.schemas import ActionsFormat, BatchParams, PredictParams, Rollout
 from serve_app.uploads import decode_actions, decode_frames, decode_start_frame
 
 MAX_IDEMPOTENCY_KEY = 256
+MAX_LARGE_FRAMES = 4
+"""Start frames of one request that may be of the largest size; of more, each may have its part of their pixels."""
 FILE = {"type": "string", "format": "binary"}
 
 
@@ -33,11 +35,11 @@ def multipart(required: Sequence[str], **properties: Any) -> dict[str, Any]:
 class Inputs:
     """The files of a request as they came, and the name that its frame has on this route.
 
-    A frame that was uploaded before is an array already.
+    A frame that was uploaded before is an array already. There is one for all candidates, or one for each.
     """
 
     frame_field: str
-    frame: bytes | Frame
+    frames: Sequence[bytes | Frame]
     candidates: Sequence[bytes]
     actions_format: ActionsFormat
     goal: bytes | Frame | None = None
@@ -46,7 +48,7 @@ class Inputs:
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    start_frame: Frame
+    start_frames: tuple[Frame, ...]
     resized: bool
     candidates: tuple[Actions, ...]
     goal: Frame | None
@@ -96,7 +98,7 @@ async def assemble(
         request_id=request.state.request_id,
         key_id=caller.key_id,
         model=model.slug,
-        start_frame=decoded.start_frame,
+        start_frames=decoded.start_frames,
         candidates=decoded.candidates,
         seed=params.seed,
         num_steps=num_steps,
@@ -168,19 +170,33 @@ def _deadline_s(request: Request, model: ModelSpec, params: RolloutParams | Pred
 
 
 def _decode(parts: Services, model: ModelSpec, inputs: Inputs, horizon: int | None) -> Decoded:
-    start_frame, resized = _picture(parts, model, inputs.frame, inputs.frame_field)
-    goal = None if inputs.goal is None else _picture(parts, model, inputs.goal, "goal_frame")[0]
+    start_frames, resized = _start_frames(parts, model, inputs)
+    goal = (
+        None
+        if inputs.goal is None
+        else _picture(parts, model, inputs.goal, "goal_frame", parts.args.limits.max_image_pixels)[0]
+    )
     actions = tuple(each[:horizon] for each in _actions(parts, model, inputs))
     ground_truth = None
     if inputs.ground_truth is not None:
         shape = (len(actions[0]), *model.resolution, 3)
         ground_truth = decode_frames(inputs.ground_truth, "ground_truth", shape)
-    return Decoded(start_frame, resized, actions, goal, ground_truth)
+    return Decoded(start_frames, resized, actions, goal, ground_truth)
 
 
-def _picture(parts: Services, model: ModelSpec, picture: bytes | Frame, field: str) -> tuple[Frame, bool]:
+def _start_frames(parts: Services, model: ModelSpec, inputs: Inputs) -> tuple[tuple[Frame, ...], bool]:
+    count, most = len(inputs.frames), parts.args.limits.max_image_pixels
+    pixels = min(most, MAX_LARGE_FRAMES * most // count)
+    names = [inputs.frame_field if count == 1 else f"{inputs.frame_field}[{index}]" for index in range(count)]
+    found = [_picture(parts, model, frame, name, pixels) for frame, name in zip(inputs.frames, names, strict=True)]
+    return tuple(frame for frame, _ in found), any(resized for _, resized in found)
+
+
+def _picture(
+    parts: Services, model: ModelSpec, picture: bytes | Frame, field: str, max_pixels: int
+) -> tuple[Frame, bool]:
     if isinstance(picture, bytes):
-        return decode_start_frame(picture, field, model.resolution, parts.args.limits.max_image_pixels)
+        return decode_start_frame(picture, field, model.resolution, max_pixels)
     if picture.shape[:2] != model.resolution:
         height, width = picture.shape[:2]
         raise InvalidRequest(f"{field}_id", f"is of {height}x{width}; upload it under the base URL of {model.slug}")
@@ -211,7 +227,10 @@ def _actions(parts: Services, model: ModelSpec, inputs: Inputs) -> list[Actions]
 def _digest(rollout: RolloutRequest) -> str:
     """What makes two requests the same work, by whichever route they came."""
     digest = hashlib.sha256(f"{rollout.model}\n{rollout.seed}\n{rollout.num_steps}\n{rollout.guidance}\n".encode())
-    digest.update(rollout.start_frame.tobytes())
+    if len(rollout.start_frames) > 1:
+        digest.update(f"{len(rollout.start_frames)} start frames\n".encode())
+    for frame in rollout.start_frames:
+        digest.update(frame.tobytes())
     for actions in rollout.candidates:
         digest.update(str(actions.shape).encode())
         digest.update(actions.tobytes())

@@ -1,11 +1,12 @@
 """`/v1/predict` and `/v1/predict/batch`: rollouts on the active model, answered with their bytes."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 
 from billing.reader import KeyRecord
-from deployments.messages import ModelSpec, RolloutRequest
+from deployments.messages import Frame, ModelSpec, RolloutRequest
 from deployments.streaming import StreamForm
 from serve_app.context import ActiveModel, Parts, PayingCaller, Services, authenticate_for_work
 from serve_app.errors import InvalidRequest
@@ -59,7 +60,7 @@ async def predict(
     responses=BATCH,
     openapi_extra=multipart(
         ["actions"],
-        frame=FILE,
+        frame={"type": "array", "items": FILE, "description": "One for all `actions`, or one for each"},
         actions={"type": "array", "items": FILE},
         goal_frame=FILE,
         ground_truth=FILE,
@@ -69,11 +70,11 @@ async def predict(
 async def predict_batch(
     request: Request, parts: Parts, caller: PayingCaller, model: ActiveModel, dry_run: DryRun = False
 ) -> Response:
-    """K rollouts that share a start frame, reserved and charged as one; the answer is a tar of K mp4s in order."""
+    """K rollouts from one start frame or from one each, reserved and charged as one; a tar of K mp4s in order."""
     if asked_form(request, "mp4" if "stream" in request.query_params else None) is not None:
         raise InvalidRequest("stream", "is of one rollout; /v1/predict streams")
     most = parts.args.limits.max_candidates
-    form = await read_form(request, most + 8, parts.args.limits.body_timeout_s)
+    form = await read_form(request, 2 * most + 8, parts.args.limits.body_timeout_s)
     form.only(files=("frame", "actions", "goal_frame", "ground_truth"), fields=_names(BatchParams))
     params = form.fields(BatchParams)
     rollout = await _read(request, parts, caller, model, form, params, most)
@@ -91,11 +92,10 @@ async def _read(
     params: PredictParams,
     max_candidates: int,
 ) -> RolloutRequest:
-    frame = await uploaded(parts, caller, form, "frame", params.frame_id)
     goal_frame_id = params.goal_frame_id if isinstance(params, BatchParams) else None
     inputs = Inputs(
         frame_field="frame",
-        frame=form.file("frame") if frame is None else frame,
+        frames=await _frames(parts, caller, form, params.frame_id),
         candidates=[form.file("actions")] if max_candidates == 1 else form.files("actions", max_candidates),
         actions_format=params.actions_format,
         goal=await uploaded(parts, caller, form, "goal_frame", goal_frame_id),
@@ -103,6 +103,19 @@ async def _read(
     )
     rollout, _ = await assemble(request, parts, caller, model, inputs, params)
     return rollout
+
+
+async def _frames(parts: Services, caller: KeyRecord, form: Form, frame_id: str | None) -> Sequence[bytes | Frame]:
+    """One for all candidates, or one for each."""
+    count, num_candidates = form.count("frame"), form.count("actions")
+    if frame_id is None and count > 1 and num_candidates > 1:
+        if count != num_candidates:
+            raise InvalidRequest(
+                "frame", f"is there {count} times; one for all {num_candidates} `actions`, or one for each, is accepted"
+            )
+        return form.files("frame", count)
+    frame = await uploaded(parts, caller, form, "frame", frame_id)
+    return [form.file("frame") if frame is None else frame]
 
 
 def _names(schema: type[PredictParams]) -> list[str]:

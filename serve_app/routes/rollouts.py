@@ -139,7 +139,7 @@ async def _read_rollout(
             raise InvalidRequest("params.webhook_url", str(error)) from None
     inputs = Inputs(
         "start_frame",
-        form.file("start_frame"),
+        [form.file("start_frame")],
         [form.file("actions")],
         params.actions_format,
         ground_truth=form.optional_file("ground_truth"),

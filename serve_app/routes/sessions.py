@@ -423,7 +423,7 @@ def _as_rollout(
         request_id=request.state.request_id,
         key_id=caller.key_id,
         model=spec.slug,
-        start_frame=start_frame,
+        start_frames=(start_frame,),
         candidates=(np.zeros((budget - 1, spec.action_dim), np.float32),),
         seed=0,
         num_steps=1,

@@ -76,6 +76,45 @@ async def test_npz_is_the_raw_frames_of_each_candidate(app: App) -> None:
         assert np.array_equal(clips[name][:, 5, 5, 0], 100 + speed * np.arange(49))
 
 
+async def send_starts(app: App, headers: dict[str, str], levels: list[int], **fields: str) -> httpx.Response:
+    """A start frame for each candidate; the second moves twice as fast as the first."""
+    files = [("frame", picture(level)) for level in levels] + [("actions", candidate(speed)) for speed in (1, 2)]
+    data = {"num_steps": "1", "return": "npz"} | fields
+    return await app.http.post("/v1/predict/batch", headers=headers, files=files, data=data)
+
+
+async def test_each_candidate_may_have_a_start_frame_of_its_own(app: App) -> None:
+    headers, customer = app.key()
+    clips = np.load(io.BytesIO((await send_starts(app, headers, [20, 40])).content))
+    assert [clip[:, 5, 5, 0].tolist() for clip in clips.values()] == [[*range(20, 69)], [*range(40, 137, 2)]]
+    assert app.ledger.rows(customer)[1:] == [("debit", -2 * 245)]
+
+
+async def test_other_start_frames_are_other_work(app: App) -> None:
+    headers, _ = app.key()
+    named = headers | {"Idempotency-Key": "starts"}
+    first = await send_starts(app, named, [20, 40])
+    again = await send_starts(app, named, [20, 40])
+    assert again.headers["X-DreamEngine-Request-Id"] == first.headers["X-DreamEngine-Request-Id"]
+    assert (await send_starts(app, named, [20, 41])).json()["error"]["code"] == "IDEMPOTENCY_CONFLICT"
+    assert (await send_starts(app, named, [20])).json()["error"]["code"] == "IDEMPOTENCY_CONFLICT"
+
+
+async def test_start_frames_that_do_not_go_with_the_candidates_are_refused_by_name(app: App) -> None:
+    headers, customer = app.key()
+    answer = await send_starts(app, headers, [20, 40, 60])
+    why = "frame: is there 3 times; one for all 2 `actions`, or one for each, is accepted"
+    assert (answer.status_code, answer.json()["detail"]) == (422, why)
+    files = [("frame", picture(1)), ("frame", b"GIF89a"), ("actions", candidate(0)), ("actions", candidate(1))]
+    answer = await app.http.post("/v1/predict/batch", headers=headers, files=files)
+    assert (answer.status_code, answer.json()["detail"].split(";")[0]) == (422, "frame[1]: is neither PNG nor JPEG")
+    large = image_bytes(Image.new("RGB", (2048, 2049)), "PNG")
+    files = [("frame", large)] * 16 + [("actions", candidate(0))] * 16
+    answer = await app.http.post("/v1/predict/batch", headers=headers, files=files)
+    assert answer.json()["detail"] == "frame[0]: has 2048x2049 pixels; at most 4194304 are accepted"
+    assert app.ledger.rows(customer) == [("credit", 1_000_000)]
+
+
 async def test_last_frames_are_pngs(app: App) -> None:
     headers, customer = app.key()
     files = members(await send(app, headers, **{"return": "last_frame"}))
