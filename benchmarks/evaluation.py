@@ -6,7 +6,7 @@ First: recordings of the true simulator go through `ray job submit -- python -m 
 with the packaged tiny-pusher, HTTP and the ledger. The job's driver is killed with SIGKILL at random moments and
 submitted again. Every episode must be in the report once and paid for once, and no audit may find anything.
 
-Then its throughput, in turns on the same cluster, each with the same number of torch threads and batches of 16 rows:
+Then its throughput, in turns on the same cluster, each with one torch thread per process and batches of 16 rows:
 
 - `cluster`: what a worker of the job does. Reads the files, sends them over HTTP, gets raw frames, pays, compares every
   frame by PSNR and SSIM, writes a record per episode and some clips.
@@ -16,7 +16,8 @@ Then its throughput, in turns on the same cluster, each with the same number of 
 - `bare_model`: only the calls of the model, with all inputs in memory.
 
 Prints one JSON line: medians over rounds of episodes/s, ratios of `cluster` and `actors` over both bare loops (medians
-of the rounds' own ratios). The exit status is 1 unless the first part held.
+of the rounds' own ratios); and what each took of the processors, in ms per episode, by kind of process: where other
+work has the cores, that is steadier than the clock. The exit status is 1 unless the first part held.
 """
 
 import argparse
@@ -34,6 +35,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,7 @@ from billing.money import Mils
 from billing.reader import LedgerReader
 from deployments.world_model import pusher
 from serve_app.catalog import PACKAGED_CHECKPOINTS
+from serve_app.jobs.episodes import EpisodeRef, list_episodes
 from serve_app.launch import development_token, local_ray, register_development_key
 from serve_app.settings import Settings
 
@@ -57,6 +60,16 @@ MODEL = "tiny-pusher"
 NUM_ACTIONS = 48
 MILS_PER_EPISODE = 5 * (1 + NUM_ACTIONS)
 BATCH = 16
+KINDS = {
+    "Evaluator": "worker",
+    "Bare": "bare",
+    ":model-": "replica",
+    ":ingress": "ingress",
+    "ProxyActor": "proxy",
+    "SchedulerActor": "scheduler",
+    "LedgerActor": "ledger",
+}
+"""What a process of Ray's has in its title, and what it is called here."""
 
 
 def free_port() -> int:
@@ -159,20 +172,24 @@ def books(settings: Settings, out: Path, episodes: int) -> dict[str, Any]:
     """What the report says, and what the ledger says once nothing is open any more."""
     from pyarrow import parquet
 
-    ids = Counter(parquet.read_table(out / "episodes.parquet").column("episode_id").to_pylist())
+    report = parquet.read_table(out / "episodes.parquet").to_pylist()
+    ids = Counter(row["episode_id"] for row in report)
+    reported: Counter[str] = Counter()
+    for row in report:
+        reported[row["request_id"]] += round(row["cost_usd"] * 10_000)
     summary = json.loads((out / "summary.json").read_text())["dataset"]
     database = open_database(settings.ledger_url)
     try:
 
-        def rows(where: str) -> tuple[int, int]:
+        def rows(where: str) -> int:
             with database.connect() as connection:
-                query = f"SELECT count(*), coalesce(sum(captured), 0) FROM reservation WHERE {where}"
-                count, mils = connection.execute(text(query)).one()
-            return int(count), int(mils)
+                return int(connection.execute(text(f"SELECT count(*) FROM reservation WHERE {where}")).scalar_one())
 
-        wait_until(lambda: rows("state = 'open'")[0] == 0, 60)
-        paid, mils = rows("captured > 0")
-        refunded, _ = rows("state <> 'open' AND captured = 0")
+        wait_until(lambda: rows("state = 'open'") == 0, 60)
+        with database.connect() as connection:
+            query = text("SELECT request_id, captured FROM reservation WHERE captured > 0")
+            paid = {request_id: int(mils) for request_id, mils in connection.execute(query)}
+        refunded = rows("state <> 'open' AND captured = 0")
         violations = len(invariants.audit(database))
     finally:
         database.dispose()
@@ -182,8 +199,9 @@ def books(settings: Settings, out: Path, episodes: int) -> dict[str, Any]:
         "bad": summary["bad"],
         "left": summary["left"],
         "reported_usd": summary["cost_usd"],
-        "paid_requests": paid,
-        "paid_mils": mils,
+        "paid_requests": len(paid),
+        "paid_mils": sum(paid.values()),
+        "paid_as_reported": paid == reported,
         "refunded_requests": refunded,
         "audit_violations": violations,
     }
@@ -193,8 +211,8 @@ def books(settings: Settings, out: Path, episodes: int) -> dict[str, Any]:
         "bad": 0,
         "left": 0,
         "reported_usd": round(episodes * MILS_PER_EPISODE / 10_000, 4),
-        "paid_requests": episodes,
         "paid_mils": episodes * MILS_PER_EPISODE,
+        "paid_as_reported": True,
         "audit_violations": 0,
     }
     return found | {"held": all(found[name] == value for name, value in expected.items())}
@@ -203,40 +221,47 @@ def books(settings: Settings, out: Path, episodes: int) -> dict[str, Any]:
 class Bare:
     """The loops without a service."""
 
-    def __init__(self) -> None:
+    def __init__(self, files: list[str]) -> None:
         import torch
 
         from serve_app.jobs.rollouts import LocalRoller
 
-        self._roller = LocalRoller(str(PACKAGED_CHECKPOINTS[MODEL]), "cpu", None, BATCH)
+        self._roller = LocalRoller(str(PACKAGED_CHECKPOINTS[MODEL]), "cpu", None)
+        self._files = files
+        self._episodes = [read(file) for file in files]
         self.threads = torch.get_num_threads()
 
     def num_threads(self) -> int:
         return self.threads
 
-    def model(self, files: list[str], seed: int) -> float:
-        """Seconds inside the model for all of them."""
-        took_s = 0.0
-        for first in range(0, len(files), BATCH):
-            episodes = [read(file) for file in files[first : first + BATCH]]
-            started = time.perf_counter()
-            self._roller.generate([(frames[0], actions, seed) for frames, actions in episodes])
-            took_s += time.perf_counter() - started
-        return took_s
+    def model(self, seed: int) -> None:
+        for first in range(0, len(self._episodes), BATCH):
+            work = [(frames[0], actions) for frames, actions in self._episodes[first : first + BATCH]]
+            self._roller.generate(work, seed)
 
-    def evaluation(self, files: list[str], seed: int) -> float:
-        """Seconds for reading, model and comparison of all of them."""
+    def evaluation(self, seed: int) -> None:
+        """Reading, model and comparison."""
         from deployments.world_model.metrics import psnr_per_frame, ssim_per_frame
 
-        started = time.perf_counter()
         figures = []
-        for first in range(0, len(files), BATCH):
-            episodes = [read(file) for file in files[first : first + BATCH]]
-            videos = self._roller.generate([(frames[0], actions, seed) for frames, actions in episodes])
+        for first in range(0, len(self._files), BATCH):
+            episodes = [read(file) for file in self._files[first : first + BATCH]]
+            videos = self._roller.generate([(frames[0], actions) for frames, actions in episodes], seed)
             for video, (frames, _) in zip(videos, episodes, strict=True):
                 psnr = psnr_per_frame(video[1:], frames[1:])
                 figures.append((psnr, ssim_per_frame(video[1:], frames[1:])))
-        return time.perf_counter() - started
+
+
+def processor_s() -> Counter[str]:
+    """Seconds of processor time so far, by kind of process, of the cluster and of what works on it."""
+    used: Counter[str] = Counter()
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            times = process.cpu_times()
+            title = (process.cmdline() or [process.name()])[0].removeprefix("ray::")
+            kind = next((name for part, name in KINDS.items() if part in title), "others")
+            used[kind] += times.user + times.system
+    return used
 
 
 def read(file: str) -> tuple[np.ndarray, np.ndarray]:
@@ -247,18 +272,22 @@ def read(file: str) -> tuple[np.ndarray, np.ndarray]:
 def throughput(settings: Settings, key: str, data: Path, rounds: int, count: int, concurrency: int) -> dict[str, Any]:
     import ray
 
-    from serve_app.jobs.episodes import list_episodes
-    from serve_app.jobs.evaluator import Evaluator, Plan, columns_of
+    from serve_app.jobs.evaluator import Evaluator, Plan, row_of
 
     refs = list_episodes(str(data))[:count]
     files = [ref.url for ref in refs]
-    rows = columns_of(refs)
-    columns = {name: [row[name] for row in rows] for name in rows[0]}
-    bare = ray.remote(Bare).options(num_cpus=1).remote()
+    bare = ray.remote(Bare).options(num_cpus=1).remote(files[BATCH:])
     figures: dict[str, list[float]] = {name: [] for name in ("cluster", "actors", "bare_evaluation", "bare_model")}
-    warm_up = {name: values[:BATCH] for name, values in columns.items()}
+    processor: dict[str, list[Counter[str]]] = {name: [] for name in figures}
 
-    def evaluate(where: dict[str, str], seed: int) -> float:
+    def measured(name: str, work: Callable[[], None]) -> float:
+        used, started = processor_s(), time.perf_counter()
+        work()
+        took_s = time.perf_counter() - started
+        processor[name].append(processor_s() - used)
+        return took_s
+
+    def evaluate(name: str, where: dict[str, str], seed: int) -> float:
         """As a worker of the job, which has started and has opened its connection."""
         with tempfile.TemporaryDirectory() as out:
             plan = Plan(
@@ -275,23 +304,32 @@ def throughput(settings: Settings, key: str, data: Path, rounds: int, count: int
                 lpips_sha256="",
                 **where,
             )
-            worker = ray.remote(Evaluator).options(num_cpus=1).remote(plan, key)
-            ray.get(worker.__call__.remote(warm_up))
-            left = {name: values[BATCH:] for name, values in columns.items()}
-            started = time.perf_counter()
-            done = ray.get(worker.__call__.remote(left))
-            took_s = time.perf_counter() - started
+            worker = ray.remote(Evaluator).options(num_cpus=1, max_concurrency=plan.calls).remote(plan, key)
+            groups = [refs[first : first + plan.rows] for first in range(BATCH, count, plan.rows)]
+
+            def call(group: Sequence[EpisodeRef]) -> Any:
+                return worker.__call__.remote({"group": [row_of(group)["group"]]})
+
+            def work() -> None:
+                done = [status for each in ray.get([call(group) for group in groups]) for status in each["status"]]
+                assert done == ["ok"] * (count - BATCH), done
+
+            ray.get(call(refs[:BATCH]))
+            took_s = measured(name, work)
             ray.kill(worker)
-        assert done["status"] == ["ok"] * (count - BATCH), done
         return took_s
 
-    runs: dict[str, Any] = {
-        "cluster": lambda seed: evaluate({"model": MODEL, "checkpoint": ""}, seed),
-        "bare_evaluation": lambda seed: ray.get(bare.evaluation.remote(files[BATCH:], seed)),
-        "actors": lambda seed: evaluate({"model": "", "checkpoint": str(PACKAGED_CHECKPOINTS[MODEL])}, seed),
-        "bare_model": lambda seed: ray.get(bare.model.remote(files[BATCH:], seed)),
+    def loop(name: str, method: Any, seed: int) -> float:
+        return measured(name, lambda: ray.get(method.remote(seed)))
+
+    local = {"model": "", "checkpoint": str(PACKAGED_CHECKPOINTS[MODEL])}
+    runs: dict[str, Callable[[int], float]] = {
+        "cluster": lambda seed: evaluate("cluster", {"model": MODEL, "checkpoint": ""}, seed),
+        "bare_evaluation": lambda seed: loop("bare_evaluation", bare.evaluation, seed),
+        "actors": lambda seed: evaluate("actors", local, seed),
+        "bare_model": lambda seed: loop("bare_model", bare.model, seed),
     }
-    ray.get(bare.model.remote(files[:BATCH], 0))
+    ray.get(bare.evaluation.remote(0))
     for round_index in range(rounds):
         for name, run in runs.items():
             figures[name].append((count - BATCH) / run(1000 + round_index))
@@ -305,6 +343,15 @@ def throughput(settings: Settings, key: str, data: Path, rounds: int, count: int
             for name in ("cluster", "actors")
             for loop in ("bare_evaluation", "bare_model")
         },
+        "processor_ms_per_episode": {
+            name: {
+                kind: round(statistics.median(each[kind] for each in used) * 1e3 / (count - BATCH), 2)
+                for kind in (*dict.fromkeys(KINDS.values()), "others")
+                if any(each[kind] for each in used)
+            }
+            for name, used in processor.items()
+        },
+        "load": [round(each, 1) for each in os.getloadavg()],
         "torch_threads": ray.get(bare.num_threads.remote()),
         "rounds": rounds,
         "round_episodes": count - BATCH,
@@ -317,7 +364,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--round-episodes", type=int, default=160)
-    parser.add_argument("--concurrency", type=int, default=32)
+    parser.add_argument("--concurrency", type=int, default=48)
     parser.add_argument("--seed", type=int, default=None, help="of the moments of the kills; another each time without")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the cluster ends with it

@@ -36,10 +36,11 @@ from serve_app.jobs.evaluator import (
     Evaluator,
     Plan,
     client,
-    columns_of,
+    groups_left,
     left_of,
     named_function,
     open_roller,
+    row_of,
 )
 from serve_app.jobs.records import Records
 from serve_app.jobs.report import write_report
@@ -49,8 +50,6 @@ KEY_VARIABLE = "DREAM_API_KEY"
 MILS_PER_USD = 10_000
 STOPPED = 3
 """Exit status of a job that can go on."""
-CALLS = 3
-"""Batches of episodes that a worker has at a time: while the last of one are compared, the next are rolled out."""
 
 Work = tuple[str, Plan, list[EpisodeRef]]
 
@@ -87,26 +86,25 @@ def run_plan(plan: Plan, key: str, refs: Sequence[EpisodeRef], workers: int) -> 
     import ray
     import ray.data
 
-    left = left_of(plan, refs)
-    if not left:
+    groups = groups_left(plan, refs)
+    if not groups:
         return
     ray.data.DataContext.get_current().enable_progress_bars = False
-    rows = ray.data.from_items(columns_of(left), override_num_blocks=math.ceil(len(left) / plan.concurrency))
-    done = rows.map_batches(
+    done = ray.data.from_items([row_of(group) for group in groups], override_num_blocks=len(groups)).map_batches(
         Evaluator,
         fn_constructor_args=(plan, key),
         batch_size=None,
         batch_format="numpy",
         compute=ray.data.ActorPoolStrategy(
             size=workers,
-            max_tasks_in_flight_per_actor=CALLS,
-            max_concurrent_calls_per_actor=CALLS,
+            max_tasks_in_flight_per_actor=plan.calls,
+            max_concurrent_calls_per_actor=plan.calls,
             enable_true_multi_threading=True,
         ),
         num_gpus=1 if plan.checkpoint and plan.device.startswith("cuda") else None,
     )
     what, stopped = f"episodes of {plan.run.split()[0]}", ""
-    with tqdm(total=len(refs), initial=len(refs) - len(left), desc=what, mininterval=2.0) as bar:
+    with tqdm(total=len(refs), initial=len(refs) - len(left_of(plan, refs)), desc=what, mininterval=2.0) as bar:
         try:
             for row in done.iter_rows():
                 if row["status"] == "stopped":  # the others in flight still come
@@ -135,7 +133,7 @@ def main() -> None:
     parser.add_argument("--num-steps", type=int, help="denoising steps; the model's default without it")
     parser.add_argument("--max-actions", type=int, default=48, help="of each episode (default 48)")
     parser.add_argument("--limit", type=int, help="only so many episodes; more of them later go on from there")
-    parser.add_argument("--concurrency", type=int, default=32, help="episodes at a time, per worker (default 32)")
+    parser.add_argument("--concurrency", type=int, default=48, help="episodes at a time, per worker (default 48)")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--patience", type=float, default=600.0, help="seconds for which a cluster may be away (600)")
     parser.add_argument("--max-cost", type=float, help="USD: do not begin if the whole evaluation may cost more")

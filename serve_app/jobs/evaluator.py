@@ -3,11 +3,13 @@
 import asyncio
 import bisect
 import importlib
+import json
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 import numpy as np
@@ -16,14 +18,29 @@ from deployments.video import encode_chunk, join_chunks, open_encoder
 from deployments.world_model.lpips import Lpips
 from deployments.world_model.metrics import psnr_per_frame, ssim_per_frame
 from serve_app.jobs.episodes import BadEpisode, Episode, EpisodeRef, Frames, list_episodes, load_episode
-from serve_app.jobs.records import Record, Records, write_whole
-from serve_app.jobs.rollouts import CannotGoOn, ClusterRoller, LocalRoller, Refused, Roller, fit, work_name
+from serve_app.jobs.records import Groups, Record, Records, halves, write_whole
+from serve_app.jobs.rollouts import (
+    ROWS,
+    CannotGoOn,
+    ClusterRoller,
+    LocalRoller,
+    Refused,
+    Roller,
+    Rollout,
+    fit,
+    work_name,
+)
+
+Result = TypeVar("Result")
 
 TIMEOUT_S = 300.0
 CLIP_FPS = 10
 CLIPS_OF_EACH_END = 3
 CLIP_EVERY = 16
 """Beside the worst and the best so far: a video costs more than the comparison, and the report shows nine."""
+CALLS = 3
+"""Groups of episodes that a worker has at a time: one that is compared, one that is rolled out, and one that the model
+turns to between the chunks of that."""
 MAX_DB = 100.0
 """Of equal frames, whose PSNR has no bound."""
 
@@ -52,20 +69,30 @@ class Plan:
     max_rollout_mils: int = 0
     """What one rollout may cost; 0 sets no bound."""
 
+    @property
+    def rows(self) -> int:
+        """Episodes that are asked for together: some of those at work, so that the model is never without."""
+        return max(1, min(ROWS, self.concurrency // CALLS))
+
+    @property
+    def calls(self) -> int:
+        """Groups of episodes at work at a time."""
+        return -(-self.concurrency // self.rows)
+
 
 class Evaluator:
-    """Calls from several threads share its loop and its `concurrency`, so it is busy from one batch to the next."""
+    """Calls from several threads share its loop: while the rollouts of one group are compared, others are made."""
 
     def __init__(self, plan: Plan, key: str) -> None:
         self._plan = plan
         self._key = key
         self._records = Records(Path(plan.out), plan.run)
+        self._groups = Groups(Path(plan.out))
         self._lpips = Lpips.read(Path(plan.lpips_weights), plan.lpips_sha256) if plan.lpips_weights else None
         self._score = named_function(plan.score) if plan.score else None
         starts = list_episodes(plan.starts, plan.camera) if plan.starts else []
         self._starts = {ref.episode_id: ref for ref in starts}
         self._local = LocalRoller(plan.checkpoint, plan.device, plan.num_steps) if plan.checkpoint else None
-        self._gate = asyncio.Semaphore(plan.concurrency)
         self._opening = asyncio.Lock()
         self._roller: Roller | None = None
         self._stop: CannotGoOn | None = None
@@ -82,10 +109,8 @@ class Evaluator:
                 self._loop = asyncio.new_event_loop()
                 self._thread = threading.Thread(target=self._loop.run_forever, name="evaluator", daemon=True)
                 self._thread.start()
-        refs = [EpisodeRef(**dict(zip(batch, row, strict=True))) for row in zip(*batch.values(), strict=True)]
-        working = asyncio.run_coroutine_threadsafe(
-            self.evaluate([replace(ref, row=int(ref.row)) for ref in refs]), self._loop
-        )
+        refs = [EpisodeRef(**each) for group in batch["group"] for each in json.loads(group)]
+        working = asyncio.run_coroutine_threadsafe(self.evaluate(refs), self._loop)
         try:
             records = working.result()
         except CannotGoOn as stop:
@@ -100,16 +125,19 @@ class Evaluator:
             self._loop.close()
 
     async def evaluate(self, refs: Sequence[EpisodeRef], http: httpx.AsyncClient | None = None) -> list[Record]:
-        """Their records, which are written. Raises CannotGoOn when those that had begun are done and written."""
+        """The records of those that had none, which are written. Raises CannotGoOn when those that had begun are done
+        and written."""
         try:
             roller = await self._open(http)
         except CannotGoOn as stop:
             self._stop = stop
             raise
-        records = await asyncio.gather(*(self._record(roller, ref) for ref in refs))
+        rows = roller.most_rows(1 + self._plan.max_actions)
+        groups = [refs[first : first + rows] for first in range(0, len(refs), rows)]
+        records = await asyncio.gather(*(self._evaluate(roller, group) for group in groups))
         if self._stop is not None:
             raise self._stop
-        return [record for record in records if record is not None]
+        return [record for group in records for record in group]
 
     async def _open(self, http: httpx.AsyncClient | None) -> Roller:
         async with self._opening:
@@ -120,48 +148,81 @@ class Evaluator:
                 self._roller = await open_roller(self._plan, http)
         return self._roller
 
-    async def _record(self, roller: Roller, ref: EpisodeRef) -> Record | None:
-        async with self._gate:
-            if self._stop is not None:
-                return None
+    async def _evaluate(self, roller: Roller, refs: Sequence[EpisodeRef]) -> list[Record]:
+        """In one request. Where that is refused, each half in one of its own: so one alone is refused in the end."""
+        if self._stop is not None:
+            return []
+        ids = [ref.episode_id for ref in refs]
+        try:
+            known = set(await asyncio.to_thread(self._known, ids))  # after a lost worker, or a kill
+            if len(known) == len(ids):
+                return []
+            await asyncio.to_thread(self._groups.begin, ids)
             try:
-                record = await asyncio.to_thread(self._records.get, ref.episode_id)  # after a lost worker
-                if record is None:
-                    record = await self._evaluate_one(roller, ref)
-                    await asyncio.to_thread(self._records.put, record)
-            except CannotGoOn as stop:
-                self._stop = stop
-            except OSError as error:
-                self._stop = CannotGoOn(f"{self._plan.out} cannot be written: {error}")
-            else:
-                return record
-        return None
+                records = await self._roll_out(roller, refs, known)
+            except Refused:
+                await asyncio.to_thread(self._groups.halve, ids)
+                return [record for half in halves(refs) for record in await self._evaluate(roller, half)]
+        except CannotGoOn as stop:
+            self._stop = stop
+        except OSError as error:
+            self._stop = CannotGoOn(f"{self._plan.out} cannot be written: {error}")
+        else:
+            return records
+        return []
 
-    async def _evaluate_one(self, roller: Roller, ref: EpisodeRef) -> Record:
+    def _known(self, episode_ids: Sequence[str]) -> list[str]:
+        return [each for each in episode_ids if self._records.get(each) is not None]
+
+    async def _roll_out(self, roller: Roller, refs: Sequence[EpisodeRef], known: Collection[str]) -> list[Record]:
+        """Of those that are not `known`, written. Raises Refused where that may be the fault of one among several."""
+        loaded = await _in_threads(partial(self._load, roller, ref) for ref in refs)
+        episodes = [each for each in loaded if isinstance(each, Episode)]
+        records = [each for each in loaded if isinstance(each, Record)]
         try:
-            episode = await asyncio.to_thread(self._load, roller, ref)
-            rollout = await roller.roll_out(episode.frames[0], episode.actions, self._plan.seed)
-        except (BadEpisode, Refused) as error:
-            return Record(ref.episode_id, "bad", str(error))
+            work = [(episode.frames[0], episode.actions) for episode in episodes]
+            rollouts = await roller.roll_out(work, self._plan.seed) if work else []
+        except Refused as error:
+            if len(refs) > 1:
+                raise
+            episodes, rollouts, records = [], [], [Record(refs[0].episode_id, "bad", str(error))]
+        new = [record for record in records if record.episode_id not in known]
+        await _in_threads(partial(self._records.put, record) for record in new)
+        compared = await _in_threads(
+            partial(self._finish, episode, rollout)
+            for episode, rollout in zip(episodes, rollouts, strict=True)
+            if episode.episode_id not in known
+        )
+        return [*new, *compared]
+
+    def _finish(self, episode: Episode, rollout: Rollout) -> Record:
+        """Raises OSError."""
         try:
-            record = await asyncio.to_thread(self._compare, episode, rollout.frames)
+            record = self._compare(episode, rollout.frames)
         except BadEpisode as error:
-            record = Record(ref.episode_id, "bad", str(error))
-        return replace(
+            record = Record(episode.episode_id, "bad", str(error))
+        record = replace(
             record, cost_usd=rollout.cost_usd, request_id=rollout.request_id, engine_ms=round(rollout.engine_ms, 3)
         )
+        self._records.put(record)
+        return record
 
-    def _load(self, roller: Roller, ref: EpisodeRef) -> Episode:
-        episode = load_episode(ref)
-        length = min(len(episode.actions), self._plan.max_actions)
-        if episode.actions.shape[1] != roller.action_dim:
-            raise BadEpisode(f"actions have {episode.actions.shape[1]} columns; the model takes {roller.action_dim}")
-        frames = fit(episode.frames[: length + 1], roller.resolution)
-        if self._plan.starts:
-            if ref.episode_id not in self._starts:
-                raise BadEpisode("it has no start frame in the data set of the starts")
-            start = load_episode(self._starts[ref.episode_id])
-            frames = np.concatenate([fit(start.frames[:1], roller.resolution), frames[1:]])
+    def _load(self, roller: Roller, ref: EpisodeRef) -> Episode | Record:
+        """As the model can take it, or why that is not possible."""
+        try:
+            episode = load_episode(ref)
+            columns = episode.actions.shape[1]
+            if columns != roller.action_dim:
+                raise BadEpisode(f"actions have {columns} columns; the model takes {roller.action_dim}")
+            length = min(len(episode.actions), self._plan.max_actions)
+            frames = fit(episode.frames[: length + 1], roller.resolution)
+            if self._plan.starts:
+                if ref.episode_id not in self._starts:
+                    raise BadEpisode("it has no start frame in the data set of the starts")
+                start = load_episode(self._starts[ref.episode_id])
+                frames = np.concatenate([fit(start.frames[:1], roller.resolution), frames[1:]])
+        except BadEpisode as error:
+            return Record(ref.episode_id, "bad", str(error))
         return Episode(ref.episode_id, frames, episode.actions[:length])
 
     def _compare(self, episode: Episode, generated: Frames) -> Record:
@@ -197,10 +258,19 @@ class Evaluator:
         directory.mkdir(parents=True, exist_ok=True)
         beside = np.concatenate([episode.frames, generated], axis=2)
         plan = self._plan
-        name = f"{work_name(plan.run, plan.num_steps, plan.seed, episode.frames, episode.actions)[5:21]}.mp4"
+        name = f"{work_name(plan.run, plan.num_steps, plan.seed, [(episode.frames, episode.actions)])[5:21]}.mp4"
         chunk = encode_chunk(beside, open_encoder(beside.shape[1:3], CLIP_FPS))
         write_whole(directory / name, join_chunks([chunk], CLIP_FPS, len(beside)))
         return f"clips/{name}"
+
+
+async def _in_threads(calls: Iterable[Callable[[], Result]]) -> list[Result]:
+    """What each returns; what the first to fail raises, once all are done."""
+    results = await asyncio.gather(*map(asyncio.to_thread, calls), return_exceptions=True)
+    for each in results:
+        if isinstance(each, BaseException):
+            raise each
+    return [each for each in results if not isinstance(each, BaseException)]
 
 
 class Notable:
@@ -248,8 +318,23 @@ def left_of(plan: Plan, refs: Sequence[EpisodeRef]) -> list[EpisodeRef]:
     return [ref for ref in refs if records.get(ref.episode_id) is None]
 
 
-def columns_of(refs: Sequence[EpisodeRef]) -> list[dict[str, Any]]:
-    return [asdict(ref) for ref in refs]
+def groups_left(plan: Plan, refs: Sequence[EpisodeRef]) -> list[list[EpisodeRef]]:
+    """What is left, as it is asked for together: what an earlier start had begun as it was then, with the episodes of
+    it that are finished, and the rest in order. Raises ValueError, OSError."""
+    left = {ref.episode_id: ref for ref in left_of(plan, refs)}
+    named = {ref.episode_id: ref for ref in refs}
+    groups = []
+    for ids in Groups(Path(plan.out)):
+        if not left.keys().isdisjoint(ids) and named.keys() >= set(ids):
+            groups.append([named[each] for each in ids])
+            left = {name: ref for name, ref in left.items() if name not in ids}
+    rest, rows = list(left.values()), plan.rows
+    return groups + [rest[first : first + rows] for first in range(0, len(rest), rows)]
+
+
+def row_of(group: Sequence[EpisodeRef]) -> dict[str, str]:
+    """As `Evaluator` reads it."""
+    return {"group": json.dumps([asdict(ref) for ref in group])}
 
 
 def _decibels(frames: Frames, reference: Frames) -> list[float]:

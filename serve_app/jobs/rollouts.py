@@ -24,6 +24,13 @@ AWAY = frozenset({408, 429, 502, 503, 504})
 """Answers of a cluster that is busy, restarts, or is not there."""
 STOPPING = frozenset({401, 402, 403, 404})
 """Answers that any other episode would get too."""
+ROWS = 16
+"""Rollouts in one request: what a replica runs in one forward, unless it is told otherwise."""
+MAX_ANSWER_BYTES = 64 * 2**20
+"""Of frames in one request's answer: half of what a cluster sends unless it is told otherwise."""
+
+Work = tuple[Frames, Actions]
+"""A start frame (H, W, 3) and actions (T, A)."""
 
 
 class Refused(Exception):
@@ -48,14 +55,17 @@ class Roller(Protocol):
     """(H, W) of the model's frames."""
     action_dim: int
 
-    async def roll_out(self, start_frame: Frames, actions: Actions, seed: int) -> Rollout:
-        """Raises Refused, CannotGoOn."""
+    def most_rows(self, num_frames: int) -> int:
+        """Rollouts of so many frames that are worth asking for at once."""
+
+    async def roll_out(self, work: Sequence[Work], seed: int) -> list[Rollout]:
+        """All of them, or none. Raises Refused, CannotGoOn."""
 
 
 class ClusterRoller:
     """Through `POST /v1/predict/batch` of a running cluster, which reserves and charges as for any customer.
 
-    Every rollout has an idempotency key that is derived from its content, so whoever asks again pays once. It waits up
+    Every request has an idempotency key that is derived from its content, so whoever asks again pays once. It waits up
     to `patience_s` for a cluster that is busy or away. `max_mils` bounds what one rollout may cost; 0 sets no bound.
     """
 
@@ -84,42 +94,47 @@ class ClusterRoller:
         if not active:
             raise CannotGoOn(f"{self._model} is not served there")
 
+    def most_rows(self, num_frames: int) -> int:
+        height, width = self.resolution
+        return max(1, min(ROWS, MAX_ANSWER_BYTES // (num_frames * height * width * 3)))
+
     async def quote(self, start_frame: Frames, actions: Actions, seed: int) -> dict[str, float]:
         """What one rollout would cost; nothing is run. Raises Refused, CannotGoOn."""
-        form = self._form(start_frame, actions, seed)
+        form = self._form([(start_frame, actions)], seed)
         answer = await self._send("POST", f"{self._base}/v1/predict/batch?dryRun=true", **form)
         quoted: dict[str, float] = answer.json()
         return quoted
 
-    async def roll_out(self, start_frame: Frames, actions: Actions, seed: int) -> Rollout:
-        name = work_name(self._model, self._num_steps, seed, start_frame, actions)
-        form = self._form(start_frame, actions, seed)
+    async def roll_out(self, work: Sequence[Work], seed: int) -> list[Rollout]:
+        form = self._form(work, seed)
         if self._max_mils:
-            form["data"]["max_cost_mils"] = str(self._max_mils)
-        headers = {"Idempotency-Key": name}
-        answer = await self._send("POST", f"{self._base}/v1/predict/batch", headers=headers, **form)
-        frames = _unpacked(answer.content)
-        expected = (1 + len(actions), *start_frame.shape)
-        if frames.shape != expected or frames.dtype != np.uint8:
-            raise Refused(f"the answer holds {frames.dtype} {frames.shape} where uint8 {expected} was asked for")
-        return Rollout(
-            frames,
-            float(answer.headers["X-DreamEngine-Estimated-Charge-USD"]),
-            answer.headers["X-DreamEngine-Request-Id"],
-            float(answer.headers["X-DreamEngine-Engine-Wall-Ms"]),
-        )
+            form["data"]["max_cost_mils"] = str(len(work) * self._max_mils)
+        headers = {"Idempotency-Key": work_name(self._model, self._num_steps, seed, work)}
+        path = f"{self._base}/v1/predict/batch"
+        answer = await self._send("POST", path, alone=len(work) == 1, headers=headers, **form)
+        videos = await asyncio.to_thread(_unpacked, answer.content, work)
+        usd_per_frame = float(answer.headers["X-DreamEngine-Estimated-Charge-USD"]) / sum(map(len, videos))
+        return [
+            Rollout(
+                video,
+                round(usd_per_frame * len(video), 6),
+                answer.headers["X-DreamEngine-Request-Id"],
+                float(answer.headers["X-DreamEngine-Engine-Wall-Ms"]),
+            )
+            for video in videos
+        ]
 
-    def _form(self, start_frame: Frames, actions: Actions, seed: int) -> dict[str, Any]:
-        png, npy = io.BytesIO(), io.BytesIO()
-        Image.fromarray(start_frame).save(png, "PNG", compress_level=1)
-        np.save(npy, actions)
+    def _form(self, work: Sequence[Work], seed: int) -> dict[str, Any]:
+        """A start frame for each, so that each is what it would be alone."""
         fields = {"seed": str(seed), "return": "npz", "service_class": "batch"}
         if self._num_steps is not None:
             fields["num_steps"] = str(self._num_steps)
-        return {"files": {"frame": png.getvalue(), "actions": npy.getvalue()}, "data": fields}
+        files = [("frame", _png(start_frame)) for start_frame, _ in work]
+        return {"files": files + [("actions", _npy(actions)) for _, actions in work], "data": fields}
 
-    async def _send(self, method: str, path: str, **content: Any) -> httpx.Response:
-        """Asks again in the same words, so pays once. Raises Refused, CannotGoOn."""
+    async def _send(self, method: str, path: str, alone: bool = True, **content: Any) -> httpx.Response:
+        """Asks again in the same words, so pays once. What may be one rollout's fault, or too dear for all of them, is
+        left to smaller requests unless it is `alone`. Raises Refused, CannotGoOn."""
         began, attempt, broken = time.monotonic(), 0, 0
         while True:
             wait_s = min(MAX_BACKOFF_S, BACKOFF_S * 2**attempt)
@@ -131,10 +146,12 @@ class ClusterRoller:
                 if answer.is_success:
                     return answer
                 problem = f"{answer.status_code} {_reason(answer)}"
-                if answer.status_code in STOPPING or "max_cost_mils" in problem:
+                if "max_cost_mils" in problem or (
+                    answer.status_code in STOPPING and (alone or answer.status_code != 402)
+                ):
                     raise CannotGoOn(problem)
                 broken += answer.status_code == 500
-                if broken == ENGINE_ATTEMPTS or answer.status_code not in (500, *AWAY):
+                if broken == (ENGINE_ATTEMPTS if alone else 1) or answer.status_code not in (500, *AWAY):
                     raise Refused(problem)
                 wait_s = max(wait_s, _retry_after_s(answer))
             left_s = began + self._patience_s - time.monotonic()
@@ -145,9 +162,9 @@ class ClusterRoller:
 
 
 class LocalRoller:
-    """On a model in this process: no server, no charge. Rollouts that wait together share their forwards."""
+    """On a model in this process: no server, no charge."""
 
-    def __init__(self, checkpoint: str, device: str, num_steps: int | None, max_rows: int = 16) -> None:
+    def __init__(self, checkpoint: str, device: str, num_steps: int | None) -> None:
         from deployments.world_model.rollout import WorldModel
 
         self._model = WorldModel.load(Path(checkpoint), device)
@@ -155,47 +172,36 @@ class LocalRoller:
         self.resolution = config.resolution
         self.action_dim = config.action_dim
         self._num_steps = num_steps or config.default_num_steps
-        self._max_rows = max_rows
-        self._waiting: list[_Waiting] = []
-        self._runner: asyncio.Task[None] | None = None
+        self._turn = asyncio.Lock()
 
-    async def roll_out(self, start_frame: Frames, actions: Actions, seed: int) -> Rollout:
-        waiting = _Waiting((start_frame, actions, seed), asyncio.get_running_loop().create_future())
-        self._waiting.append(waiting)
-        if self._runner is None or self._runner.done():
-            self._runner = asyncio.get_running_loop().create_task(self._run())
-        started = time.perf_counter()
-        frames = await waiting.frames
-        return Rollout(frames, 0.0, "", (time.perf_counter() - started) * 1e3)
+    def most_rows(self, num_frames: int) -> int:
+        return ROWS
 
-    async def _run(self) -> None:
-        await asyncio.sleep(0)  # whoever asks in this turn of the loop shares the batch
-        while self._waiting:
-            batch, self._waiting = self._waiting[: self._max_rows], self._waiting[self._max_rows :]
+    async def roll_out(self, work: Sequence[Work], seed: int) -> list[Rollout]:
+        async with self._turn:
+            started = time.perf_counter()
             try:
-                videos = await asyncio.to_thread(self.generate, [each.work for each in batch])
+                videos = await asyncio.to_thread(self.generate, work, seed)
             except Exception as error:
-                for each in batch:
-                    each.frames.set_exception(Refused(f"{type(error).__name__}: {error}"))
-            else:
-                for each, video in zip(batch, videos, strict=True):
-                    each.frames.set_result(video)
+                raise Refused(f"{type(error).__name__}: {error}") from error
+            took_ms = (time.perf_counter() - started) * 1e3
+        return [Rollout(video, 0.0, "", took_ms) for video in videos]
 
-    def generate(self, work: Sequence[tuple[Frames, Actions, int]]) -> list[Frames]:
-        """Of each start frame (H, W, 3), actions (T, A) and seed (1 + T, H, W, 3), chunk by chunk in one batch."""
+    def generate(self, work: Sequence[Work], seed: int) -> list[Frames]:
+        """(1 + T, H, W, 3) of each, chunk by chunk in one batch."""
         from deployments.world_model.rollout import ChunkInput
 
         config = self._model.config
         size = config.chunk_size
-        videos = [[start_frame[None]] for start_frame, _, _ in work]
-        for chunk in range(max(-(-len(actions) // size) for _, actions, _ in work)):
+        videos = [[start_frame[None]] for start_frame, _ in work]
+        for chunk in range(max(-(-len(actions) // size) for _, actions in work)):
             first = chunk * size
-            going_on = [index for index, (_, actions, _) in enumerate(work) if len(actions) > first]
+            going_on = [index for index, (_, actions) in enumerate(work) if len(actions) > first]
             inputs = [
                 ChunkInput(
                     videos[index][-1][-1],
                     work[index][1][first : first + size],
-                    work[index][2],
+                    seed,
                     0,
                     chunk,
                     self._num_steps,
@@ -208,12 +214,6 @@ class LocalRoller:
         return [np.concatenate(parts) for parts in videos]
 
 
-@dataclass(frozen=True, slots=True)
-class _Waiting:
-    work: tuple[Frames, Actions, int]
-    frames: asyncio.Future[Frames]
-
-
 def fit(frames: Frames, resolution: tuple[int, int]) -> Frames:
     """As the service fits start frames: cropped about the centre to the aspect ratio, resized bilinearly."""
     height, width = resolution
@@ -223,22 +223,43 @@ def fit(frames: Frames, resolution: tuple[int, int]) -> Frames:
     return np.stack([np.asarray(each, np.uint8) for each in fitted])
 
 
-def work_name(model: str, num_steps: int | None, seed: int, start_frame: Frames, actions: Actions) -> str:
+def work_name(model: str, num_steps: int | None, seed: int, work: Sequence[Work]) -> str:
     """The same for the same work, whichever job asks for it, also after a restart: its idempotency key."""
-    digest = hashlib.sha256(f"npz {model} {num_steps} {seed} {start_frame.shape} {actions.shape}\n".encode())
-    digest.update(np.ascontiguousarray(start_frame).data)
-    digest.update(np.ascontiguousarray(actions).data)
+    digest = hashlib.sha256(f"npz {model} {num_steps} {seed}\n".encode())
+    for start_frame, actions in work:
+        digest.update(f"{start_frame.shape} {actions.shape}\n".encode())
+        digest.update(np.ascontiguousarray(start_frame).data)
+        digest.update(np.ascontiguousarray(actions).data)
     return f"eval-{digest.hexdigest()[:40]}"
 
 
-def _unpacked(content: bytes) -> Frames:
-    """The one rollout of a `return=npz` answer. Raises Refused."""
+def _png(frame: Frames) -> bytes:
+    output = io.BytesIO()
+    Image.fromarray(frame).save(output, "PNG", compress_level=1)
+    return output.getvalue()
+
+
+def _npy(array: Actions) -> bytes:
+    output = io.BytesIO()
+    np.save(output, array)
+    return output.getvalue()
+
+
+def _unpacked(content: bytes, work: Sequence[Work]) -> list[Frames]:
+    """The rollouts of a `return=npz` answer. Raises Refused unless they are those of `work`."""
+    videos: list[Frames] = []
     try:
-        with zipfile.ZipFile(io.BytesIO(content)) as files, files.open("rollout_000.npy") as file:
-            frames: Frames = np.lib.format.read_array(io.BytesIO(file.read()), allow_pickle=False)
+        with zipfile.ZipFile(io.BytesIO(content)) as files:
+            for index in range(len(work)):
+                with files.open(f"rollout_{index:03d}.npy") as file:
+                    videos.append(np.lib.format.read_array(io.BytesIO(file.read()), allow_pickle=False))
     except (zipfile.BadZipFile, KeyError, ValueError) as error:
         raise Refused(f"the answer is not what was asked for: {type(error).__name__}: {error}") from error
-    return frames
+    for video, (start_frame, actions) in zip(videos, work, strict=True):
+        expected = (1 + len(actions), *start_frame.shape)
+        if video.shape != expected or video.dtype != np.uint8:
+            raise Refused(f"the answer holds {video.dtype} {video.shape} where uint8 {expected} was asked for")
+    return videos
 
 
 def _retry_after_s(answer: httpx.Response) -> float:

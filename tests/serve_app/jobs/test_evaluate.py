@@ -5,6 +5,7 @@ import asyncio
 import errno
 import io
 import json
+import os
 import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,14 +23,16 @@ from deployments.world_model import pusher
 from serve_app.catalog import PACKAGED_CHECKPOINTS
 from serve_app.jobs.episodes import BadDataset, EpisodeRef, list_episodes
 from serve_app.jobs.evaluate import Stopped, evaluate_all, main
-from serve_app.jobs.evaluator import Evaluator, Notable, Plan, columns_of, left_of
-from serve_app.jobs.records import Record, Records
+from serve_app.jobs.evaluator import Evaluator, Notable, Plan, groups_left, left_of, row_of
+from serve_app.jobs.records import Groups, Record, Records
 from serve_app.jobs.report import summarise, write_report
-from serve_app.jobs.rollouts import CannotGoOn, LocalRoller
+from serve_app.jobs.rollouts import CannotGoOn, ClusterRoller, LocalRoller
 from tests.support.app import App
 from tests.support.models import RAISE
 
 PRICE_USD = 13 * 5 / 10_000
+STARTS = [(10, 12), (90, 30), (200, 5)]
+"""Level of the start frame, and number of actions."""
 
 
 def write_episodes(root: Path, count: int, actions: int = 12) -> str:
@@ -142,7 +145,7 @@ async def test_without_credits_the_evaluation_stops_instead_of_listing_everythin
     app.ledger.apply(grant)
     await Evaluator(plan(tmp_path / "out"), "").evaluate(refs, app.http)
     assert len(list(Records(tmp_path / "out", "test"))) == 3
-    assert [row for row in app.ledger.rows(customer) if row[0] == "debit"] == [("debit", -65)] * 3
+    assert [row for row in app.ledger.rows(customer) if row[0] == "debit"] == [("debit", -65), ("debit", -130)]
 
 
 class LosesAnswers(httpx.AsyncBaseTransport):
@@ -172,7 +175,7 @@ async def test_an_answer_that_was_lost_is_asked_for_again_and_paid_once(
     async with httpx.AsyncClient(transport=transport, base_url="http://cluster.test", headers=headers) as http:
         records = await Evaluator(plan(tmp_path / "out"), "").evaluate(refs, http)
     assert [record.status for record in records] == ["ok"] * 3
-    assert app.ledger.rows(customer)[1:] == [("debit", -65)] * 3
+    assert app.ledger.rows(customer)[1:] == [("debit", -195)]
 
 
 async def test_a_cluster_that_stays_away_stops_the_job_and_makes_no_episode_bad(
@@ -192,50 +195,120 @@ async def test_a_cluster_that_stays_away_stops_the_job_and_makes_no_episode_bad(
     async with httpx.AsyncClient(transport=httpx.MockTransport(away), base_url="http://cluster.test") as http:
         with pytest.raises(CannotGoOn, match="could not be used for 0 s: 503 no replica"):
             await Evaluator(plan(tmp_path / "out", patience_s=0.05), "").evaluate(refs, http)
-    assert len(asked) > len(set(asked)) == 2
+    assert len(asked) > len(set(asked)) == 1
     assert list(Records(tmp_path / "out", "test")) == []
 
 
-def test_calls_from_several_threads_share_a_bound_and_a_stop_is_a_status(
+def test_calls_from_several_threads_run_side_by_side_and_a_stop_is_a_status(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As Ray Data calls a worker."""
-    rows = columns_of(list_episodes(write_episodes(tmp_path / "data", 9)))
-    batches = [{name: [row[name] for row in rows[first : first + 3]] for name in rows[0]} for first in (0, 3, 6)]
+    refs = list_episodes(write_episodes(tmp_path / "data", 9))
+    batches = [{"group": [row_of(refs[first : first + 3])["group"]]} for first in (0, 3, 6)]
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w") as files:
-        array = io.BytesIO()
-        np.save(array, np.zeros((13, 64, 64, 3), np.uint8))
-        files.writestr("rollout_000.npy", array.getvalue())
+        for index in range(3):
+            array = io.BytesIO()
+            np.save(array, np.zeros((13, 64, 64, 3), np.uint8))
+            files.writestr(f"rollout_{index:03d}.npy", array.getvalue())
     headers = {f"X-DreamEngine-{name}": "0" for name in ("Estimated-Charge-USD", "Request-Id", "Engine-Wall-Ms")}
-    running, most, answered = 0, 0, 0
+    running, answered = 0, 0
     met = asyncio.Event()
 
     async def answer(request: httpx.Request) -> httpx.Response:
-        nonlocal running, most, answered
+        nonlocal running, answered
         if request.method == "GET":
             return httpx.Response(200, json={"active": True, "spec": {"resolution": [64, 64], "action_dim": 8}})
         running, answered = running + 1, answered + 1
-        most = max(most, running)
-        refused = answered > 6
+        refused = answered > 2
         if running == 2:
             met.set()
         await met.wait()
-        running -= 1
-        return httpx.Response(402) if refused else httpx.Response(200, content=content.getvalue(), headers=headers)
+        return httpx.Response(403) if refused else httpx.Response(200, content=content.getvalue(), headers=headers)
 
     def mocked(plan: Plan, key: str) -> httpx.AsyncClient:
         return httpx.AsyncClient(transport=httpx.MockTransport(answer), base_url="http://cluster.test")
 
     monkeypatch.setattr("serve_app.jobs.evaluator.client", mocked)
-    evaluator = Evaluator(plan(tmp_path / "out", concurrency=2), "")
+    evaluator = Evaluator(plan(tmp_path / "out"), "")
     with ThreadPoolExecutor(3) as pool:
         outcomes = list(pool.map(evaluator, batches))
-    assert most == 2
     assert len(list(Records(tmp_path / "out", "test"))) == 6
-    assert any(outcome["status"] == ["stopped"] and "402" in outcome["reason"][0] for outcome in outcomes)
+    assert any(outcome["status"] == ["stopped"] and "403" in outcome["reason"][0] for outcome in outcomes)
     assert evaluator(batches[0])["status"] == ["stopped"]
     evaluator.close()
+
+
+async def test_a_group_that_a_kill_cut_off_is_asked_for_in_the_same_words_and_not_paid_again(
+    app: App, tmp_path: Path
+) -> None:
+    headers, customer = app.key()
+    app.http.headers.update(headers)
+    refs = list_episodes(write_episodes(tmp_path / "data", 20))
+    paid = await Evaluator(plan(tmp_path / "out", concurrency=21), "").evaluate(refs[:7], app.http)
+    for record in paid[2:]:  # as if it was killed before these were written
+        (file,) = [each for each in (tmp_path / "out" / "episodes").iterdir() if record.episode_id in each.read_text()]
+        file.unlink()
+    groups = groups_left(plan(tmp_path / "out", concurrency=21), refs)
+    assert [[ref.episode_id for ref in group] for group in groups] == [
+        [f"e{index:03d}" for index in part] for part in (range(7), range(7, 14), range(14, 20))
+    ]
+    for group in groups:
+        await Evaluator(plan(tmp_path / "out", concurrency=21), "").evaluate(group, app.http)
+    again = list(Records(tmp_path / "out", "test"))
+    assert len({record.episode_id for record in again}) == 20
+    assert {record.request_id for record in again} >= {record.request_id for record in paid}
+    assert app.ledger.rows(customer)[1:] == [("debit", -65 * count) for count in (7, 7, 6)]
+
+
+def test_a_group_that_the_service_no_longer_knows_is_not_asked_for_again(tmp_path: Path) -> None:
+    refs = list_episodes(write_episodes(tmp_path / "data", 4))
+    asked = plan(tmp_path / "out", concurrency=6)
+    Groups(tmp_path / "out").begin(["e001", "e003"])
+    assert [len(group) for group in groups_left(asked, refs)] == [2, 2]
+    (file,) = (tmp_path / "out" / "groups").iterdir()
+    os.utime(file, (0, 0))
+    assert [[ref.episode_id for ref in group] for group in groups_left(asked, refs)] == [
+        ["e000", "e001"],
+        ["e002", "e003"],
+    ]
+
+
+async def test_a_poisoned_episode_costs_those_beside_it_nothing(app: App, tmp_path: Path) -> None:
+    headers, customer = app.key()
+    app.http.headers.update(headers)
+    write_episodes(tmp_path / "data", 5)
+    frames, actions = np.zeros((13, 64, 64, 3), np.uint8), np.zeros((12, 8), np.float32)
+    actions[0, RAISE] = 1
+    np.savez(tmp_path / "data" / "e002.npz", frames=frames, actions=actions)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("serve_app.jobs.rollouts.BACKOFF_S", 0.0)
+        refs = list_episodes(str(tmp_path / "data"))
+        records = await Evaluator(plan(tmp_path / "out"), "").evaluate(refs, app.http)
+    assert {record.episode_id: record.status for record in records} == {
+        f"e{index:03d}": "bad" if index == 2 else "ok" for index in range(5)
+    }
+    assert sum(mils for _, mils in app.ledger.rows(customer)) == 1_000_000 - 4 * 65
+    assert list(Groups(tmp_path / "out")) == [["e003", "e004"], ["e000", "e001"]]  # as they were paid for
+
+
+async def test_an_episode_is_rolled_out_in_a_group_as_it_is_alone(app: App, paying: httpx.AsyncClient) -> None:
+    roller = ClusterRoller(paying, "tiny-pusher", 1, 5.0)
+    await roller.open()
+    work = [(np.full((64, 64, 3), level, np.uint8), np.zeros((length, 8), np.float32)) for level, length in STARTS]
+    together = await roller.roll_out(work, 3)
+    alone = [(await roller.roll_out([each], 3))[0] for each in work]
+    assert [each.cost_usd for each in together] == [pytest.approx(0.0005 * (1 + length)) for _, length in STARTS]
+    for a, b in zip(together, alone, strict=True):
+        assert np.array_equal(a.frames, b.frames)
+        assert a.cost_usd == b.cost_usd
+
+
+def test_no_more_frames_are_asked_for_at_once_than_an_answer_holds(paying: httpx.AsyncClient) -> None:
+    roller = ClusterRoller(paying, "m", None, 1.0)
+    for resolution, rows in (((64, 64), 16), ((240, 320), 5), ((480, 640), 1), ((4096, 4096), 1)):
+        roller.resolution = resolution
+        assert roller.most_rows(49) == rows
 
 
 async def test_an_answer_that_is_no_rollout_costs_its_episode_and_not_the_job(tmp_path: Path) -> None:
@@ -259,18 +332,22 @@ async def test_a_full_disk_stops_the_job_and_what_was_paid_is_not_paid_again(
     refs = list_episodes(write_episodes(tmp_path / "data", 3))
     evaluator = Evaluator(plan(tmp_path / "out"), "")
 
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+    move = os.replace
+
+    def full(partial: str, file: Path) -> None:
+        if file.parent.name == "episodes":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        move(partial, file)
 
     with monkeypatch.context() as patched:
         patched.setattr("serve_app.jobs.records.os.replace", full)
         with pytest.raises(CannotGoOn, match=r"cannot be written: .*No space left"):
             await evaluator.evaluate(refs, app.http)
     assert list((tmp_path / "out" / "episodes").iterdir()) == []  # nor anything partial
-    assert app.ledger.rows(customer)[1:] == [("debit", -65)] * 3
+    assert app.ledger.rows(customer)[1:] == [("debit", -195)]
     records = await Evaluator(plan(tmp_path / "out"), "").evaluate(refs, app.http)
     assert [record.status for record in records] == ["ok"] * 3
-    assert app.ledger.rows(customer)[1:] == [("debit", -65)] * 3
+    assert app.ledger.rows(customer)[1:] == [("debit", -195)]
 
 
 async def test_a_record_that_was_cut_off_is_made_again_at_no_cost(
@@ -282,8 +359,9 @@ async def test_a_record_that_was_cut_off_is_made_again_at_no_cost(
     file = next((tmp_path / "out" / "episodes").glob("*.json"))
     file.write_text(file.read_text()[:40])
     assert len(left_of(plan(tmp_path / "out"), refs)) == 1
-    again = await Evaluator(plan(tmp_path / "out"), "").evaluate(refs, paying)
-    assert [replace(record, clip="") for record in again] == [replace(record, clip="") for record in first]
+    (group,) = groups_left(plan(tmp_path / "out"), refs)
+    (again,) = await Evaluator(plan(tmp_path / "out"), "").evaluate(group, paying)
+    assert replace(again, clip="") in [replace(record, clip="") for record in first]
     assert (await paying.get("/v1/billing/balance")).json()["balance_mils"] == balance
 
 
@@ -323,15 +401,12 @@ async def test_a_local_model_gives_batched_what_it_gives_alone() -> None:
     actions[..., :2] = pusher.random_actions(state, 20, random)
     checkpoint = str(PACKAGED_CHECKPOINTS["tiny-pusher"])
 
-    async def together(roller: LocalRoller) -> list[np.ndarray]:
-        rollouts = await asyncio.gather(*(roller.roll_out(frames[i], actions[i], 7) for i in range(3)))
-        return [rollout.frames for rollout in rollouts]
-
-    batched = await together(LocalRoller(checkpoint, "cpu", 1))
-    alone = await together(LocalRoller(checkpoint, "cpu", 1, max_rows=1))
-    assert all(each.shape == (21, 64, 64, 3) for each in batched)
-    for a, b in zip(batched, alone, strict=True):
-        assert np.abs(a.astype(int) - b.astype(int)).max() <= 2
+    roller = LocalRoller(checkpoint, "cpu", 1)
+    work = [(frames[index], actions[index]) for index in range(3)]
+    batched = await roller.roll_out(work, 7)
+    for each, alone in zip(batched, [await roller.roll_out([each], 7) for each in work], strict=True):
+        assert each.frames.shape == (21, 64, 64, 3)
+        assert np.abs(each.frames.astype(int) - alone[0].frames.astype(int)).max() <= 2
 
 
 def test_records_of_another_evaluation_are_not_taken_for_this_one(tmp_path: Path) -> None:
