@@ -14,7 +14,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from deployments.batching import BatchProfile
 from deployments.messages import ReplicaId, Ticket, TicketId, TicketTerms
@@ -25,8 +25,7 @@ MAX_ATTEMPTS = 3
 SAMPLE_EVERY_S = 10.0
 
 
-@dataclass(frozen=True, slots=True)
-class Arrival:
+class Arrival(NamedTuple):
     """One decision: `rows` candidates of `chunks` chunks."""
 
     at: float
@@ -107,7 +106,6 @@ class Outcome:
 
 @dataclass(slots=True, eq=False)
 class _Decision:
-    number: int
     arrived_at: float
     rows: int
     chunks_left: int
@@ -116,8 +114,8 @@ class _Decision:
 
 
 class _Replica:
-    """A batch that advances in steps; `ends` holds the step at which each ticket's chunk is done, `waiting` what was
-    granted ahead of its room."""
+    """A batch that advances in steps; `ends` holds tickets and their rows by the step at which they are done, `waiting`
+    what was granted ahead of its room."""
 
     __slots__ = (
         "_first_end",
@@ -138,8 +136,9 @@ class _Replica:
         self._service = service
         self._step_s = service.step_s(0)
         """Of the batch as it is."""
-        self._first_end = math.inf
-        self.ends: dict[TicketId, tuple[float, int]] = {}
+        self._first_end = 0
+        """The least of `ends`."""
+        self.ends: dict[int, list[tuple[TicketId, int]]] = {}
         self.waiting: deque[tuple[TicketId, int]] = deque()
         self.rows = 0
         self.steps = 0.0
@@ -159,31 +158,37 @@ class _Replica:
         self.version += 1
 
     def _begin(self) -> None:
-        rows, most = self.rows, self._service.max_rows
+        rows, most, joining = self.rows, self._service.max_rows, []
         while self.waiting and (not rows or rows + self.waiting[0][1] <= most):
-            ticket_id, joining = self.waiting.popleft()
+            joining.append(self.waiting.popleft())
+            rows += joining[-1][1]
+        if joining:
             end = math.ceil(self.steps - 1e-9) + self._service.num_steps
-            self.ends[ticket_id] = (end, joining)
-            if end < self._first_end:
-                self._first_end = end
-            rows += joining
+            self._first_end = min(self._first_end, end) if self.ends else end
+            self.ends.setdefault(end, []).extend(joining)
         self.rows = rows
         self._step_s = self._service.step_s(rows)
 
     def pop_finished(self, now: float) -> list[TicketId]:
+        """To be called at `next_end`."""
         self.advance(now)
-        by = self.steps + 1e-6
-        done = [ticket_id for ticket_id, (end, _) in self.ends.items() if end <= by]
-        for ticket_id in done:
-            self.rows -= self.ends.pop(ticket_id)[1]
-        self._first_end = min([end for end, _ in self.ends.values()], default=math.inf)
+        done = self.ends.pop(self._first_end)
+        for _, rows in done:
+            self.rows -= rows
+        if self.ends:
+            self._first_end = min(self.ends)
         self._begin()
         self.version += 1
-        return done
+        return [ticket_id for ticket_id, _ in done]
 
     def next_end(self) -> float:
-        """When the first of its tickets is done, if nothing joins; infinite when it has none."""
-        return self.at + max(0.0, self._first_end - self.steps) * self._step_s
+        """When the first of its tickets, of which there is one, is done if nothing joins."""
+        steps = self._first_end - self.steps
+        return self.at + steps * self._step_s if steps > 0 else self.at
+
+    @property
+    def tickets(self) -> list[TicketId]:
+        return [ticket_id for each in (*self.ends.values(), self.waiting) for ticket_id, _ in each]
 
 
 class Simulator:
@@ -204,6 +209,8 @@ class Simulator:
         self.outcome = Outcome()
         self._service, self._fleet, self._policy = service, fleet, policy
         self._random = random.Random(seed)
+        self._terms: dict[int, TicketTerms] = {}
+        """Without a deadline, by chunks left."""
         self._scheduler = Scheduler(lambda: self.now, limits)
         self._events: list[tuple[float, int, Callable[..., None], Any]] = []
         self._order = itertools.count()
@@ -247,17 +254,19 @@ class Simulator:
     def _arrive(self, arrival: Arrival) -> None:
         self._next_arrival()
         self.outcome.offered_s += arrival.rows * arrival.chunks * self._service.row_chunk_s
-        decision = _Decision(next(self._numbers), self.now, arrival.rows, arrival.chunks, arrival.chunks)
+        decision = _Decision(self.now, arrival.rows, arrival.chunks, arrival.chunks)
         self._submit(decision, begun=False)
 
     def _submit(self, decision: _Decision, begun: bool) -> None:
-        left_s = None if self._deadline_s is None else self._deadline_s - (self.now - decision.arrived_at)
+        left = decision.chunks_left
+        if self._deadline_s is not None:
+            terms = TicketTerms(deadline_s=self._deadline_s - (self.now - decision.arrived_at), chunks_left=left)
+        elif left in self._terms:
+            terms = self._terms[left]
+        else:
+            terms = self._terms[left] = TicketTerms(chunks_left=left)
         ticket = Ticket(
-            TicketId(f"{decision.number}/{decision.chunks_left}/{decision.attempt}"),
-            decision.rows,
-            begun=begun,
-            num_steps=self._service.num_steps,
-            terms=TicketTerms(deadline_s=left_s, chunks_left=decision.chunks_left),
+            TicketId(str(next(self._numbers))), decision.rows, begun, num_steps=self._service.num_steps, terms=terms
         )
         if self._scheduler.submit(ticket) is not None:
             self.outcome.refused += 1
@@ -266,6 +275,7 @@ class Simulator:
         self._dispatch()
 
     def _dispatch(self) -> None:
+        now = self.now
         for grant in self._scheduler.dispatch():
             if isinstance(grant, Refused):
                 del self._decisions[grant.ticket_id]
@@ -273,9 +283,9 @@ class Simulator:
                 continue
             decision = self._decisions[grant.ticket_id]
             if decision.chunks_left == decision.chunks:
-                self.outcome.waits.append(self.now - decision.arrived_at)
+                self.outcome.waits.append(now - decision.arrived_at)
             replica = self._replicas[grant.replica_id]
-            replica.add(self.now, grant.ticket_id, decision.rows)
+            replica.add(now, grant.ticket_id, decision.rows)
             self._at(replica.next_end(), self._work_done, (replica, replica.version))
 
     def _work_done(self, what: tuple[_Replica, int]) -> None:
@@ -372,7 +382,7 @@ class Simulator:
         self._scheduler.replica_gone(replica_id)
         self._bury(replica_id, self.now)
         replica.version += 1
-        for ticket_id in (*replica.ends, *(ticket_id for ticket_id, _ in replica.waiting)):
+        for ticket_id in replica.tickets:
             decision = self._decisions.pop(ticket_id)
             decision.attempt += 1
             if decision.attempt < MAX_ATTEMPTS:

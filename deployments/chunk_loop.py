@@ -7,7 +7,7 @@ runs ahead of its reader: who reads slowly, or stops, leaves the rest ungenerate
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import structlog
 
@@ -139,8 +139,7 @@ def _terms_now(
     """The plan's terms as of this chunk: the time that is left, and the chunks of the longest candidate."""
     longest = max(len(plan.candidates[candidate]) for candidate in candidates)
     deadline_s = plan.terms.deadline_s
-    return replace(
-        plan.terms,
+    return plan.terms._replace(
         deadline_s=None if deadline_s is None else deadline_s - (time.monotonic() - started),
         chunks_left=-(-longest // model.spec.chunk_size) - chunk,
     )

@@ -4,7 +4,6 @@ Only time during which every replica had a full batch counts: else the rate of c
 """
 
 import math
-from collections.abc import Callable
 
 PRIOR_S = 5.0
 """The promise weighs as much as this many seconds of measurement."""
@@ -13,48 +12,45 @@ MEMORY_S = 30.0
 
 
 class RecentRate:
-    """Row-steps completed per second, over about the last `MEMORY_S`. `clock` in seconds."""
+    """Row-steps completed per second, over about the last `MEMORY_S`. Times in seconds, of a clock that does not go
+    back."""
 
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
+    def __init__(self, now: float) -> None:
         self._weighed = 0.0
-        self._at = clock()
+        self._at = now
 
-    def completed(self, cost: int) -> None:
-        self._weighed = self._now_weighed() + cost
-        self._at = self._clock()
+    def completed(self, now: float, cost: int) -> None:
+        if now > self._at:
+            self._weighed *= math.exp((self._at - now) / MEMORY_S)
+            self._at = now
+        self._weighed += cost
 
-    @property
-    def cost_per_s(self) -> float:
-        return self._now_weighed() / MEMORY_S
-
-    def _now_weighed(self) -> float:
-        return self._weighed * math.exp(-max(0.0, self._clock() - self._at) / MEMORY_S)
+    def cost_per_s(self, now: float) -> float:
+        return self._weighed * math.exp((self._at - now) / MEMORY_S) / MEMORY_S
 
 
 class DrainRate:
-    """In row-steps per second. `clock` in seconds."""
+    """In row-steps per second. Times in seconds, of a clock that does not go back."""
 
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
+    def __init__(self, now: float) -> None:
         self._promised_per_s = 0.0
         self._promised = 0.0
         self._done = 0.0
         self._saturated = False
-        self._at = clock()
+        self._at = now
 
-    def promise(self, cost_per_s: float) -> None:
+    def promise(self, now: float, cost_per_s: float) -> None:
         """What all present replicas do together, by their profiles; 0 if that is not known."""
-        self._advance()
+        self._advance(now)
         self._promised_per_s = cost_per_s
 
-    def observe(self, saturated: bool) -> None:
+    def observe(self, now: float, saturated: bool) -> None:
         """Whether every replica has a full batch, from now on."""
-        self._advance()
+        self._advance(now)
         self._saturated = saturated
 
-    def completed(self, cost: int) -> None:
-        self._advance()
+    def completed(self, now: float, cost: int) -> None:
+        self._advance(now)
         if self._saturated:
             self._done += cost
 
@@ -69,10 +65,9 @@ class DrainRate:
         prior = PRIOR_S * self._promised_per_s
         return (self._done + prior) / (self._promised + prior) if prior else 1.0
 
-    def _advance(self) -> None:
-        now = self._clock()
-        elapsed_s = now - self._at
-        if self._saturated and elapsed_s > 0:
+    def _advance(self, now: float) -> None:
+        if self._saturated and now > self._at:
+            elapsed_s = now - self._at
             kept = math.exp(-elapsed_s / MEMORY_S)
             self._promised = (self._promised + self._promised_per_s * elapsed_s) * kept
             self._done *= kept

@@ -103,13 +103,14 @@ class FairQueue:
         ticket = waiting.ticket
         customer_id = ticket.terms.customer_id
         group = self._classes[ticket.terms.service_class]
-        if not group.num_tickets:
-            group.virtual = max(group.virtual, self._now)
+        if not group.num_tickets and group.virtual < self._now:
+            group.virtual = self._now
         flow = group.flows.get(customer_id)
         if flow is None:
             flow = group.flows[customer_id] = _Flow(customer_id, self._weight(customer_id), group.now)
         if not flow.num_tickets:
-            flow.virtual = max(flow.virtual, group.now)
+            if flow.virtual < group.now:
+                flow.virtual = group.now
             group.active_weight += flow.weight
             group.num_active += 1
             self._enter(group, flow)
@@ -129,10 +130,13 @@ class FairQueue:
         waiting = self._entries.pop(ticket_id)
         group = self._classes[waiting.ticket.terms.service_class]
         flow = group.flows[waiting.ticket.terms.customer_id]
-        group.now = max(group.now, flow.virtual)
+        if group.now < flow.virtual:
+            group.now = flow.virtual
         flow.virtual += waiting.cost / flow.weight
-        group.latest = max(group.latest, flow.virtual)
-        self._now = max(self._now, group.virtual)
+        if group.latest < flow.virtual:
+            group.latest = flow.virtual
+        if self._now < group.virtual:
+            self._now = group.virtual
         group.virtual += waiting.cost / group.weight
         flow.turn = -1
         self._leave(group, flow, waiting)
@@ -171,6 +175,8 @@ class FairQueue:
         weight, active_weight = self._share(group, customer_id)
         own = self._cost_of(group, customer_id) + cost
         in_class = min(group.cost + cost, own * active_weight / weight)
+        if self.cost == group.cost:  # no other class waits
+            return in_class
         other_classes = sum(each.weight for each in self._classes.values() if each.num_tickets and each is not group)
         return min(self.cost + cost, in_class * (group.weight + other_classes) / group.weight)
 
@@ -231,23 +237,29 @@ class FairQueue:
         if not flow.num_tickets:
             flow.turn = -1
             flow.tickets.clear()
+            if not group.num_tickets:
+                self._forget_all_but(group, flow)
+                return
             group.active_weight -= flow.weight
             group.num_active -= 1
             heapq.heappush(group.idle, (flow.virtual, flow.customer_id))
         elif flow.turn < 0:
             self._enter(group, flow)
-        if not group.num_tickets:  # nobody waits, so nobody is owed anything
-            group.now = group.latest
-            group.flows.clear()
-            group.order.clear()
-            group.idle.clear()
-            group.active_weight, group.num_active = 0.0, 0
-            return
         if len(flow.tickets) > 2 * flow.num_tickets + 64:
             flow.tickets = [entry for entry in flow.tickets if entry[3].is_queued]
             heapq.heapify(flow.tickets)
         if group.idle:
             self._forget_idle(group)
+
+    def _forget_all_but(self, group: _Class, last: _Flow) -> None:
+        """Nobody waits, so nobody is owed anything. Who comes next is often who was last."""
+        group.now = group.latest
+        group.order.clear()
+        if len(group.flows) > 1:
+            group.flows.clear()
+            group.flows[last.customer_id] = last
+            group.idle.clear()
+        group.active_weight, group.num_active = 0.0, 0
 
     def _forget_idle(self, group: _Class) -> None:
         """Customers who wait for nothing, once virtual time has caught up with them."""

@@ -9,7 +9,7 @@ import hashlib
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -122,7 +122,7 @@ class ModelClient:
                 begun,
                 patience_s,
                 num_steps,
-                replace(terms, deadline_s=_left_s(deadline)),
+                terms._replace(deadline_s=_left_s(deadline)),
                 affinity,
             )
             finished = False

@@ -32,6 +32,25 @@ class RunningReplica:
     """Where it is in the order of room."""
     cost_per_s: float = 0.0
     """In full batches; 0 without a profile."""
+    is_full: bool = False
+    """Whether its present batch is."""
+    is_open: bool = False
+    """Whether there is room for some ticket."""
+    cost_ahead: float = 0.0
+    """Of what was granted beyond the batch that runs."""
+
+    def promise(self, capacity_rows: int, profile: BatchProfile | None) -> None:
+        self.capacity_rows, self.profile = capacity_rows, profile
+        self.cost_per_s = 0.0 if profile is None else profile.rows_per_s(capacity_rows)
+        self.take(0, 0)
+
+    def take(self, rows: int, cost: int) -> None:
+        self.rows += rows
+        self.cost += cost
+        beyond = self.rows - self.capacity_rows
+        self.is_full = beyond >= 0
+        self.is_open = not self.rows or self.rows < BATCHES_AHEAD * self.capacity_rows
+        self.cost_ahead = self.cost * beyond / self.rows if beyond > 0 else 0.0
 
     @property
     def batch_ends_at(self) -> float | None:
@@ -39,15 +58,6 @@ class RunningReplica:
         if not self.running or self.profile is None:
             return None
         return self.progress_at + self.cost / self.rows * self.profile.step_s(min(self.rows, self.capacity_rows))
-
-    @property
-    def is_full(self) -> bool:
-        return self.rows >= self.capacity_rows
-
-    @property
-    def cost_ahead(self) -> float:
-        """Of what was granted beyond the batch that runs."""
-        return self.cost * (self.rows - self.capacity_rows) / self.rows if self.rows > self.capacity_rows else 0.0
 
     def has_room_for(self, ticket: Ticket) -> bool:
         """A ticket wider than the whole replica still runs, alone."""

@@ -11,7 +11,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from billing.commands import CustomerId
 from deployments.batching import BatchProfile
@@ -63,8 +63,7 @@ class SchedulerLimits:
         return self.max_queued_rows * self.usual_steps
 
 
-@dataclass(frozen=True, slots=True)
-class Grant:
+class Grant(NamedTuple):
     ticket_id: TicketId
     replica_id: ReplicaId
 
@@ -150,6 +149,8 @@ class Scheduler:
         self._ready_on: OrderedDict[str, ReplicaId] = OrderedDict()
         self._num_full = 0
         """Replicas with a full batch."""
+        self._num_open = 0
+        """Replicas with room for some ticket."""
         self._began_at = clock()
         self._asked_for_at: float | None = None
         """When somebody first wanted the model and there was no replica, which makes the scaling policy ask for one."""
@@ -164,8 +165,8 @@ class Scheduler:
         """Of the rollouts whose tickets wait or run, with their later chunks."""
         self._offered_cost = 0
         self._replica_cost_per_s = UNKNOWN_COST_PER_S
-        self._drain = DrainRate(clock)
-        self._recent = RecentRate(clock)
+        self._drain = DrainRate(self._began_at)
+        self._recent = RecentRate(self._began_at)
 
     def limit(self, limits: SchedulerLimits) -> None:
         """Other limits from now on. What waits and runs already stays."""
@@ -198,8 +199,9 @@ class Scheduler:
             finish_s = self.finish_s(ticket) if self._running or len(self._queue) else None
             if finish_s is not None and now + CAUTION * finish_s > deadline:
                 return TooLate() if ticket.begun else Overloaded(self._retry_after_s(ticket))
-        bound = self._limits.max_queued_cost
-        if not ticket.begun and not self._queue.has_place(terms.service_class, terms.customer_id, cost, bound):
+        if not ticket.begun and not self._queue.has_place(
+            terms.service_class, terms.customer_id, cost, self._limits.max_queued_cost
+        ):
             return Overloaded(self._retry_after_s(ticket))
         self._arrivals += 1
         self._queue.add(Waiting(ticket, cost, self._arrivals, deadline))
@@ -211,7 +213,7 @@ class Scheduler:
         """Grant as much of the queue's head as there is room for; refuse what has come to the head too late."""
         answers: list[Grant | Refused] = []
         now = self._clock()
-        while (waiting := self._queue.head()) is not None:
+        while self._num_open and (waiting := self._queue.head()) is not None:
             ticket = waiting.ticket
             if self._limits.max_customer_rows and self._exceeds_its_rows(ticket):
                 self._queue.hold(waiting)
@@ -226,15 +228,16 @@ class Scheduler:
             self._queue.take(ticket.ticket_id)
             self._start(waiting, replica, now)
             answers.append(Grant(ticket.ticket_id, replica.replica_id))
-        self._drain.observe(saturated=self._num_full == len(self._replicas))
+        self._drain.observe(now, saturated=self._num_full == len(self._replicas))
         return answers
 
     def complete(self, ticket_id: TicketId) -> None:
         """The granted work is done. A ticket that is not running is ignored, so a repeated report does no harm."""
         running = self._release(ticket_id)
         if running is not None:
-            self._drain.completed(running.cost)
-            self._recent.completed(running.cost)
+            now = self._clock()
+            self._drain.completed(now, running.cost)
+            self._recent.completed(now, running.cost)
 
     def withdraw(self, ticket_id: TicketId) -> None:
         """Its client is gone: drop it from the queue, or free what it holds. Unknown tickets are ignored."""
@@ -262,8 +265,7 @@ class Scheduler:
             self._count(replica, 1)
         if (replica.capacity_rows, replica.profile) != (capacity_rows, profile):
             self._count(replica, -1)
-            replica.capacity_rows, replica.profile = capacity_rows, profile
-            replica.cost_per_s = 0.0 if profile is None else profile.rows_per_s(capacity_rows)
+            replica.promise(capacity_rows, profile)
             self._count(replica, 1)
             self._promise()
         replica.seen_at = now
@@ -327,7 +329,7 @@ class Scheduler:
             wait_s=waiting / rate if rate else None,
             profile=None if first is None else first.profile,
             cost_per_s=rate,
-            recent_cost_per_s=self._recent.cost_per_s,
+            recent_cost_per_s=self._recent.cost_per_s(self._clock()),
             queued=self._queue.by_class(),
         )
 
@@ -404,6 +406,7 @@ class Scheduler:
     def _count(self, replica: RunningReplica, sign: int) -> None:
         """Add a replica to the totals and the order of room, or before a change take it out of them."""
         self._num_full += sign * replica.is_full
+        self._num_open += sign * replica.is_open
         self._num_busy += sign * bool(replica.running)
         self._cost_ahead += sign * replica.cost_ahead
         self._promised_per_s += sign * replica.cost_per_s
@@ -418,10 +421,11 @@ class Scheduler:
     def _add(self, replica: RunningReplica, rows: int, cost: int) -> None:
         self._by_room.remove(replica)
         self._num_full -= replica.is_full
+        self._num_open -= replica.is_open
         self._cost_ahead -= replica.cost_ahead
-        replica.rows += rows
-        replica.cost += cost
+        replica.take(rows, cost)
         self._num_full += replica.is_full
+        self._num_open += replica.is_open
         self._cost_ahead += replica.cost_ahead
         self._by_room.add(replica)
         self._unexpected[replica.replica_id] = replica
@@ -439,7 +443,7 @@ class Scheduler:
 
     def _promise(self) -> None:
         promised = round(self._promised_per_s, 6) if self._replicas else 0.0  # what is added and taken away leaves dust
-        self._drain.promise(promised)
+        self._drain.promise(self._clock(), promised)
         if promised:
             self._replica_cost_per_s = promised / len(self._replicas)
 

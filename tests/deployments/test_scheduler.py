@@ -194,8 +194,8 @@ def test_a_narrow_ticket_does_not_overtake_a_wide_one(scheduler: Scheduler) -> N
 
 def test_only_tickets_that_agree_run_on_a_replica_at_a_time(scheduler: Scheduler) -> None:
     scheduler.replica_alive(ReplicaId("r"), 8)
-    scheduler.submit(replace(ticket("a"), compatibility="bfloat16"))
-    scheduler.submit(replace(ticket("b"), compatibility="float32"))
+    scheduler.submit(ticket("a")._replace(compatibility="bfloat16"))
+    scheduler.submit(ticket("b")._replace(compatibility="float32"))
     assert granted(scheduler.dispatch()) == ["a"]
     scheduler.complete(TicketId("a"))
     assert granted(scheduler.dispatch()) == ["b"]
@@ -206,7 +206,7 @@ def test_rows_go_where_their_start_frame_is_encoded_while_that_costs_no_wait(sch
         scheduler.replica_alive(ReplicaId(name), 4)
 
     def replica_of(name: str, num_rows: int) -> str:
-        scheduler.submit(replace(ticket(name, num_rows), affinity="frame"))
+        scheduler.submit(ticket(name, num_rows)._replace(affinity="frame"))
         (answer,) = scheduler.dispatch()
         assert isinstance(answer, Grant)
         return answer.replica_id
@@ -240,7 +240,7 @@ class TestStreams:
         home, seen, present = self.replica_of(scheduler, "0"), set(), list[str]()
         scheduler.complete(TicketId("0"))
         for index in range(1, 200):
-            scheduler.submit(replace(ticket(f"other {index}", 1 + index % 2, "other"), num_steps=4))
+            scheduler.submit(ticket(f"other {index}", 1 + index % 2, "other")._replace(num_steps=4))
             present += [name for name in granted(scheduler.dispatch()) if name.startswith("other")]
             seen.add(self.replica_of(scheduler, str(index)))
             clock.now += 5
@@ -256,7 +256,7 @@ class TestStreams:
         """For a batch of four rows: 16 s, or 20 s."""
         home = self.replica_of(scheduler, "0")
         scheduler.complete(TicketId("0"))
-        batch = replace(ticket("batch", 4, "other"), num_steps=num_steps, affinity="stream")
+        batch = ticket("batch", 4, "other")._replace(num_steps=num_steps, affinity="stream")
         scheduler.submit(batch)
         assert scheduler.dispatch() == [Grant(batch.ticket_id, ReplicaId(home))]
         assert (self.replica_of(scheduler, "1") == home) == stays
@@ -264,7 +264,7 @@ class TestStreams:
     def test_it_does_not_wait_for_a_replica_that_has_its_next_batch_too(self, scheduler: Scheduler) -> None:
         home = self.replica_of(scheduler, "0")
         for name, num_rows in (("this batch", 3), ("next batch", 4)):
-            scheduler.submit(replace(ticket(name, num_rows, "other"), affinity="stream", affinity_steps=99))
+            scheduler.submit(ticket(name, num_rows, "other")._replace(affinity="stream", affinity_steps=99))
         assert {answer.replica_id for answer in scheduler.dispatch() if isinstance(answer, Grant)} == {home}
         assert self.replica_of(scheduler, "1") != home
 
@@ -451,9 +451,9 @@ def test_a_queue_with_exactly_enough_room_accepts(scheduler: Scheduler) -> None:
 
 def test_a_row_counts_by_its_steps(clock: Clock) -> None:
     scheduler = Scheduler(clock, SchedulerLimits(max_queued_rows=4, usual_steps=10))
-    assert scheduler.submit(replace(ticket("quick", 6), num_steps=5)) is None
-    assert isinstance(scheduler.submit(replace(ticket("slow", 1), num_steps=11)), Overloaded)
-    assert scheduler.submit(replace(ticket("usual", 1), num_steps=10)) is None
+    assert scheduler.submit(ticket("quick", 6)._replace(num_steps=5)) is None
+    assert isinstance(scheduler.submit(ticket("slow", 1)._replace(num_steps=11)), Overloaded)
+    assert scheduler.submit(ticket("usual", 1)._replace(num_steps=10)) is None
 
 
 @pytest.mark.parametrize("row_s", [0.1, 1.0, 10.0])
@@ -710,7 +710,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.capacity.pop(replica, None)
         lost = [name for name, (_, where) in self.running.items() if where == replica]
         for name in lost:
-            again = replace(self.running.pop(name)[0], ticket_id=TicketId(f"{name} again"), begun=True)
+            again = self.running.pop(name)[0]._replace(ticket_id=TicketId(f"{name} again"), begun=True)
             if self.scheduler.submit(again) is None:
                 self.waiting[again.ticket_id] = again
         self.dispatch()
