@@ -51,14 +51,18 @@ class Cache:
     def followed_by(self, written: tuple[KeysValues, ...]) -> Cache:
         return Cache((*self.frames, written)[-WINDOW:])
 
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for frame in self.frames for block in frame for tensor in block)
+
 
 def predict_next(
-    config: WorldModelConfig, dit: DiT, context: Context, cache: Cache, x_BCHW: Tensor, sigma: float,
-    actions_BA: Tensor | None,
+    config: WorldModelConfig, dit: DiT, context: Context, cache: Cache, x_BCHW: Tensor, sigma_B: Tensor,
+    actions_BA: Tensor, action_weight_B: Tensor,
 ) -> tuple[Tensor, tuple[KeysValues, ...]]:  # fmt: skip
     """The clean latents (B, C, H, W) of the frame after the cached ones, and its keys and values per block.
 
-    `actions_BA` lead to this frame; None for the first of a stream, which no action leads to.
+    `actions_BA` lead to this frame; their weight is 0 for the first of a stream, which no action leads to, and else 1.
     """
     position = len(cache.frames)
     written: list[KeysValues] = []
@@ -72,11 +76,8 @@ def predict_next(
             rotate_frames(q, tables, [position]), rotate_frames(keys, tables, range(position + 1)), values
         )
 
-    weight = x_BCHW.new_full((len(x_BCHW), 1), float(actions_BA is not None))
-    if actions_BA is None:
-        actions_BA = x_BCHW.new_zeros(len(x_BCHW), config.grouped_action_dim)
-    sigma_B1 = x_BCHW.new_full((len(x_BCHW), 1), sigma)
-    out = _forward(config, dit, context, x_BCHW[:, :, None], sigma_B1, actions_BA[:, None], weight, attend)
+    sigma_B1, weight_B1 = sigma_B[:, None], action_weight_B[:, None]
+    out = _forward(config, dit, context, x_BCHW[:, :, None], sigma_B1, actions_BA[:, None], weight_B1, attend)
     return out[:, :, 0], tuple(written)
 
 
@@ -183,6 +184,12 @@ class CausalWorldModel:
     def load(cls, directory: Path, device: str = "cpu") -> CausalWorldModel:
         return cls(WorldModel.load(directory, device))
 
+    @torch.inference_mode()
+    def decoded(self, latents_BCHW: Tensor) -> Frames:
+        """The pixel frames (B, n, H, W, 3) of a latent frame that is not a stream's first."""
+        # The tokenizer codes each latent frame by itself, so anything may stand for the one before.
+        return to_uint8(self.tokenizer.decode_rest(torch.stack((latents_BCHW, latents_BCHW), dim=2)))
+
     def begin(self, start_frames: Sequence[Frame], seeds: Sequence[int], num_steps: int = len(SIGMAS)) -> Session:
         return Session(self, start_frames, seeds, num_steps)
 
@@ -221,13 +228,7 @@ class Session:
         if not torch.isfinite(clean_BCHW).all():
             raise WorldModelError(f"latent frame {self.index + 1} is not finite")
         self.write(clean_BCHW, actions)
-        return self.decoded(clean_BCHW)
-
-    @torch.inference_mode()
-    def decoded(self, latents_BCHW: Tensor) -> Frames:
-        """The pixel frames (B, n, H, W, 3) of a latent frame that is not a stream's first."""
-        # The tokenizer codes each latent frame by itself, so anything may stand for the one before.
-        return to_uint8(self.model.tokenizer.decode_rest(torch.stack((latents_BCHW, latents_BCHW), dim=2)))
+        return self.model.decoded(clean_BCHW)
 
     @torch.inference_mode()
     def imagine(self, actions: Sequence[FloatArray]) -> Tensor:
@@ -259,16 +260,20 @@ class Session:
     def _predict(
         self, x_BCHW: Tensor, sigma: float, actions_BA: Tensor | None
     ) -> tuple[Tensor, tuple[KeysValues, ...]]:
-        model = self.model
-        return predict_next(model.config, model.dit, model.context, self.cache, x_BCHW, sigma, actions_BA)
+        model, batch = self.model, len(x_BCHW)
+        weight_B = x_BCHW.new_full((batch,), float(actions_BA is not None))
+        if actions_BA is None:
+            actions_BA = x_BCHW.new_zeros(batch, model.config.grouped_action_dim)
+        sigma_B = x_BCHW.new_full((batch,), sigma)
+        return predict_next(model.config, model.dit, model.context, self.cache, x_BCHW, sigma_B, actions_BA, weight_B)
 
     def _noise(self) -> Tensor:
-        """A function of (seed, latent frame), the same on every machine."""
-        channels, _, height, width = self.model.config.latent_shape
-        drawn = [
-            np.random.RandomState([seed & 0xFFFFFFFF, seed >> 32, self.index + 1]).standard_normal(
-                (channels, height, width)
-            )
-            for seed in self.seeds
-        ]
-        return torch.from_numpy(np.stack(drawn).astype(np.float32)).to(self.model.device)
+        drawn = [frame_noise(self.model.config, seed, 0, self.index + 1) for seed in self.seeds]
+        return torch.from_numpy(np.stack(drawn)).to(self.model.device)
+
+
+def frame_noise(config: WorldModelConfig, seed: int, candidate: int, index: int) -> FloatArray:
+    """Of a stream's latent frame (C, H, W): a function of (seed, candidate, index), the same on every machine."""
+    channels, _, height, width = config.latent_shape
+    random = np.random.RandomState([seed & 0xFFFFFFFF, seed >> 32, candidate, index])
+    return random.standard_normal((channels, height, width)).astype(np.float32)

@@ -2,9 +2,10 @@
 
     WorldModelError
     ├── CheckpointError     a checkpoint that must not be served: names the tensor or the file
+    ├── ContextLost         a stream's context is not kept here, and must be sent along
     └── InvalidInputError   a value that the caller sent and may correct: names the field
 
-Both keep their fields positional, so that they survive being pickled between processes.
+They keep their fields positional, so that they survive being pickled between processes.
 """
 
 from __future__ import annotations
@@ -24,6 +25,17 @@ class CheckpointError(WorldModelError):
 
     def __str__(self) -> str:
         return f"{self.subject}: {self.reason}"
+
+
+class ContextLost(WorldModelError):
+    """A stream was to go on from a context that is not, or no longer, kept here."""
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self.stream = stream
+
+    def __str__(self) -> str:
+        return f"the context of stream {self.stream!r} is not kept here; send its traces"
 
 
 class InvalidInputError(WorldModelError, ValueError):

@@ -71,7 +71,7 @@ def roll_out(student: CausalWorldModel, random: np.random.Generator, episodes: i
         latents = target
         if own_share > 0:
             latents = torch.where(own_E111, session.imagine(now), target)
-            video = session.decoded(latents)
+            video = student.decoded(latents)
             shown = shown_positions(video[:, -1], state)
             agent, puck = np.where(own_E1, shown.agent, state.agent), np.where(own_E1, shown.puck, state.puck)
             state = pusher.PusherState(agent.astype(np.float32), puck.astype(np.float32), state.goal)

@@ -33,14 +33,15 @@ def test_a_frame_from_the_cache_is_what_recomputing_all_before_it_gives(student:
     latents = drawn(2, config.dit.latent_channels, FRAMES, 8, 8)
     noisy = drawn(2, config.dit.latent_channels, FRAMES, 8, 8) + 1
     action = drawn(2, FRAMES, config.grouped_action_dim)
-    sigma = 0.8
-    whole = predict_all(config, dit, context, latents, noisy, torch.full((2, FRAMES), sigma), action)
+    sigma = torch.tensor([0.8, 0.6])
+    whole = predict_all(config, dit, context, latents, noisy, sigma[:, None].expand(2, FRAMES), action)
     cache = Cache()
     for t in range(FRAMES):
-        own = action[:, t] if t else None
-        cached, _ = predict_next(config, dit, context, cache, noisy[:, :, t], sigma, own)
+        own, weight = action[:, t], torch.full((2,), float(t > 0))
+        cached, _ = predict_next(config, dit, context, cache, noisy[:, :, t], sigma, own, weight)
         assert torch.allclose(cached, whole[:, :, t], atol=1e-4), t
-        cache = cache.followed_by(predict_next(config, dit, context, cache, latents[:, :, t], 0.0, own)[1])
+        written = predict_next(config, dit, context, cache, latents[:, :, t], torch.zeros(2), own, weight)[1]
+        cache = cache.followed_by(written)
         assert len(cache.frames) == min(t + 1, WINDOW)
 
 
