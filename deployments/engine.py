@@ -1,9 +1,10 @@
 """The replica's engine: one thread that keeps the model busy with whatever rows are there.
 
 `_step` tells the story: admit what has arrived, run one batched denoising step over all rows whatever their step, hand
-finished rows on, to be decoded and encoded beside the next step. Rows join and leave between steps, so nobody waits for
-a batch to fill or to drain. A row that makes the model raise fails alone; a row whose caller is gone leaves at the next
-step; a batch that does not fit into memory is run in halves, and none is that large again.
+finished rows on, to be decoded and encoded beside the next step; one that gives its frames in parts goes on meanwhile.
+Rows join and leave between steps, so nobody waits for a batch to fill or to drain. A row that makes the model raise
+fails alone; a row whose caller is gone leaves at the next step; a batch that does not fit into memory is run in halves,
+and none is that large again.
 
 Knows neither Ray nor asyncio: callers get `concurrent.futures.Future`s.
 """
@@ -14,13 +15,24 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
+import numpy as np
 import structlog
 
 from deployments.batching import BatchProfile
-from deployments.messages import ChunkFailed, ChunkOutcome, ChunkReport, ChunkRow, Frame, ServiceClass
+from deployments.messages import (
+    ChunkDone,
+    ChunkFailed,
+    ChunkForgotten,
+    ChunkOutcome,
+    ChunkPiece,
+    ChunkReport,
+    ChunkRow,
+    Frames,
+    ServiceClass,
+)
 from deployments.meter import Meter
 from deployments.metrics import (
     ENGINE_BISECTIONS,
@@ -33,9 +45,12 @@ from deployments.metrics import (
 from deployments.model import OUT_OF_MEMORY, Model
 from deployments.presenter import FrameDistance, Presenter
 from deployments.tracing import record_step
+from deployments.world_model.errors import ContextLost
 
 SERVICE_CLASSES: tuple[ServiceClass, ...] = get_args(ServiceClass)
 """The most urgent first."""
+
+OnPiece = Callable[[ChunkPiece], None]
 
 log = structlog.get_logger(__name__)
 
@@ -47,6 +62,7 @@ class _Job:
     outcomes: list[ChunkOutcome | None]
     urgency: tuple[int, float, int]
     """Class, deadline, arrival: the least goes first."""
+    on_piece: OnPiece | None = None
     num_started: int = 0
     started_at: float = 0.0
 
@@ -64,6 +80,30 @@ class _Active:
     job: _Job
     index: int
     row: Any
+    num_parts: int = 0
+    """Handed on so far."""
+    frames: list[Frames] = field(default_factory=list)
+    """Of the parts that are decoded."""
+    traces: list[tuple[bytes, ...]] = field(default_factory=list)
+    """Of each of them."""
+    keep_traces: int = 0
+    pieces: dict[int, ChunkPiece] = field(default_factory=dict)
+    """Those that are made, and wait for the ones before them."""
+    num_told: int = 0
+    is_done: bool = False
+    """All its parts are decoded."""
+
+    @property
+    def chunk_row(self) -> ChunkRow:
+        return self.job.rows[self.index]
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    active: _Active
+    index: int
+    content: Any
+    """What the model's `finish` takes: the row itself, or what it gave."""
 
 
 MAX_FAILED_JOBS = 8
@@ -90,8 +130,11 @@ class Engine:
         profile: BatchProfile | None = None,
         slug: str = "",
         meter: Meter | None = None,
+        forwards: Callable[[ChunkRow], int] = lambda row: row.num_steps,
     ) -> None:
+        """`forwards`: how many steps a row takes."""
         self._model = model
+        self._forwards = forwards
         self._slug = slug
         self._meter = meter or Meter()
         for rare in (ENGINE_BISECTIONS, ENGINE_OUT_OF_MEMORY, ENGINE_ROWS_FAILED):
@@ -119,19 +162,25 @@ class Engine:
         self._thread.start()
 
     def submit(
-        self, rows: Sequence[ChunkRow], service_class: ServiceClass = "standard", deadline_s: float | None = None
+        self,
+        rows: Sequence[ChunkRow],
+        service_class: ServiceClass = "standard",
+        deadline_s: float | None = None,
+        on_piece: OnPiece | None = None,
     ) -> Future[ChunkReport]:
         """Run `rows`; cancelling the future takes them out of the batch at the next step.
 
-        A job that cannot be done within `deadline_s` any more is given up: its report has no outcomes.
+        A job that cannot be done within `deadline_s` any more is given up: its report has no outcomes. `on_piece` is
+        told each row's frames in order as they are made, from any of the engine's threads; the report then has none.
         """
+        assert on_piece is None or all(row.goal is None and row.reference is None for row in rows)
         deadline = math.inf if deadline_s is None else self._clock() + deadline_s
         with self._wake:
             if self._stopping:
                 raise RuntimeError("the engine has stopped")
             self._num_jobs += 1
             urgency = (SERVICE_CLASSES.index(service_class), deadline, self._num_jobs)
-            job = _Job(tuple(rows), Future(), [None] * len(rows), urgency)
+            job = _Job(tuple(rows), Future(), [None] * len(rows), urgency, on_piece)
             bisect.insort(self._waiting, job, key=_urgency)
             self._wake.notify()
         return job.report
@@ -178,15 +227,17 @@ class Engine:
         return True
 
     def _step(self) -> None:
-        self._active = [active for active in self._active if not active.job.report.done()]  # cancelled, or too late
+        self._active = [active for active in self._active if _is_wanted(active)]  # not cancelled, failed or too late
         self._admit()
         running = [active for active in self._active if not active.row.done]
         for first in range(0, len(running), self._max_rows):
             self._advance(running[first : first + self._max_rows])
+        parts = [part for active in self._active for part in _take(active)]
         finished = [active for active in self._active if active.row.done]
         if finished:
             self._active = [active for active in self._active if not active.row.done]
-            self._decoder.submit(self._finish, finished)
+        if parts or finished:
+            self._decoder.submit(self._finish, parts, finished)
 
     def _admit(self) -> None:
         """Start waiting rows while the batch has room, and give up what can no longer be done in time."""
@@ -208,7 +259,9 @@ class Engine:
         for (job, index), started in zip(
             places, self._each(self._model.start, [job.rows[index] for job, index in places]), strict=True
         ):
-            if isinstance(started, Exception):
+            if isinstance(started, ContextLost):
+                self._settle(job, index, ChunkForgotten())
+            elif isinstance(started, Exception):
                 self._settle(job, index, ChunkFailed(_reason(started)))
             else:
                 self._active.append(_Active(job, index, started))
@@ -243,7 +296,7 @@ class Engine:
             return False
         rounds = 1 if num_joining == job.num_waiting else 2
         step_s = 0.0 if self._profile is None else self._profile.step_s(batch)
-        return now + rounds * job.rows[0].num_steps * step_s > job.deadline
+        return now + rounds * self._forwards(job.rows[0]) * step_s > job.deadline
 
     def _advance(self, active: list[_Active]) -> None:
         """One step of each. Where that raises, of each half: what remains alone and still raises has failed."""
@@ -271,25 +324,66 @@ class Engine:
             self._advance(active[:half])
             self._advance(active[half:])
 
-    def _finish(self, finished: list[_Active]) -> None:
-        """Decode, beside the next step."""
-        for active, frames in zip(
-            finished, self._each(self._model.finish, [active.row for active in finished]), strict=True
-        ):
+    def _finish(self, parts: Sequence[_Part], finished: Sequence[_Active]) -> None:
+        """Decode, beside the next step; then complete the rows of which nothing is left to decode."""
+        for part, frames in zip(parts, self._each(self._model.finish, [part.content for part in parts]), strict=True):
+            active = part.active
             if isinstance(frames, Exception):
                 self._settle(active.job, active.index, ChunkFailed(_reason(frames)))
-            elif _shows_nothing(active.job.rows[active.index]):
-                self._present(active, frames)
+                continue
+            active.frames.append(frames)
+            active.traces.append(getattr(part.content, "traces", ()))
+            active.keep_traces = getattr(part.content, "keep_traces", 0)
+            if active.job.on_piece is not None:
+                self._encoders.submit(self._present_piece, part, frames)
+        for active in finished:
+            if active.job.outcomes[active.index] is not None:
+                continue
+            if active.job.on_piece is not None:
+                active.is_done = True
+                self._tell(active)
+            elif _shows_nothing(active.chunk_row):
+                self._present(active)
             else:
-                self._encoders.submit(self._present, active, frames)
+                self._encoders.submit(self._present, active)
 
-    def _present(self, active: _Active, frames: Frame) -> None:
+    def _present(self, active: _Active) -> None:
+        frames = active.frames[0] if len(active.frames) == 1 else np.concatenate(active.frames)
         try:
-            outcome: ChunkOutcome = self._presenter.present(active.job.rows[active.index], frames)
+            done = self._presenter.present(active.chunk_row, frames)
+            outcome: ChunkOutcome = replace(done, traces=tuple(active.traces), keep_traces=active.keep_traces)
         except Exception as error:
             outcome = ChunkFailed(_reason(error))
         self._settle(active.job, active.index, outcome)
         self._presenter.prepare()
+
+    def _present_piece(self, part: _Part, frames: Frames) -> None:
+        active, row = part.active, part.active.chunk_row
+        try:
+            video, pictures = self._presenter.present_piece(row, frames, part.index)
+        except Exception as error:
+            self._settle(active.job, active.index, ChunkFailed(_reason(error)))
+            return
+        traces, keep_traces = active.traces[part.index], active.keep_traces
+        last_frame = None if traces else np.array(frames[-1])
+        piece = ChunkPiece(active.index, part.index, len(frames), video, pictures, traces, keep_traces, last_frame)
+        with self._wake:
+            active.pieces[part.index] = piece
+        self._tell(active)
+        self._presenter.prepare()
+
+    def _tell(self, active: _Active) -> None:
+        """Pieces in their order, as far as they are made; once all are told, the row is settled."""
+        with self._wake:
+            on_piece, outcome = active.job.on_piece, active.job.outcomes[active.index]
+            assert on_piece is not None
+            while outcome is None and (piece := active.pieces.pop(active.num_told, None)) is not None:
+                active.num_told += 1
+                on_piece(piece)
+            if outcome is None and active.is_done and active.num_told == active.num_parts:
+                last_frame = np.array(active.frames[-1][-1])
+                done = ChunkDone(b"", last_frame, traces=tuple(active.traces), keep_traces=active.keep_traces)
+                self._settle(active.job, active.index, done)
 
     def _settle(self, job: _Job, index: int, outcome: ChunkOutcome) -> None:
         """Called from every thread of the engine; whoever settles the last row completes the job."""
@@ -299,8 +393,10 @@ class Engine:
             job.outcomes[index] = outcome
             outcomes = tuple(outcome for outcome in job.outcomes if outcome is not None)
             if len(outcomes) == len(job.outcomes):
-                failed = all(isinstance(outcome, ChunkFailed) for outcome in outcomes)
-                self._failed_jobs = self._failed_jobs + 1 if failed else 0
+                if all(isinstance(outcome, ChunkFailed) for outcome in outcomes):
+                    self._failed_jobs += 1
+                elif any(isinstance(outcome, ChunkDone) for outcome in outcomes):
+                    self._failed_jobs = 0
         if len(outcomes) == len(job.outcomes) and job.report.set_running_or_notify_cancel():
             job.report.set_result(ChunkReport(outcomes, (time.perf_counter() - job.started_at) * 1e3))
 
@@ -327,6 +423,20 @@ class Engine:
             return function(items)
         finally:
             del self._calls[thread]
+
+
+def _is_wanted(active: _Active) -> bool:
+    return not active.job.report.done() and active.job.outcomes[active.index] is None
+
+
+def _take(active: _Active) -> list[_Part]:
+    """What of the row is ready to be decoded and has not been taken."""
+    take = getattr(active.row, "take", None)
+    whole = [active.row] if active.row.done else []
+    contents = whole if take is None else list(iter(take, None))
+    parts = [_Part(active, active.num_parts + offset, content) for offset, content in enumerate(contents)]
+    active.num_parts += len(parts)
+    return parts
 
 
 def _shows_nothing(row: ChunkRow) -> bool:

@@ -4,7 +4,7 @@ Legend: H, W pixels; T actions; A action_dim; n actions of one chunk, at most ch
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, NewType, assert_never
 
 import numpy as np
@@ -43,6 +43,17 @@ class ModelSpec:
     default_guidance: float
     mils_per_frame: Mils
     """What it costs while the price book has no price of it."""
+    max_num_steps: int = 100
+    max_guidance: float = 20.0
+    piece_frames: int = 0
+    """Frames that leave while the rest of their chunk is computed, and take `num_steps` forwards and one more; 0 for a
+    model whose chunks are made whole."""
+
+    def forwards(self, num_actions: int, num_steps: int, guidance: float) -> int:
+        """That one candidate takes for so many actions of a chunk."""
+        if self.piece_frames:
+            return math.ceil(num_actions / self.piece_frames) * (num_steps + 1)
+        return num_steps * (2 if guidance else 1)
 
 
 Metric = Literal["mse", "psnr", "ssim", "lpips", "latent"]
@@ -185,6 +196,49 @@ class RolloutResult:
 
 
 @dataclass(frozen=True, slots=True)
+class ChunkPiece:
+    """Some frames of a row's chunk, and what its stream must remember to go on after them."""
+
+    row: int
+    """Index of the row in its job."""
+    index: int
+    """Of the piece in its chunk."""
+    num_frames: int
+    """Of those asked for: without the start frame, which the first piece of chunk 0 begins with."""
+    video: bytes
+    """As `ChunkDone.video`, of this piece."""
+    pictures: tuple[bytes, ...]
+    traces: tuple[bytes, ...] = ()
+    """What it adds to its stream's memory; nothing, and nothing can go on from its inside, after a piece that was asked
+    for in part."""
+    keep_traces: int = 0
+    """How many of the last traces make the stream's context again."""
+    last_frame: Frame | None = None
+    """Where it adds none: what the stream goes on from."""
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Of a stream, between its chunks: what any replica needs to go on from the latent frames so far, to the pixel."""
+
+    position: int = 0
+    """Latent frames since the stream's start frame."""
+    traces: tuple[bytes, ...] | None = ()
+    """Of the last of them, in the model's own form; empty to begin anew from the start frame. None where the context is
+    taken to be on the replica already."""
+    replica_id: ReplicaId = ReplicaId("")
+    """Where that was last."""
+
+    def after(self, traces: tuple[bytes, ...], keep_traces: int) -> "Memory":
+        """With one more latent frame."""
+        kept = ((self.traces or ()) + traces)[-keep_traces:] if traces else ()
+        return replace(self, position=self.position + 1, traces=kept)
+
+
+NO_MEMORY = Memory()
+
+
+@dataclass(frozen=True, slots=True)
 class ChunkRow:
     """One candidate's next chunk: the last frame it has and the actions to continue with."""
 
@@ -202,6 +256,9 @@ class ChunkRow:
     """uint8 (n, H, W, 3): what the n frames should have been."""
     traceparent: str = ""
     """Of the span that waits for it; empty unless that is recorded."""
+    stream: str = ""
+    """Under which a streaming model keeps its context for the next chunk, `work/candidate`; empty to keep none."""
+    memory: Memory = NO_MEMORY
 
 
 NOBODY = CustomerId("")
@@ -277,6 +334,9 @@ class ChunkDone:
     """From the last frame to the row's goal, smaller is better, whatever the metric."""
     closeness: Closeness | None = None
     """To the row's reference, where it has one."""
+    traces: tuple[tuple[bytes, ...], ...] = ()
+    """Of each piece, as `ChunkPiece.traces`."""
+    keep_traces: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,7 +344,12 @@ class ChunkFailed:
     reason: str
 
 
-ChunkOutcome = ChunkDone | ChunkFailed
+@dataclass(frozen=True, slots=True)
+class ChunkForgotten:
+    """The replica does not have the context that the row was to go on from: it must be sent along."""
+
+
+ChunkOutcome = ChunkDone | ChunkFailed | ChunkForgotten
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,3 +358,5 @@ class ChunkReport:
 
     outcomes: tuple[ChunkOutcome, ...]
     infer_ms: float
+    replica_id: ReplicaId = ReplicaId("")
+    """Where it ran, which is not where it was granted if that replica was gone."""

@@ -1,15 +1,17 @@
 """One served model as the ingress sees it: ask the scheduler for room, run the chunk on the granted replica.
 
 A chunk carries its whole state (the last frame and the next actions), so one whose replica dies is simply run again
-elsewhere: same seed, same pixels.
+elsewhere: same seed, same pixels. Of a stream that includes the traces of the frames before; they stay here while the
+replica that ran the last chunk runs the next.
 """
 
 import asyncio
 import hashlib
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,9 @@ from ray.serve.exceptions import RequestCancelledError
 from deployments.errors import DeadlinePassed, EngineFailed, ModelOverloaded
 from deployments.messages import (
     NO_TERMS,
+    ChunkForgotten,
     ChunkJob,
+    ChunkPiece,
     ChunkReport,
     ChunkRow,
     Frame,
@@ -43,6 +47,8 @@ STATUS_TIMEOUT_S = 2.0
 RETRY_AFTER_TIMEOUT_S = 5
 """What a client is told after it waited in vain: the queue drains slower than anybody should wait."""
 
+OnPiece = Callable[[ChunkPiece], None]
+
 log = structlog.get_logger(__name__)
 
 
@@ -61,6 +67,7 @@ class ModelClient:
         self.spec = spec
         self._scheduler = scheduler
         self._replicas = replicas
+        self._streams = replicas.options(stream=True) if spec.piece_frames else None
         self._queue_timeout_s = queue_timeout_s
         self._chunk_timeout_s = chunk_timeout_s
         self._begun_timeout_s = queue_timeout_s + 2 * chunk_timeout_s
@@ -84,10 +91,12 @@ class ModelClient:
         begun: bool,
         terms: TicketTerms = NO_TERMS,
         permit: asyncio.Event | None = None,
+        on_piece: OnPiece | None = None,
     ) -> tuple[ChunkReport, ChunkTiming]:
         """Outcomes of `rows` in order. `begun` says that an earlier chunk of the same rollout has run.
 
-        Room is asked for at once, and used once there is a `permit`.
+        Room is asked for at once, and used once there is a `permit`. With `on_piece` the frames of a model that has
+        `piece_frames` leave as they are made, each once, however often the chunk must be run; its outcomes have none.
 
         Raises:
             ModelOverloaded: the queue is full, or no replica had room within the queue time-out.
@@ -96,7 +105,7 @@ class ModelClient:
         """
         try:
             async with asyncio.timeout(terms.deadline_s):
-                return await self._run_chunk(ticket_prefix, rows, begun, terms, permit)
+                return await self._run_chunk(ticket_prefix, rows, begun, terms, permit, on_piece)
         except TimeoutError as error:
             raise DeadlinePassed(self.spec.slug) from error
 
@@ -107,9 +116,15 @@ class ModelClient:
         begun: bool,
         terms: TicketTerms,
         permit: asyncio.Event | None,
+        on_piece: OnPiece | None,
     ) -> tuple[ChunkReport, ChunkTiming]:
-        num_steps = max(row.num_steps * (2 if row.guidance else 1) for row in rows)
-        affinity = _digest(rows[0].start_frame) if rows[0].chunk == 0 else ""
+        num_steps = max(self.spec.forwards(len(row.actions), row.num_steps, row.guidance) for row in rows)
+        affinity = rows[0].stream.rpartition("/")[0]  # all candidates of a work go together
+        if not affinity and rows[0].chunk == 0:
+            affinity = _digest(rows[0].start_frame)
+        affinity_steps = max(len(row.memory.traces or ()) for row in rows)
+        if on_piece is not None:
+            on_piece = _each_once(on_piece)
         deadline = None if terms.deadline_s is None else time.monotonic() + terms.deadline_s
         for attempt in range(MAX_ATTEMPTS):
             if attempt:
@@ -124,6 +139,7 @@ class ModelClient:
                 num_steps,
                 terms._replace(deadline_s=_left_s(deadline)),
                 affinity,
+                affinity_steps,
             )
             finished = False
             try:
@@ -133,9 +149,14 @@ class ModelClient:
                 granted = time.perf_counter()
                 if permit is not None:
                     await permit.wait()
-                report = await self._run(
-                    ChunkJob(grant.ticket_id, grant.replica_id, tuple(rows), terms.service_class, _left_s(deadline))
+                trusting = [_trusting(row, grant.replica_id) for row in rows]
+                job = ChunkJob(
+                    grant.ticket_id, grant.replica_id, tuple(trusting), terms.service_class, _left_s(deadline)
                 )
+                report = await self._run(job, on_piece)
+                if any(isinstance(outcome, ChunkForgotten) for outcome in report.outcomes):
+                    job = replace(job, rows=tuple(rows), deadline_s=_left_s(deadline))
+                    report = await self._run(job, on_piece)
                 finished = True
                 if not report.outcomes:
                     raise DeadlinePassed(self.spec.slug)
@@ -190,12 +211,16 @@ class ModelClient:
         assert isinstance(answer, Grant)
         return answer
 
-    async def _run(self, job: ChunkJob) -> ChunkReport:
+    async def _run(self, job: ChunkJob, on_piece: OnPiece | None) -> ChunkReport:
         """The granted replica's answer. Giving up on it takes its rows out of the batch."""
-        call = self._replicas.run_chunk.remote(job)
+        if on_piece is None or self._streams is None:
+            call = answer = self._replicas.run_chunk.remote(job)
+        else:
+            call = self._streams.stream_chunk.remote(job)
+            answer = _last_of(call, on_piece)
         try:
             async with asyncio.timeout(self._chunk_timeout_s):
-                report: ChunkReport = await call
+                report: ChunkReport = await answer
         except asyncio.CancelledError:
             call.cancel()
             raise
@@ -220,6 +245,33 @@ class ModelClient:
             for _ in notices:
                 self._notices.task_done()
             await asyncio.sleep(NOTICE_EVERY_S)
+
+
+async def _last_of(answers: AsyncIterator[ChunkPiece | ChunkReport], on_piece: OnPiece) -> ChunkReport:
+    async for answer in answers:
+        if isinstance(answer, ChunkReport):
+            return answer
+        on_piece(answer)
+    raise RayError("a replica ended a chunk without a report")
+
+
+def _each_once(on_piece: OnPiece) -> OnPiece:
+    """A chunk that is run again makes the pieces again that have left already."""
+    num_told: Counter[int] = Counter()
+
+    def tell(piece: ChunkPiece) -> None:
+        if piece.index == num_told[piece.row]:
+            num_told[piece.row] += 1
+            on_piece(piece)
+
+    return tell
+
+
+def _trusting(row: ChunkRow, replica_id: str) -> ChunkRow:
+    """Without its traces, where its context was left."""
+    if row.memory.replica_id != replica_id or not row.memory.traces:
+        return row
+    return replace(row, memory=replace(row.memory, traces=None))
 
 
 def _digest(frame: Frame) -> str:

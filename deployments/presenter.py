@@ -69,6 +69,21 @@ class Presenter:
             closeness=None if row.reference is None else self._closeness(frames, np.array(row.reference)),
         )
 
+    def present_piece(self, row: ChunkRow, frames: Frames, index: int) -> tuple[bytes, tuple[bytes, ...]]:
+        """Video or pictures of the chunk's piece of that number; the video begins with a key frame of its own."""
+        shown = [row.start_frame, *frames] if row.chunk == 0 and index == 0 else list(frames)
+        match row.form:
+            case "h264":
+                return encode_chunk(shown, self._encoders.take()), ()
+            case "png":
+                return b"", tuple(png(frame) for frame in shown)
+            case "jpeg":
+                return b"", tuple(jpeg(frame) for frame in shown)
+            case "mp4" | "raw" | "none":
+                raise ValueError(f"{row.form} is not made in pieces")
+            case _:
+                assert_never(row.form)
+
     def prepare(self) -> None:
         """Make the next chunk's video start sooner; for when nobody waits for this thread."""
         self._encoders.refill()

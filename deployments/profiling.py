@@ -14,15 +14,23 @@ BUDGET_S = 3.0
 """No further round begins after this long: a replica that starts on a busy machine should start all the same."""
 
 
-def measure(model: Model, row: ChunkRow, max_rows: int, clock: Callable[[], float] = time.perf_counter) -> BatchProfile:
+def measure(
+    model: Model,
+    row: ChunkRow,
+    max_rows: int,
+    clock: Callable[[], float] = time.perf_counter,
+    num_steps: int = 1 + MAX_ROUNDS,
+) -> BatchProfile:
     """Time the model's step on 1, 2, 4, ... `max_rows` copies of `row`, as far as its memory goes.
+
+    With `num_steps` a row must take 1 + MAX_ROUNDS steps or more.
 
     In rounds, and the fastest counts: what else the machine does can only make a step slower.
     """
     batches: dict[int, list[Any]] = {}
     for size in sorted({2**power for power in range(max_rows.bit_length()) if 2**power < max_rows} | {max_rows}):
         try:
-            batch = model.start([replace(row, num_steps=1 + MAX_ROUNDS)] * size)
+            batch = model.start([replace(row, num_steps=num_steps)] * size)
             model.step(batch)  # whatever is prepared at the first sight of a batch size
         except OUT_OF_MEMORY:
             if not batches:

@@ -6,8 +6,8 @@ Torch never runs on the event loop: a blocked loop would fail health checks and 
 import asyncio
 import importlib
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from deployments.actors import start_scheduler
 from deployments.checkpoints import local_checkpoint
 from deployments.engine import Engine
 from deployments.logs import configure_logs
-from deployments.messages import ChunkFailed, ChunkJob, ChunkReport, ChunkRow, ModelSpec, ReplicaId
+from deployments.messages import ChunkFailed, ChunkJob, ChunkPiece, ChunkReport, ChunkRow, ModelSpec, ReplicaId
 from deployments.meter import Meter, Series
 from deployments.metrics import (
     LATENT_CACHE_BYTES,
@@ -30,7 +30,7 @@ from deployments.metrics import (
 )
 from deployments.model import Model
 from deployments.presenter import FrameDistance
-from deployments.profiling import measure
+from deployments.profiling import MAX_ROUNDS, measure
 from deployments.scheduler import SchedulerLimits
 from deployments.tracing import configure_tracing
 
@@ -83,7 +83,8 @@ class Replica:
         self._attention = str(getattr(model, "attention", ""))
         self._cache = CacheCounts(getattr(model, "latent_cache", None))
         spec = config.spec
-        self._profile = measure(model, blank_row(spec), config.max_rows)
+        probe_steps = min(spec.max_num_steps, 1 + MAX_ROUNDS)
+        self._profile = measure(model, blank_row(spec), config.max_rows, num_steps=probe_steps)
         log.info("profiled", model=spec.slug, base_s=self._profile.base_s, row_s=self._profile.row_s)
         self._engine = Engine(
             model,
@@ -96,6 +97,7 @@ class Replica:
             profile=self._profile,
             slug=spec.slug,
             meter=self._meter,
+            forwards=lambda row: spec.forwards(len(row.actions), row.num_steps, row.guidance),
         )
         warm_up(self._engine, spec)
         self._ready_at = time.monotonic()
@@ -105,7 +107,25 @@ class Replica:
 
     async def run_chunk(self, job: ChunkJob) -> ChunkReport:
         """Cancelling the call takes its rows out of the batch at the next denoising step."""
-        return await asyncio.wrap_future(self._engine.submit(job.rows, job.service_class, job.deadline_s))
+        report = await asyncio.wrap_future(self._engine.submit(job.rows, job.service_class, job.deadline_s))
+        return replace(report, replica_id=self._id)
+
+    async def stream_chunk(self, job: ChunkJob) -> AsyncGenerator[ChunkPiece | ChunkReport, None]:
+        """As `run_chunk`, with each row's frames as they are made, before a report without them."""
+        loop = asyncio.get_running_loop()
+        made: asyncio.Queue[ChunkPiece | None] = asyncio.Queue()
+
+        def on_piece(piece: ChunkPiece) -> None:
+            loop.call_soon_threadsafe(made.put_nowait, piece)
+
+        report = asyncio.wrap_future(self._engine.submit(job.rows, job.service_class, job.deadline_s, on_piece))
+        report.add_done_callback(lambda _: made.put_nowait(None))
+        try:
+            while (piece := await made.get()) is not None:
+                yield piece
+            yield replace(await report, replica_id=self._id)
+        finally:
+            report.cancel()
 
     async def num_rows(self) -> int:
         """Rows that the engine holds, waiting and running."""

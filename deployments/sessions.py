@@ -21,7 +21,7 @@ from ray.exceptions import RayActorError
 from billing.commands import CustomerId, KeyId, RequestId, Reserve, Reserved
 from billing.money import Mils
 from billing.prices import Priced
-from deployments.chunk_loop import ChunkPlan, finished_chunks
+from deployments.chunk_loop import ChunkPlan, streamed_chunks
 from deployments.errors import (
     EngineFailed,
     ModelOverloaded,
@@ -31,7 +31,7 @@ from deployments.errors import (
     SessionLimit,
     SessionUnknown,
 )
-from deployments.messages import Actions, Frame, ModelSpec, TicketTerms
+from deployments.messages import NO_MEMORY, Actions, ChunkPiece, Frame, ModelSpec, TicketTerms
 from deployments.model_client import ModelClient
 from deployments.pricing import check_quoted_class
 from deployments.reservations import LEASE_S, Reservations
@@ -128,6 +128,7 @@ class Session:
         self._status = status
         self._idle_s = idle_s
         self._frame = record.start_frame
+        self._memory = NO_MEMORY
         self._chunks = 0
         self._frames_made = 0
         self._frames_promised = 0
@@ -223,18 +224,27 @@ class Session:
             first_chunk=self._chunks,
             form="png",
             terms=TicketTerms(record.customer_id, "interactive"),
+            stream=record.request_id,
+            memory=self._memory,
         )
         queue_ms = infer_ms = 0.0
-        async with aclosing(finished_chunks(self._model, plan)) as chunks:
-            async for chunk in chunks:
-                outcome = chunk.outcomes[0]
-                self._frame, self._chunks = outcome.last_frame, chunk.index + 1
-                queue_ms += chunk.timing.queue_ms
-                infer_ms += chunk.timing.infer_ms
-                for picture in outcome.pictures:
-                    await self._events.put(FrameMade(self._frames_made, picture))
-                    self._frames_made += 1
-                await self._events.put(ChunkStreamed())
+        chunk = self._chunks
+        async with aclosing(streamed_chunks(self._model, plan)) as made:
+            async for each in made:
+                if isinstance(each, ChunkPiece):
+                    self._chunks = chunk + 1  # what was shown is not shown again, even if the rest of it fails
+                    self._memory = self._memory.after(each.traces, each.keep_traces)
+                    if each.last_frame is not None:
+                        self._frame = each.last_frame
+                    for picture in each.pictures:
+                        await self._events.put(FrameMade(self._frames_made, picture))
+                        self._frames_made += 1
+                else:
+                    self._frame, self._memory = each.outcomes[0].last_frame, each.memories[0]
+                    queue_ms += each.timing.queue_ms
+                    infer_ms += each.timing.infer_ms
+                    chunk += 1
+                    await self._events.put(ChunkStreamed())
         total_ms = (time.perf_counter() - started) * 1e3
         sample = Sample(record.model, "succeeded", len(submission.actions), queue_ms, infer_ms, total_ms)
         self._status.add(sample)

@@ -1,4 +1,4 @@
-"""A paid rollout whose frames leave as soon as their chunk exists. Nothing runs ahead of whoever reads it.
+"""A paid rollout whose frames leave as soon as they exist. No chunk is begun ahead of whoever reads it.
 
 What was sent is kept when it ends, however it ends; the rest of what was reserved is given back.
 """
@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from billing.commands import Reserved
-from deployments.chunk_loop import finished_chunks
+from deployments.chunk_loop import streamed_chunks
 from deployments.gather import plan_of
-from deployments.messages import RolloutRequest, TicketTerms
+from deployments.messages import ChunkPiece, RolloutRequest, TicketTerms
 from deployments.model_client import ModelClient
 from deployments.reservations import Reservations
 from deployments.status import Outcome, Sample
@@ -20,7 +20,7 @@ from deployments.status_client import StatusClient
 from deployments.video import fragment
 
 StreamForm = Literal["mp4", "jpeg", "png"]
-"""A fragmented mp4, a fragment per chunk; or pictures one by one."""
+"""A fragmented mp4, a fragment for what is made at a time; or pictures one by one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,21 +55,23 @@ class RolloutStream:
         self._is_finished = False
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
-        """In order. Raises what `finished_chunks` does."""
+        """In order. Raises what `streamed_chunks` does."""
         terms = TicketTerms(self.reserved.customer_id, self.request.service_class, self.request.deadline_s)
         plan = replace(plan_of(self.request, terms), form="h264" if self.form == "mp4" else self.form)
-        num_actions, size = len(self.request.candidates[0]), self._model.spec.chunk_size
-        async with aclosing(finished_chunks(self._model, plan)) as chunks:
-            async for chunk in chunks:
-                self._queue_ms += chunk.timing.queue_ms
-                self._infer_ms += chunk.timing.infer_ms
-                for picture in chunk.outcomes[0].pictures:
+        num_frames = num_fragments = 0
+        async with aclosing(streamed_chunks(self._model, plan)) as made:
+            async for each in made:
+                if not isinstance(each, ChunkPiece):
+                    self._queue_ms += each.timing.queue_ms
+                    self._infer_ms += each.timing.infer_ms
+                    continue
+                for picture in each.pictures:
                     yield Piece(picture, 1)
                 if self.form == "mp4":
-                    before = chunk.index * size + (chunk.index > 0)
-                    num_frames = min(num_actions - chunk.index * size, size) + (chunk.index == 0)
-                    content = fragment(chunk.outcomes[0].video, self._model.spec.fps, before, chunk.index)
-                    yield Piece(content, num_frames)
+                    count = each.num_frames + (num_frames == 0)
+                    yield Piece(fragment(each.video, self._model.spec.fps, num_frames, num_fragments), count)
+                    num_frames += count
+                    num_fragments += 1
 
     def sent(self, piece: Piece) -> None:
         self.frames_sent += piece.num_frames

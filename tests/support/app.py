@@ -40,7 +40,7 @@ from deployments.ledger_audits import AuditsClient
 from deployments.ledger_client import LedgerClient
 from deployments.messages import NO_TERMS, ChunkReport, ChunkRow, ModelSpec, TicketTerms
 from deployments.meter import Meter, Series
-from deployments.model_client import ChunkTiming
+from deployments.model_client import ChunkTiming, OnPiece
 from deployments.payments.config import PaymentsConfig
 from deployments.payments.desk import PaymentsDesk
 from deployments.pricing import Prices
@@ -90,16 +90,21 @@ class LocalModel:
         begun: bool,
         terms: TicketTerms = NO_TERMS,
         permit: asyncio.Event | None = None,
+        on_piece: OnPiece | None = None,
     ) -> tuple[ChunkReport, ChunkTiming]:
         self.terms.append(terms)
         try:
             async with asyncio.timeout(terms.deadline_s):
                 if permit is not None:
                     await permit.wait()
-                report = await asyncio.wrap_future(self.engine.submit(rows))
+                report = await asyncio.wrap_future(self.engine.submit(rows, on_piece=self._told(on_piece)))
         except TimeoutError:
             raise DeadlinePassed(self.spec.slug) from None
         return report, ChunkTiming(0.0, report.infer_ms)
+
+    def _told(self, on_piece: OnPiece | None) -> OnPiece | None:
+        loop = asyncio.get_running_loop()
+        return None if on_piece is None else lambda piece: loop.call_soon_threadsafe(on_piece, piece)
 
     async def status(self) -> SchedulerStatus:
         return SchedulerStatus(replicas=1, capacity_rows=16, running_rows=0, queued_rows=0, cost_per_s=160.0)
