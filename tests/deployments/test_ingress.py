@@ -303,7 +303,6 @@ async def test_a_client_that_leaves_while_the_ledger_settles_is_answered_for_its
 
 async def test_a_settlement_is_tried_until_the_ledger_is_back(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deployments.reservations, "SETTLE_RETRY_S", 0.0)
-    monkeypatch.setattr(deployments.ledger_client, "RETRY_FOR_S", 0.05)
     monkeypatch.setattr(deployments.ledger_client, "RETRY_EVERY_S", 0.01)
     failures = 30
     send = app.ledger_call.call
@@ -313,7 +312,9 @@ async def test_a_settlement_is_tried_until_the_ledger_is_back(app: App, monkeypa
         if any(isinstance(command, Settle) for command in commands) and failures:
             failures -= 1
             raise ConnectionError
-        return await send(commands)
+        outcomes = await send(commands)
+        monkeypatch.setattr(deployments.ledger_client, "RETRY_FOR_S", 0.05)  # once it is reserved
+        return outcomes
 
     monkeypatch.setattr(app.ledger_call, "call", flaky)
     result = await ingress(app).run(request_of(customer(app, 1_000)))

@@ -17,7 +17,7 @@ def admin(data_dir: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         env=environment(data_dir, port=1),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=150,
         check=False,
     )
 

@@ -24,7 +24,7 @@ def refused(data_dir: Path, port: int | None = None, **more: str) -> str:
         env=environment(data_dir, port or free_port()) | more,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=150,
         check=False,
     )
     assert done.returncode == 2, done.stderr
@@ -103,7 +103,7 @@ def test_a_cluster_stops_whole_keeps_key_and_balance_and_starts_again(tmp_path: 
             second.interrupt()
             second.interrupt()
             assert running.result(60).status_code == 503
-            assert second.process.wait(timeout=60) == 0
+            assert second.process.wait(timeout=150) == 0
     refunded = LedgerReader(open_database(f"sqlite:///{data_dir / 'ledger.db'}"))
     development = refunded.customer("development")
     assert development is not None

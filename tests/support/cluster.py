@@ -56,7 +56,7 @@ class Cluster:
             env=environment(self.data_dir, port=1) | variables,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=150,
             check=False,
         )
 
@@ -87,7 +87,7 @@ class Cluster:
     def stop(self) -> int:
         """Ctrl-C, and wait."""
         self.interrupt()
-        return self.process.wait(timeout=60)
+        return self.process.wait(timeout=150)
 
 
 def eventually(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
@@ -152,7 +152,7 @@ def running_cluster(data_dir: Path, command: Sequence[str] = SERVE) -> Iterator[
         if process.poll() is None:
             process.send_signal(signal.SIGINT)
             try:
-                process.wait(timeout=60)
+                process.wait(timeout=150)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
