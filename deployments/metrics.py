@@ -76,6 +76,18 @@ ENGINE_ROWS_FAILED = Metric(
 LATENT_CACHE_HITS = Metric("dream_latent_cache_hits_total", "counter", "Start frames whose latents were known.", MODEL)
 LATENT_CACHE_MISSES = Metric("dream_latent_cache_misses_total", "counter", "Start frames that were encoded.", MODEL)
 LATENT_CACHE_BYTES = Metric("dream_latent_cache_bytes", "gauge", "Latents that the replicas keep, all together.", MODEL)
+CONTEXT_CACHE_HITS = Metric(
+    "dream_context_cache_hits_total", "counter", "Chunks of streams whose context their replica had.", MODEL
+)
+CONTEXT_CACHE_MISSES = Metric(
+    "dream_context_cache_misses_total",
+    "counter",
+    "Contexts of streams that were not there, to be sent along or made again.",
+    MODEL,
+)
+CONTEXT_CACHE_BYTES = Metric(
+    "dream_context_cache_bytes", "gauge", "Contexts of streams that the replicas keep, all together.", MODEL
+)
 REPLICA_BOOT_SECONDS = Metric(
     "dream_replica_boot_seconds",
     "histogram",

@@ -21,12 +21,16 @@ from deployments.logs import configure_logs
 from deployments.messages import ChunkFailed, ChunkJob, ChunkPiece, ChunkReport, ChunkRow, ModelSpec, ReplicaId
 from deployments.meter import Meter, Series
 from deployments.metrics import (
+    CONTEXT_CACHE_BYTES,
+    CONTEXT_CACHE_HITS,
+    CONTEXT_CACHE_MISSES,
     LATENT_CACHE_BYTES,
     LATENT_CACHE_HITS,
     LATENT_CACHE_MISSES,
     REPLICA_BOOT_SECONDS,
     REPLICA_GPU_SECONDS,
     REPLICA_SECONDS,
+    Metric,
 )
 from deployments.model import Model
 from deployments.presenter import FrameDistance
@@ -50,6 +54,8 @@ class ReplicaConfig:
     device: str
     max_rows: int
     """Rows in one forward."""
+    context_bytes: int
+    """Of streams' contexts that it keeps, if its model streams."""
     torch_threads: int
     """Threads of one forward on a CPU; 0 leaves torch's own choice."""
     scheduler_limits: SchedulerLimits
@@ -81,7 +87,13 @@ class Replica:
             torch.set_num_threads(config.torch_threads)
         model = load_runner(config.runner)(local_checkpoint(config.checkpoint, Path(config.cache_dir)), config.device)
         self._attention = str(getattr(model, "attention", ""))
-        self._cache = CacheCounts(getattr(model, "latent_cache", None))
+        latents, contexts = getattr(model, "latent_cache", None), getattr(model, "context_cache", None)
+        if contexts is not None:
+            contexts.max_bytes = config.context_bytes
+        self._caches = (
+            CacheCounts(latents, LATENT_CACHE_HITS, LATENT_CACHE_MISSES, LATENT_CACHE_BYTES),
+            CacheCounts(contexts, CONTEXT_CACHE_HITS, CONTEXT_CACHE_MISSES, CONTEXT_CACHE_BYTES),
+        )
         spec = config.spec
         probe_steps = min(spec.max_num_steps, 1 + MAX_ROUNDS)
         self._profile = measure(model, blank_row(spec), config.max_rows, num_steps=probe_steps)
@@ -163,24 +175,27 @@ class Replica:
         elapsed_s, self._ready_at = now - self._ready_at, now
         self._meter.count(REPLICA_SECONDS, slug, by=elapsed_s)
         self._meter.count(REPLICA_GPU_SECONDS, slug, by=elapsed_s * self._config.num_gpus)
-        self._cache.measure(self._meter, slug)
+        for cache in self._caches:
+            cache.measure(self._meter, slug)
         return self._meter.drain()
 
 
 class CacheCounts:
-    """Of a model's `latent_cache`, if it has one."""
+    """Of a cache of a model's, if it has it."""
 
-    def __init__(self, cache: Any) -> None:
+    def __init__(self, cache: Any, hits: Metric, misses: Metric, num_bytes: Metric) -> None:
         self._cache = cache
+        self._metrics = hits, misses, num_bytes
         self._hits = self._misses = 0
 
     def measure(self, meter: Meter, slug: str) -> None:
         if self._cache is None:
             return
         hits, misses = self._cache.hits, self._cache.misses
-        meter.count(LATENT_CACHE_HITS, slug, by=hits - self._hits)
-        meter.count(LATENT_CACHE_MISSES, slug, by=misses - self._misses)
-        meter.set(LATENT_CACHE_BYTES, slug, to=self._cache.num_bytes)
+        of_hits, of_misses, of_bytes = self._metrics
+        meter.count(of_hits, slug, by=hits - self._hits)
+        meter.count(of_misses, slug, by=misses - self._misses)
+        meter.set(of_bytes, slug, to=self._cache.num_bytes)
         self._hits, self._misses = hits, misses
 
 

@@ -40,7 +40,7 @@ from deployments.sessions import SessionLimits, Sessions
 from deployments.status_client import StatusClient
 from deployments.tracing import configure_tracing
 from serve_app.api import create_api
-from serve_app.catalog import CATALOG, PACKAGED_CHECKPOINTS, model_spec
+from serve_app.catalog import CATALOG, PACKAGED_CHECKPOINTS, RUNNERS, model_spec
 from serve_app.context import Services
 from serve_app.envelopes import Envelopes
 from serve_app.job_services import job_services
@@ -189,13 +189,15 @@ def application(args: ClusterArgs, open_to: str = "") -> serve.Application:
 
 
 def _replicas(model: ModelArgs, args: ClusterArgs) -> serve.Application:
+    entry = CATALOG[model.slug]
     config = ReplicaConfig(
-        spec=model_spec(CATALOG[model.slug]),
-        runner=model.runner,
+        spec=model_spec(entry),
+        runner=model.runner or RUNNERS[entry.spec.runner],
         checkpoint=model.checkpoint or str(PACKAGED_CHECKPOINTS.get(model.slug, "")),
         cache_dir=str(args.data_dir / "checkpoints"),
         device=model.device,
         max_rows=model.max_rows,
+        context_bytes=model.context_bytes,
         torch_threads=model.torch_threads,
         stall_s=args.limits.chunk_timeout_s,
         lpips_weights=args.lpips_weights,
@@ -245,9 +247,10 @@ def _replica_count(model: ModelArgs, args: ClusterArgs) -> dict[str, Any]:
 def scheduler_limits(slug: str, args: ClusterArgs) -> SchedulerLimits:
     limits = args.limits
     scaling = next(model.scaling for model in args.models if model.slug == slug)
+    spec = model_spec(CATALOG[slug])
     return SchedulerLimits(
         max_queued_rows=limits.max_queued_rows,
-        usual_steps=CATALOG[slug].spec.default_num_steps,
+        usual_steps=spec.forwards(spec.chunk_size, spec.default_num_steps, 0.0),
         max_customer_rows=limits.max_customer_rows,
         customer_weights=dict(limits.customer_weights),
         grant_timeout_s=limits.chunk_timeout_s,

@@ -8,4 +8,4 @@ from serve_app.catalog import STANDARD_FRAMES
 
 def rollouts_per_s(spec: ModelSpec, cost_per_s: float) -> float:
     chunks = math.ceil((STANDARD_FRAMES - 1) / spec.chunk_size)
-    return cost_per_s / (chunks * spec.default_num_steps * (2 if spec.default_guidance else 1))
+    return cost_per_s / (chunks * spec.forwards(spec.chunk_size, spec.default_num_steps, spec.default_guidance))

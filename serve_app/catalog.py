@@ -10,12 +10,20 @@ from pathlib import Path
 import deployments
 from billing.money import Mils, usd
 from deployments.messages import ModelSpec
-from serve_app.schemas import CatalogEntry, CatalogSpec, UpstreamProvider
+from serve_app.schemas import MAX_GUIDANCE, MAX_NUM_STEPS, CatalogEntry, CatalogSpec, UpstreamProvider
 
 DEFAULT_MODEL = "tiny-pusher"
+STUDENT = "tiny-pusher-student"
 PACKAGED_CHECKPOINTS: Mapping[str, Path] = {
-    "tiny-pusher": Path(deployments.__file__).parent / "world_model" / "checkpoints" / "tiny-pusher"
+    slug: Path(deployments.__file__).parent / "world_model" / "checkpoints" / slug for slug in (DEFAULT_MODEL, STUDENT)
 }
+RUNNERS: Mapping[str, str] = {
+    "world_model": "deployments.world_model.rollout:WorldModel.load",
+    "causal_student": "deployments.world_model.streaming:StreamingWorldModel.load",
+}
+"""By the name that an entry has for what runs it: the `module:callable` that makes it of a checkpoint and a device."""
+STUDENT_PASSES = 4
+"""Denoising passes of a latent frame, at most: `causal.SIGMAS`."""
 
 MILS_PER_FRAME = Mils(5)
 """The list price of every model here, $0.0005, while the price book has none."""
@@ -101,6 +109,37 @@ CATALOG: Mapping[str, CatalogEntry] = {
                 temporal_compression=4,
             ),
         ),
+        CatalogEntry(
+            slug=STUDENT,
+            name="Tiny Pusher, causal student",
+            provider="dream-engine-cluster",
+            upstream_provider=_OURS,
+            category="Simulation",
+            summary="Tiny Pusher's student for sessions and streams: four frames leave at a time, in one pass.",
+            description=(
+                "The same network as tiny-pusher, trained to make one latent frame (4 frames) at a time from the keys "
+                "and values of the three before it. Frames leave while the rest of their chunk is computed; a stream's "
+                "cost per frame does not grow. Its frames are a little worse than the teacher's."
+            ),
+            intended_use="Interactive sessions and streamed rollouts; one to four steps, no guidance.",
+            training_data="Episodes of the pusher simulator, then its own rollouts.",
+            license="Apache-2.0",
+            links={},
+            price_per_frame_usd=usd(MILS_PER_FRAME),
+            spec=CatalogSpec(
+                model_size="tiny",
+                embodiment="pusher",
+                action_dim=8,
+                chunk_size=12,
+                resolution=(64, 64),
+                default_num_steps=1,
+                default_guidance=0.0,
+                runner="causal_student",
+                encoder_name="PatchTokenizer",
+                temporal_compression=4,
+                base_model="tiny-pusher",
+            ),
+        ),
         _dreamdojo("dreamdojo-2b-gr1", "GR-1", "the Fourier GR-1", "slots 0-28", "2B_GR1_post-train"),
         _dreamdojo("dreamdojo-2b-g1", "G1", "the Unitree G1", "slots 58-100", "2B_G1_post-train"),
         _dreamdojo("dreamdojo-2b-agibot", "AgiBot", "the AgiBot G1", "slots 147-168", "2B_AgiBot_post-train"),
@@ -111,6 +150,7 @@ CATALOG: Mapping[str, CatalogEntry] = {
 
 def model_spec(entry: CatalogEntry) -> ModelSpec:
     """What the request path needs of `entry`."""
+    is_student = entry.spec.runner == "causal_student"
     return ModelSpec(
         slug=entry.slug,
         resolution=entry.spec.resolution,
@@ -120,4 +160,7 @@ def model_spec(entry: CatalogEntry) -> ModelSpec:
         default_num_steps=entry.spec.default_num_steps,
         default_guidance=entry.spec.default_guidance,
         mils_per_frame=MILS_PER_FRAME,
+        max_num_steps=STUDENT_PASSES if is_student else MAX_NUM_STEPS,
+        max_guidance=0.0 if is_student else MAX_GUIDANCE,
+        piece_frames=(entry.spec.temporal_compression or 0) if is_student else 0,
     )

@@ -30,7 +30,11 @@ def rate(metric: str, by: str, where: str = BY_MODEL) -> str:
     return f"sum by ({by}) (rate({metric}{where}[$__rate_interval]))"
 
 
-CACHE_HITS = rate("dream_latent_cache_hits_total", "model")
+def share_of_hits(cache: str) -> str:
+    hits = rate(f"dream_{cache}_cache_hits_total", "model")
+    return f"{hits} / ({hits} + {rate(f'dream_{cache}_cache_misses_total', 'model')})"
+
+
 RAN = '{model=~"$model",outcome!="refused"}'
 
 ROWS: dict[str, tuple[Panel, ...]] = {
@@ -183,16 +187,21 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             ),
         ),
         Panel(
-            "Latent cache",
+            "Caches",
             "percentunit",
             (
-                (
-                    f"{CACHE_HITS} / ({CACHE_HITS} + {rate('dream_latent_cache_misses_total', 'model')})",
-                    "{{model}} hits",
-                ),
+                (share_of_hits("latent"), "{{model}} start frames known"),
+                (share_of_hits("context"), "{{model}} contexts known"),
             ),
         ),
-        Panel("Latent cache, size", "bytes", ((f"dream_latent_cache_bytes{BY_MODEL}", "{{model}}"),)),
+        Panel(
+            "Caches, size",
+            "bytes",
+            (
+                (f"dream_latent_cache_bytes{BY_MODEL}", "{{model}} start frames"),
+                (f"dream_context_cache_bytes{BY_MODEL}", "{{model}} contexts"),
+            ),
+        ),
     ),
 }
 

@@ -17,8 +17,6 @@ from deployments.payments.config import PaymentsConfig
 from deployments.results import RECENT_TTL_S
 from serve_app.catalog import CATALOG, DEFAULT_MODEL, PACKAGED_CHECKPOINTS
 
-WORLD_MODEL_RUNNER = "deployments.world_model.rollout:WorldModel.load"
-
 
 class ScalingArgs(BaseModel):
     """When replicas come and go; `deployments.autoscaling.ScalingTerms` says what each number does."""
@@ -44,7 +42,8 @@ class ModelArgs(BaseModel):
     """Directory of a converted checkpoint, or its URL; empty takes the one that is packaged for this slug."""
     command_statistics: str = ""
     """File with the range of the robot's commands (`*_stats.json`), so that clients may send commands for actions."""
-    runner: str = WORLD_MODEL_RUNNER
+    runner: str = ""
+    """`module:callable` that makes the model from its checkpoint and device; empty takes the catalog's."""
     device: str = "cpu"
     num_cpus: float = Field(1.0, ge=0)
     num_gpus: float = Field(0.0, ge=0)
@@ -58,6 +57,9 @@ class ModelArgs(BaseModel):
     """Candidates in one forward."""
     max_row_steps: int = Field(1024, ge=1)
     """Candidates x denoising steps of one request: what a replica does for it per chunk. 64 candidates may take 16."""
+    context_bytes: int = Field(256 * 2**20, ge=0)
+    """Of streams' contexts that one replica keeps on its device, of a model that streams; beyond it the least recently
+    used go, and are made again when they are needed."""
     torch_threads: int = Field(0, ge=0)
     """CPU threads of the model; 0 leaves torch's default."""
 
@@ -217,7 +219,7 @@ class ClusterArgs(BaseModel):
         for model in self.models:
             if model.slug not in CATALOG:
                 raise ValueError(f"{model.slug!r} is not in the catalog; it has {', '.join(CATALOG)}")
-            if not model.checkpoint and model.runner == WORLD_MODEL_RUNNER and model.slug not in PACKAGED_CHECKPOINTS:
+            if not model.checkpoint and not model.runner and model.slug not in PACKAGED_CHECKPOINTS:
                 raise ValueError(f"{model.slug!r} has no packaged checkpoint; name the directory of one")
         if self.default_model not in slugs:
             raise ValueError(f"the default model {self.default_model!r} is not served; these are: {', '.join(slugs)}")
@@ -238,7 +240,8 @@ class Settings(BaseSettings):
     """Empty means SQLite in the data directory."""
     default_model: str = DEFAULT_MODEL
     model_checkpoints: dict[str, str] = Field(default_factory=dict)
-    """JSON object from a catalog slug to its checkpoint, a directory or a URL; the packaged models need no entry."""
+    """JSON object from a catalog slug to its checkpoint, a directory or a URL; empty for the packaged one. The default
+    model needs no entry."""
     model_statistics: dict[str, str] = Field(default_factory=dict)
     """JSON object from a catalog slug to the file with the range of its robot's commands."""
     model_device: str = "cpu"
@@ -273,7 +276,7 @@ class Settings(BaseSettings):
         return str(Path(path).resolve()) if path else ""
 
     def cluster_args(self) -> ClusterArgs:
-        checkpoints = dict.fromkeys(PACKAGED_CHECKPOINTS, "") | self.model_checkpoints
+        checkpoints = {DEFAULT_MODEL: ""} | self.model_checkpoints
         return ClusterArgs(
             data_dir=self.data_dir.resolve(),
             database_url=self.ledger_url,

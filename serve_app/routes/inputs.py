@@ -94,6 +94,7 @@ async def assemble(
         parts.decoders, _decode, parts, model, inputs, batch.horizon
     )
     guidance = model.default_guidance if params.guidance is None else params.guidance
+    check_denoising(model, num_steps, guidance, path)
     rollout = RolloutRequest(
         request_id=request.state.request_id,
         key_id=caller.key_id,
@@ -120,6 +121,14 @@ async def assemble(
     price = await parts.prices.price(model, rollout.num_frames, caller.customer_id, rollout.service_class)
     _check_bounds(parts, model, batch, rollout, price.total_mils)
     return replace(rollout, payload_sha256=_digest(rollout), price=price), decoded.resized
+
+
+def check_denoising(model: ModelSpec, num_steps: int, guidance: float = 0.0, path: str = "") -> None:
+    """Refuse what other models take and this one does not."""
+    if num_steps > (most := model.max_num_steps):
+        raise InvalidRequest(f"{path}num_steps", f"is {num_steps}; {model.slug} takes 1 to {most}")
+    if guidance > model.max_guidance:
+        raise InvalidRequest(f"{path}guidance", f"is {guidance:g}; {model.slug} takes 0 to {model.max_guidance:g}")
 
 
 def _check_extras(parts: Services, batch: BatchParams, inputs: Inputs) -> None:

@@ -42,7 +42,7 @@ from serve_app.context import ActiveSlug, Caller, Parts, Services, authenticate
 from serve_app.errors import ROLLOUT_ERRORS, ApiError, InvalidRequest, ModelRefused, RateLimited
 from serve_app.forms import Form, read_form
 from serve_app.routes.frames import uploaded
-from serve_app.routes.inputs import FILE, multipart
+from serve_app.routes.inputs import FILE, check_denoising, multipart
 from serve_app.routes.quotes import DryRun, estimate, presented_quote
 from serve_app.schemas import MAX_GUIDANCE, MAX_NUM_STEPS, MAX_SEED, Estimate
 from serve_app.uploads import decode_start_frame
@@ -137,6 +137,8 @@ async def create_session(
     num_steps = spec.default_num_steps if params.num_steps is None else params.num_steps
     if num_steps > (most := parts.max_row_steps[spec.slug]):
         raise InvalidRequest("num_steps", f"is {num_steps}; up to {most} are accepted")
+    guidance = spec.default_guidance if params.guidance is None else params.guidance
+    check_denoising(spec, num_steps, guidance)
     start_frame = await _start_frame(parts, caller, form, params, spec)
     budget = params.max_frames or parts.sessions.limits.budget_frames
     if not params.max_frames:
@@ -156,7 +158,7 @@ async def create_session(
         start_frame=start_frame,
         seed=params.seed,
         num_steps=num_steps,
-        guidance=spec.default_guidance if params.guidance is None else params.guidance,
+        guidance=guidance,
         budget_frames=budget,
         price=price,
         quote_id=presented_quote(request),
@@ -330,6 +332,8 @@ class Conversation:
         most_steps = self._parts.max_row_steps[spec.slug]
         if message.num_steps is not None and message.num_steps > most_steps:
             raise InvalidRequest("num_steps", f"is {message.num_steps}; up to {most_steps} are accepted")
+        if message.num_steps is not None:
+            check_denoising(spec, message.num_steps)
         return Submission(actions, message.seed, message.num_steps)
 
     def _take_token(self) -> None:
