@@ -19,6 +19,7 @@ import numpy as np
 from deployments.batching import BatchProfile
 from deployments.engine import Engine
 from deployments.messages import NO_TERMS, ChunkRow, Frame, ReplicaId, Ticket, TicketId, TicketTerms
+from deployments.replies import Replies
 from deployments.scheduler import Notice, Overloaded, SchedulerLimits, TooLate
 from deployments.scheduler_actor import SchedulerActor
 
@@ -84,9 +85,11 @@ class Served:
         self.engine = Engine(model, RESOLUTION, 10, cap, profile=profile)
         self.engine.cap = cap
         self._names = itertools.count()
+        self._replies: Replies
         self._notices: list[Notice] = []
 
     async def start(self) -> None:
+        self._replies = Replies()
         await self.scheduler.replica_alive(ReplicaId("r"), self.engine.cap, profile=self._profile)
 
     async def run(self, rows: Sequence[ChunkRow], terms: TicketTerms = NO_TERMS) -> None:
@@ -99,7 +102,7 @@ class Served:
             raise Refusal
         left_s = None if deadline is None else deadline - time.monotonic()
         try:
-            report = await asyncio.wrap_future(self.engine.submit(rows, terms.service_class, left_s))
+            report = await self._replies.of(self.engine.submit(rows, terms.service_class, left_s))
         finally:
             self._notice(("complete", ticket.ticket_id))
         if not report.outcomes:

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, get_args
 
 import numpy as np
@@ -55,20 +55,28 @@ OnPiece = Callable[[ChunkPiece], None]
 log = structlog.get_logger(__name__)
 
 
+class _Report(Future[ChunkReport]):
+    is_given_up = False
+    """Cancelled, or too late; asked at every step, without the lock that `done` takes."""
+
+    def cancel(self) -> bool:
+        is_cancelled = super().cancel()
+        self.is_given_up |= is_cancelled
+        return is_cancelled
+
+
 @dataclass(slots=True, eq=False)
 class _Job:
     rows: tuple[ChunkRow, ...]
-    report: Future[ChunkReport]
+    report: _Report
     outcomes: list[ChunkOutcome | None]
     urgency: tuple[int, float, int]
     """Class, deadline, arrival: the least goes first."""
+    deadline: float
+    num_unsettled: int
     on_piece: OnPiece | None = None
     num_started: int = 0
     started_at: float = 0.0
-
-    @property
-    def deadline(self) -> float:
-        return self.urgency[1]
 
     @property
     def num_waiting(self) -> int:
@@ -180,7 +188,7 @@ class Engine:
                 raise RuntimeError("the engine has stopped")
             self._num_jobs += 1
             urgency = (SERVICE_CLASSES.index(service_class), deadline, self._num_jobs)
-            job = _Job(tuple(rows), Future(), [None] * len(rows), urgency, on_piece)
+            job = _Job(tuple(rows), _Report(), [None] * len(rows), urgency, deadline, len(rows), on_piece)
             bisect.insort(self._waiting, job, key=_urgency)
             self._wake.notify()
         return job.report
@@ -243,8 +251,9 @@ class Engine:
         """Start waiting rows while the batch has room, and give up what can no longer be done in time."""
         with self._wake:
             now = self._clock()
-            for job in [job for job in self._waiting if job.report.done() or self._is_hopeless(job, now)]:
+            for job in [job for job in self._waiting if job.report.is_given_up or self._is_hopeless(job, now)]:
                 self._waiting.remove(job)
+                job.report.is_given_up = True
                 if job.report.set_running_or_notify_cancel():
                     job.report.set_result(ChunkReport((), 0.0))
             joining = self._choose(now)
@@ -282,18 +291,19 @@ class Engine:
                 if rows:
                     joining.append((job, rows))
                     num_rows += rows
-            late = next((job for job, rows in joining if self._is_late(job, rows, num_rows, now)), None)
+            timed = ((job, rows) for job, rows in joining if job.deadline < math.inf)
+            late = next((job for job, rows in timed if self._is_late(job, rows, num_rows, now)), None)
             if late is None or len(candidates) == 1:
                 return joining
             candidates.remove(late)
 
     def _is_hopeless(self, job: _Job, now: float) -> bool:
-        return self._is_late(job, job.num_waiting, min(self._max_rows, job.num_waiting), now)
+        return job.deadline < math.inf and self._is_late(
+            job, job.num_waiting, min(self._max_rows, job.num_waiting), now
+        )
 
     def _is_late(self, job: _Job, num_joining: int, batch: int, now: float) -> bool:
         """Whether `job` misses its deadline if so many of its rows join a batch of that size, and the rest the next."""
-        if job.deadline == math.inf:
-            return False
         rounds = 1 if num_joining == job.num_waiting else 2
         step_s = 0.0 if self._profile is None else self._profile.step_s(batch)
         return now + rounds * self._forwards(job.rows[0]) * step_s > job.deadline
@@ -345,17 +355,20 @@ class Engine:
             elif _shows_nothing(active.chunk_row):
                 self._present(active)
             else:
-                self._encoders.submit(self._present, active)
+                self._encoders.submit(self._encode, active)
+
+    def _encode(self, active: _Active) -> None:
+        self._present(active)
+        self._presenter.prepare()
 
     def _present(self, active: _Active) -> None:
         frames = active.frames[0] if len(active.frames) == 1 else np.concatenate(active.frames)
         try:
-            done = self._presenter.present(active.chunk_row, frames)
-            outcome: ChunkOutcome = replace(done, traces=tuple(active.traces), keep_traces=active.keep_traces)
+            traces = tuple(active.traces)
+            outcome: ChunkOutcome = self._presenter.present(active.chunk_row, frames, traces, active.keep_traces)
         except Exception as error:
             outcome = ChunkFailed(_reason(error))
         self._settle(active.job, active.index, outcome)
-        self._presenter.prepare()
 
     def _present_piece(self, part: _Part, frames: Frames) -> None:
         active, row = part.active, part.active.chunk_row
@@ -390,14 +403,18 @@ class Engine:
         if isinstance(outcome, ChunkFailed):
             self._meter.count(ENGINE_ROWS_FAILED, self._slug)
         with self._wake:
+            if job.outcomes[index] is not None:
+                return
             job.outcomes[index] = outcome
+            job.num_unsettled -= 1
+            if job.num_unsettled:
+                return
             outcomes = tuple(outcome for outcome in job.outcomes if outcome is not None)
-            if len(outcomes) == len(job.outcomes):
-                if all(isinstance(outcome, ChunkFailed) for outcome in outcomes):
-                    self._failed_jobs += 1
-                elif any(isinstance(outcome, ChunkDone) for outcome in outcomes):
-                    self._failed_jobs = 0
-        if len(outcomes) == len(job.outcomes) and job.report.set_running_or_notify_cancel():
+            if all(isinstance(outcome, ChunkFailed) for outcome in outcomes):
+                self._failed_jobs += 1
+            elif any(isinstance(outcome, ChunkDone) for outcome in outcomes):
+                self._failed_jobs = 0
+        if job.report.set_running_or_notify_cancel():
             job.report.set_result(ChunkReport(outcomes, (time.perf_counter() - job.started_at) * 1e3))
 
     def _each(self, function: Any, items: Sequence[Any]) -> list[Any]:
@@ -426,7 +443,7 @@ class Engine:
 
 
 def _is_wanted(active: _Active) -> bool:
-    return not active.job.report.done() and active.job.outcomes[active.index] is None
+    return not active.job.report.is_given_up and active.job.outcomes[active.index] is None
 
 
 def _take(active: _Active) -> list[_Part]:

@@ -38,8 +38,10 @@ class Presenter:
         self._encoders = Encoders(resolution, fps)
         self._lpips = lpips
 
-    def present(self, row: ChunkRow, frames: Frames) -> ChunkDone:
-        """`frames` uint8 (n, H, W, 3), those after the row's start frame."""
+    def present(
+        self, row: ChunkRow, frames: Frames, traces: tuple[tuple[bytes, ...], ...] = (), keep_traces: int = 0
+    ) -> ChunkDone:
+        """`frames` uint8 (n, H, W, 3), those after the row's start frame; `traces` as in `ChunkDone`."""
         shown = [row.start_frame, *frames] if row.chunk == 0 else list(frames)
         video, pictures, raw = b"", tuple[bytes, ...](), None
         match row.form:
@@ -67,6 +69,8 @@ class Presenter:
             if row.goal is None
             else self._distance(frames[-1], np.array(row.goal.frame), row.goal.metric),
             closeness=None if row.reference is None else self._closeness(frames, np.array(row.reference)),
+            traces=traces,
+            keep_traces=keep_traces,
         )
 
     def present_piece(self, row: ChunkRow, frames: Frames, index: int) -> tuple[bytes, tuple[bytes, ...]]:

@@ -35,6 +35,7 @@ from deployments.metrics import (
 from deployments.model import Model
 from deployments.presenter import FrameDistance
 from deployments.profiling import MAX_ROUNDS, measure
+from deployments.replies import Replies
 from deployments.scheduler import SchedulerLimits
 from deployments.tracing import configure_tracing
 
@@ -112,6 +113,7 @@ class Replica:
             forwards=lambda row: spec.forwards(len(row.actions), row.num_steps, row.guidance),
         )
         warm_up(self._engine, spec)
+        self._replies = Replies()
         self._ready_at = time.monotonic()
         self._meter.observe(REPLICA_BOOT_SECONDS, spec.slug, value=self._ready_at - started)
         log.info("replica_ready", model=spec.slug, replica=self._id, boot_s=round(self._ready_at - started, 3))
@@ -119,7 +121,7 @@ class Replica:
 
     async def run_chunk(self, job: ChunkJob) -> ChunkReport:
         """Cancelling the call takes its rows out of the batch at the next denoising step."""
-        report = await asyncio.wrap_future(self._engine.submit(job.rows, job.service_class, job.deadline_s))
+        report = await self._replies.of(self._engine.submit(job.rows, job.service_class, job.deadline_s))
         return replace(report, replica_id=self._id)
 
     async def stream_chunk(self, job: ChunkJob) -> AsyncGenerator[ChunkPiece | ChunkReport, None]:
