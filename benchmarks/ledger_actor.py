@@ -2,13 +2,13 @@
 
     python -m benchmarks.ledger_actor [--seconds 5] [--processes 2 4] [--waiting 128] [--kills 5] [--databases ...]
 
-The physics. A call of an actor costs both sides some 400 us whatever is in it, so a call per command is bounded by the
-calls, at about 2,000/s, whatever the ledger could do. Commands that wait in one process are therefore sent as one call,
-as an ingress replica does, and what is left is the ledger's own cost, and pickling.
+The physics. A call of an actor costs both sides some 600 us whatever is in it, so a call per command is bounded by the
+calls, at about 2,000/s, whatever the ledger could do. Commands that wait in one process are therefore sent as one
+message through a channel, as an ingress replica does, and what is left is the ledger's own cost, and pickling.
 
 A waiting caller reserves, waits for the answer, settles, waits, and begins again: one rollout. Beside it, in the same
-run, the same callers with a call for each command. Recovery: 10,000 reservations are open, the actor's process is
-killed with SIGKILL, and the clock runs from there to the next reservation that is acknowledged.
+run, the same callers with a call of the actor for each command. Recovery: 10,000 reservations are open, the actor's
+process is killed with SIGKILL, and the clock runs from there to the next reservation that is acknowledged.
 
 Prints one JSON line per database. Starts a Ray of its own, on free ports, and ends it.
 """
@@ -125,14 +125,18 @@ class Callers:
 
     async def run(self, waiting: int, seconds: float) -> tuple[int, list[float], int]:
         """Rollouts, milliseconds that reserves took, calls that were made."""
-        from deployments.ledger_client import LedgerClient
+        from deployments.ledger_client import LedgerClient, calls_of
+
+        through_channel = calls_of(self._actor)
 
         async def call(commands: list[Command]) -> list[Outcome]:
             self._calls += 1
-            return unpack_outcomes(await self._actor.apply.remote(pack(commands)))
+            return await through_channel(commands)
 
         async def alone(command: Command) -> Outcome:
-            return (await call([command]))[0]
+            self._calls += 1
+            (outcome,) = unpack_outcomes(await self._actor.apply.remote(pack([command])))
+            return outcome
 
         client = LedgerClient(call)
         client.start()

@@ -4,18 +4,21 @@ Crash-only: when the writer can no longer trust its picture of the database it e
 which takes the fence over.
 """
 
+import asyncio
 import os
 import time
 from threading import Lock
 from typing import NoReturn
 
 import structlog
+from ray.util import get_node_ip_address
 
 from billing.auditor import Auditor, AuditReport
 from billing.database import migrate, open_database
 from billing.errors import BillingError
 from billing.ledger import Commit, Ledger
 from billing.writer import LedgerWriter, collect_rarely
+from deployments.channel import Address, listen_in_thread
 from deployments.ledger_audits import measure_audits
 from deployments.ledger_wire import pack, unpack_commands
 from deployments.logs import configure_logs
@@ -40,23 +43,27 @@ class LedgerActor:
     database may still be there, and two that took over whenever Ray restarts them would fence each other for ever.
 
     Its methods are not coroutines: a call waits in a thread of its own, which costs Ray half as much, and cannot be
-    cancelled with its caller."""
+    cancelled with its caller. Ingress replicas call it past Ray, at `address`."""
 
     def __init__(self, database_url: str) -> None:
         configure_logs()
         self._database_url = database_url
         self._writer: LedgerWriter | None = None
         self._starting = Lock()
+        self._address: Address | None = None
         self._audits: AuditReport | None = None
         self._meter = Meter()
 
     def apply(self, packed: bytes) -> bytes:
         """Outcomes of commands, both as `ledger_wire` has them, once they are durable."""
-        commands = unpack_commands(packed)
+        return pack(self._begun_writer().submit(unpack_commands(packed)).result())
+
+    def address(self) -> Address:
+        """Where the same `apply` is called through a channel."""
         with self._starting:
-            if self._writer is None:
-                self._writer = self._take_over()
-        return pack(self._writer.submit(commands).result())
+            if self._address is None:
+                self._address = listen_in_thread({"apply": self._apply}, get_node_ip_address())
+            return self._address
 
     def audits(self) -> AuditReport | None:
         """The last round of audits; None until this actor is the writer and has finished one."""
@@ -64,6 +71,18 @@ class LedgerActor:
 
     def metrics(self) -> Series:
         return self._meter.series()
+
+    async def _apply(self, packed: bytes) -> bytes:
+        """A command is carried out whether or not its caller waits: the writer's futures cannot be cancelled."""
+        writer = await asyncio.to_thread(self._begun_writer) if self._writer is None else self._writer
+        outcomes = await asyncio.wrap_future(writer.submit(unpack_commands(packed)))
+        return pack(outcomes)
+
+    def _begun_writer(self) -> LedgerWriter:
+        with self._starting:
+            if self._writer is None:
+                self._writer = self._take_over()
+            return self._writer
 
     def _take_over(self) -> LedgerWriter:
         try:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import structlog
 
 from billing.commands import Command, Outcome
+from deployments.channel import Address, Channel
 from deployments.errors import LedgerUnavailable
 from deployments.ledger_wire import pack, unpack_outcomes
 
@@ -131,11 +132,26 @@ class LedgerClient:
 
 def connect(actor: Any) -> LedgerClient:
     """A client of the cluster's ledger actor."""
+    return LedgerClient(calls_of(actor))
+
+
+def calls_of(actor: Any) -> Callable[[list[Command]], Awaitable[list[Outcome]]]:
+    """Through a channel to the actor's process, wherever it is at the time."""
+
+    async def find() -> Address:
+        address: Address = await actor.address.remote()
+        return address
+
+    channel = Channel(find)
 
     async def call(commands: list[Command]) -> list[Outcome]:
-        return unpack_outcomes(await actor.apply.remote(pack(commands)))
+        try:
+            return unpack_outcomes(await channel.call("apply", pack(commands)))
+        except asyncio.CancelledError:  # no answer in time: it may be a process that hangs, and another its successor
+            channel.close()
+            raise
 
-    return LedgerClient(call)
+    return call
 
 
 def apply_once(actor: Any, command: Command, timeout_s: float) -> Outcome:
