@@ -15,10 +15,11 @@ import pickle
 import secrets
 import socket
 import threading
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import aclosing
 from contextvars import Context
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import structlog
 
@@ -33,7 +34,9 @@ _LENGTH_BYTES = 8
 _CANCEL = ""
 """In place of a method's name: its caller no longer waits for this call."""
 
-Handler = Callable[..., Awaitable[Any]]
+_PART, _ANSWER, _FAILURE = range(3)
+
+Handler = Callable[..., Awaitable[Any] | AsyncGenerator[Any, None]]
 
 log = structlog.get_logger(__name__)
 
@@ -78,18 +81,23 @@ class Channel:
         Raises:
             ChannelLost, CallFailed
         """
-        connection = self._connection
-        if connection is None or connection.is_lost:
-            connection = await self._connect()
-        return await connection.call(method, arguments)
+        return await (await self._connected()).call(method, arguments)
+
+    async def stream(self, method: str, *arguments: Any) -> AsyncGenerator[Any, None]:
+        """What `method`, an asynchronous generator there, yields; closing this one ends it. Raises as `call` does."""
+        async with aclosing((await self._connected()).stream(method, arguments)) as parts:
+            async for part in parts:
+                yield part
 
     def close(self) -> None:
         """Give up what is waiting; the next call connects again."""
         if self._connection is not None:
             self._connection.close()
 
-    async def _connect(self) -> "_Calling":
+    async def _connected(self) -> "_Calling":
         """All who wait for a connection get the same, made by a task of its own, which no request's end cancels."""
+        if self._connection is not None and not self._connection.is_lost:
+            return self._connection
         if self._connecting is None or self._connecting.done():
             self._connecting = asyncio.get_running_loop().create_task(self._connect_now(), context=Context())
             self._connecting.add_done_callback(_seen)
@@ -108,14 +116,24 @@ class Channel:
         return connection
 
 
+def connect(address: Address) -> Channel:
+    """A channel to an address that is known, and never another."""
+
+    async def find() -> Address:
+        return address
+
+    return Channel(find)
+
+
 class Listener:
-    """Answers calls with `handlers`, coroutine functions by the names that callers use. A call's task is cancelled when
-    its caller gives it up, or is gone."""
+    """Answers calls with `handlers`, by the names that callers use: coroutine functions, or asynchronous generators for
+    `Channel.stream`. A call's task is cancelled when its caller gives it up or is gone."""
 
     def __init__(self, handlers: Mapping[str, Handler]) -> None:
         self.handlers = handlers
         self.secret = secrets.token_bytes(SECRET_BYTES)
         self.connections: set[_Answering] = set()
+        self.is_stopping = False
         self._server: asyncio.Server | None = None
 
     async def start(self, host: str) -> Address:
@@ -124,7 +142,8 @@ class Listener:
         return Address(host, self._server.sockets[0].getsockname()[1], self.secret)
 
     async def stop(self) -> None:
-        """Take no more calls, answer those that were taken, then hang up."""
+        """Take no more calls, answer those that were taken, then hang up: whoever called since finds its call lost."""
+        self.is_stopping = True
         if self._server is not None:
             self._server.close()
         tasks = [task for connection in self.connections for task in connection.tasks.values()]
@@ -197,11 +216,17 @@ class _Messages(asyncio.Protocol):
         self._transport.abort()
 
 
+class _Call(NamedTuple):
+    method: str
+    answer: "asyncio.Future[Any]"
+    parts: "asyncio.Queue[tuple[Any, ...]] | None"
+
+
 class _Calling(_Messages):
     def __init__(self, secret: bytes) -> None:
         super().__init__()
         self._secret = secret
-        self._calls: dict[int, tuple[str, asyncio.Future[Any]]] = {}
+        self._calls: dict[int, _Call] = {}
         self._num_calls = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -212,33 +237,65 @@ class _Calling(_Messages):
     def connection_lost(self, error: Exception | None) -> None:
         super().connection_lost(error)
         calls, self._calls = self._calls, {}
-        for _, answer in calls.values():
-            if not answer.done():
-                answer.set_exception(ChannelLost("the connection broke"))
+        for call in calls.values():
+            if not call.answer.done():
+                call.answer.set_exception(ChannelLost("the connection broke"))
 
     async def call(self, method: str, arguments: tuple[Any, ...]) -> Any:
-        if self.is_lost:
-            raise ChannelLost("the connection broke")
-        self._num_calls += 1
-        call_id = self._num_calls
-        self.write((call_id, method, arguments))
-        answer = asyncio.get_running_loop().create_future()
-        self._calls[call_id] = method, answer
+        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        call_id = self._begin(method, arguments, answer, None)
         try:
             return await answer
         finally:
-            if self._calls.pop(call_id, None) is not None and not self.is_lost:  # it was not answered: we left
-                self.write((call_id, _CANCEL, ()))
+            self._end(call_id)
+
+    async def stream(self, method: str, arguments: tuple[Any, ...]) -> AsyncGenerator[Any, None]:
+        ended: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        parts: asyncio.Queue[tuple[Any, ...]] = asyncio.Queue()
+        ended.add_done_callback(lambda _: parts.put_nowait(()))
+        call_id = self._begin(method, arguments, ended, parts)
+        try:
+            while part := await parts.get():
+                yield part[0]
+            ended.result()
+        finally:
+            self._end(call_id)
+            ended.cancel()
 
     def message_received(self, message: Any) -> None:
-        call_id, succeeded, value = message
-        method, answer = self._calls.pop(call_id, ("", None))
-        if answer is None or answer.done():
+        call_id, kind, value = message
+        call = self._calls.get(call_id)
+        if call is None:
             return
-        if succeeded:
-            answer.set_result(value)
+        if kind == _PART:
+            assert call.parts is not None
+            call.parts.put_nowait((value,))
+            return
+        del self._calls[call_id]
+        if call.answer.done():
+            return
+        if kind == _ANSWER:
+            call.answer.set_result(value)
         else:
-            answer.set_exception(CallFailed(method, value))
+            call.answer.set_exception(CallFailed(call.method, value))
+
+    def _begin(
+        self,
+        method: str,
+        arguments: tuple[Any, ...],
+        answer: "asyncio.Future[Any]",
+        parts: "asyncio.Queue[tuple[Any, ...]] | None",
+    ) -> int:
+        if self.is_lost:
+            raise ChannelLost("the connection broke")
+        self._num_calls += 1
+        self.write((self._num_calls, method, arguments))
+        self._calls[self._num_calls] = _Call(method, answer, parts)
+        return self._num_calls
+
+    def _end(self, call_id: int) -> None:
+        if self._calls.pop(call_id, None) is not None and not self.is_lost:  # it was not answered: we left
+            self.write((call_id, _CANCEL, ()))
 
 
 class _Answering(_Messages):
@@ -283,23 +340,32 @@ class _Answering(_Messages):
             if call_id in self.tasks:
                 self.tasks[call_id].cancel()
             return
+        if self._listener.is_stopping:
+            return
         task = asyncio.get_running_loop().create_task(self._answer(call_id, method, arguments))
         self.tasks[call_id] = task
         task.add_done_callback(lambda _: self.tasks.pop(call_id))
 
     async def _answer(self, call_id: int, method: str, arguments: tuple[Any, ...]) -> None:
         try:
-            self._reply(call_id, True, await self._listener.handlers[method](*arguments))
+            answer = self._listener.handlers[method](*arguments)
+            if isinstance(answer, AsyncGenerator):
+                async with aclosing(answer):
+                    async for part in answer:
+                        self._reply(call_id, _PART, part)
+                self._reply(call_id, _ANSWER, None)
+            else:
+                self._reply(call_id, _ANSWER, await answer)
         except asyncio.CancelledError:
-            self._reply(call_id, False, "cancelled")
+            self._reply(call_id, _FAILURE, "cancelled")
             raise
         except Exception as error:
             log.error("call_failed", method=method, error=repr(error), exc_info=error)
-            self._reply(call_id, False, type(error).__name__)
+            self._reply(call_id, _FAILURE, type(error).__name__)
 
-    def _reply(self, call_id: int, succeeded: bool, value: Any) -> None:
+    def _reply(self, call_id: int, kind: int, value: Any) -> None:
         if not self.is_lost:
-            self.write((call_id, succeeded, value))
+            self.write((call_id, kind, value))
 
 
 def _seen(connecting: "asyncio.Task[_Calling]") -> None:

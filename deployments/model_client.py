@@ -6,20 +6,19 @@ replica that ran the last chunk runs the next.
 """
 
 import asyncio
+import contextlib
 import hashlib
 import math
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
-import ray
 import structlog
-from ray.exceptions import RayActorError, RayError, TaskCancelledError
-from ray.serve.exceptions import RequestCancelledError
 
+from deployments.channel import Address, CallFailed, Channel, ChannelError, ChannelLost
 from deployments.errors import DeadlinePassed, EngineFailed, ModelOverloaded
 from deployments.messages import (
     NO_TERMS,
@@ -30,19 +29,19 @@ from deployments.messages import (
     ChunkRow,
     Frame,
     ModelSpec,
+    ReplicaId,
     Ticket,
     TicketId,
     TicketTerms,
 )
 from deployments.meter import Series
-from deployments.scheduler import Grant, Notice, Overloaded, SchedulerStatus, TooLate
+from deployments.scheduler import Notice, Overloaded, SchedulerStatus, TooLate
+from deployments.scheduler_actor import Placed
 from deployments.tracing import span
 
 MAX_ATTEMPTS = 3
 """A chunk is tried on another replica at most twice."""
 SCHEDULER_RETRY_S = 0.1
-NOTICE_EVERY_S = 0.002
-"""Notices that come within this time of the last call travel in one."""
 STATUS_TIMEOUT_S = 2.0
 RETRY_AFTER_TIMEOUT_S = 5
 """What a client is told after it waited in vain: the queue drains slower than anybody should wait."""
@@ -59,15 +58,20 @@ class ChunkTiming:
 
 
 class ModelClient:
-    """`scheduler` is the model's scheduler actor, `replicas` the Serve handle of its replica deployment."""
+    """`scheduler` is a channel to the model's scheduler, `connect` makes one to the replica at an address."""
 
     def __init__(
-        self, spec: ModelSpec, scheduler: Any, replicas: Any, queue_timeout_s: float, chunk_timeout_s: float
+        self,
+        spec: ModelSpec,
+        scheduler: Channel,
+        connect: Callable[[Address], Channel],
+        queue_timeout_s: float,
+        chunk_timeout_s: float,
     ) -> None:
         self.spec = spec
         self._scheduler = scheduler
-        self._replicas = replicas
-        self._streams = replicas.options(stream=True) if spec.piece_frames else None
+        self._connect = connect
+        self._replicas: dict[ReplicaId, Channel] = {}
         self._queue_timeout_s = queue_timeout_s
         self._chunk_timeout_s = chunk_timeout_s
         self._begun_timeout_s = queue_timeout_s + 2 * chunk_timeout_s
@@ -76,13 +80,18 @@ class ModelClient:
         self._notifier: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Begin telling the scheduler what became of its grants. From a task of its own, outside any request: Ray
-        cancels the calls that a cancelled request made, and these are the ones that must arrive."""
+        """Begin telling the scheduler what became of its grants. From a task of its own, outside any request: what a
+        request that is cancelled has to tell must arrive."""
         self._notifier = asyncio.get_running_loop().create_task(self._notify_forever())
 
     async def stop(self) -> None:
         if self._notifier is not None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(STATUS_TIMEOUT_S):
+                    await self._notices.join()
             self._notifier.cancel()
+        for channel in (self._scheduler, *self._replicas.values()):
+            channel.close()
 
     async def run_chunk(
         self,
@@ -145,25 +154,25 @@ class ModelClient:
             try:
                 started = time.perf_counter()
                 with span("queue", {"dream.rows": len(rows), "dream.attempt": attempt}):
-                    grant = await self._acquire(ticket)
+                    placed = await self._acquire(ticket)
                 granted = time.perf_counter()
                 if permit is not None:
                     await permit.wait()
-                trusting = [_trusting(row, grant.replica_id) for row in rows]
-                job = ChunkJob(
-                    grant.ticket_id, grant.replica_id, tuple(trusting), terms.service_class, _left_s(deadline)
-                )
-                report = await self._run(job, on_piece)
+                replica_id = placed.grant.replica_id
+                replica = self._replica(replica_id, placed.address)
+                trusting = tuple(_trusting(row, replica_id) for row in rows)
+                job = ChunkJob(ticket.ticket_id, replica_id, trusting, terms.service_class, _left_s(deadline))
+                report = await self._run(replica, job, on_piece)
                 if any(isinstance(outcome, ChunkForgotten) for outcome in report.outcomes):
                     job = replace(job, rows=tuple(rows), deadline_s=_left_s(deadline))
-                    report = await self._run(job, on_piece)
+                    report = await self._run(replica, job, on_piece)
                 finished = True
                 if not report.outcomes:
                     raise DeadlinePassed(self.spec.slug)
                 return report, ChunkTiming((granted - started) * 1e3, report.infer_ms)
-            except RayActorError as error:
-                log.warning("replica_lost", model=self.spec.slug, replica=grant.replica_id, attempt=attempt)
-                self._notices.put_nowait(("replica_gone", grant.replica_id))
+            except ChannelLost as error:
+                log.warning("replica_lost", model=self.spec.slug, replica=replica_id, attempt=attempt)
+                self._notices.put_nowait(("replica_gone", replica_id))
                 if attempt + 1 == MAX_ATTEMPTS:
                     raise EngineFailed(self.spec.slug, "its replica died") from error
             finally:
@@ -174,33 +183,29 @@ class ModelClient:
         """How long a rollout of these terms, asked for now, would take to finish; None while that is not known."""
         ticket = Ticket(TicketId(""), num_rows, num_steps=num_steps * (2 if guidance else 1), terms=terms)
         async with asyncio.timeout(STATUS_TIMEOUT_S):
-            seconds: float | None = await self._scheduler.finish_s.remote(ticket)
+            seconds: float | None = await self._scheduler.call("finish_s", ticket)
         return seconds
 
     async def status(self) -> SchedulerStatus:
         async with asyncio.timeout(STATUS_TIMEOUT_S):
-            status: SchedulerStatus = await self._scheduler.status.remote()
+            status: SchedulerStatus = await self._scheduler.call("status")
         return status
 
     async def metrics(self) -> tuple[SchedulerStatus, Series]:
         """Of the model's scheduler and all its replicas."""
         async with asyncio.timeout(STATUS_TIMEOUT_S):
-            answer: tuple[SchedulerStatus, Series] = await self._scheduler.metrics.remote()
+            answer: tuple[SchedulerStatus, Series] = await self._scheduler.call("metrics")
         return answer
 
-    async def _acquire(self, ticket: Ticket) -> Grant:
+    async def _acquire(self, ticket: Ticket) -> Placed:
         """Wait for room. A scheduler that restarts has lost its queue, so the ticket is sent again until time is up."""
         try:
             async with asyncio.timeout(ticket.patience_s):
                 while True:
-                    call = self._scheduler.acquire.remote(ticket)
                     try:
-                        answer = await call
+                        answer = await self._scheduler.call("place", ticket)
                         break
-                    except asyncio.CancelledError:
-                        ray.cancel(call)
-                        raise
-                    except RayActorError:
+                    except ChannelError:
                         await asyncio.sleep(SCHEDULER_RETRY_S)
         except TimeoutError as error:
             raise ModelOverloaded(self.spec.slug, RETRY_AFTER_TIMEOUT_S) from error
@@ -208,30 +213,32 @@ class ModelClient:
             raise ModelOverloaded(self.spec.slug, max(1, math.ceil(answer.retry_after_s)))
         if isinstance(answer, TooLate):
             raise DeadlinePassed(self.spec.slug)
-        assert isinstance(answer, Grant)
+        assert isinstance(answer, Placed)
         return answer
 
-    async def _run(self, job: ChunkJob, on_piece: OnPiece | None) -> ChunkReport:
-        """The granted replica's answer. Giving up on it takes its rows out of the batch."""
-        if on_piece is None or self._streams is None:
-            call = answer = self._replicas.run_chunk.remote(job)
-        else:
-            call = self._streams.stream_chunk.remote(job)
-            answer = _last_of(call, on_piece)
+    def _replica(self, replica_id: ReplicaId, address: Address) -> Channel:
+        channel = self._replicas.get(replica_id)
+        if channel is None:
+            self._replicas = {name: each for name, each in self._replicas.items() if each.is_connected}
+            channel = self._replicas[replica_id] = self._connect(address)
+        return channel
+
+    async def _run(self, replica: Channel, job: ChunkJob, on_piece: OnPiece | None) -> ChunkReport:
+        """The granted replica's answer. Giving up on it takes its rows out of the batch.
+
+        Raises:
+            ChannelLost: the replica is gone, or cannot be reached.
+            EngineFailed: it raised, or did not answer.
+        """
         try:
             async with asyncio.timeout(self._chunk_timeout_s):
-                report: ChunkReport = await answer
-        except asyncio.CancelledError:
-            call.cancel()
-            raise
+                if on_piece is None or not self.spec.piece_frames:
+                    report: ChunkReport = await replica.call("run_chunk", job)
+                else:
+                    report = await _last_of(replica.stream("stream_chunk", job), on_piece)
         except TimeoutError as error:
-            call.cancel()
             raise EngineFailed(self.spec.slug, f"no answer within {self._chunk_timeout_s:.0f} s") from error
-        except (RequestCancelledError, TaskCancelledError) as error:
-            raise asyncio.CancelledError from error  # the cancellation reached the replica before it reached us
-        except RayActorError:
-            raise
-        except RayError as error:
+        except CallFailed as error:
             log.error("chunk_failed", model=self.spec.slug, replica=job.replica_id, error=str(error))
             raise EngineFailed(self.spec.slug, "its replica could not run the work") from error
         return report
@@ -241,18 +248,23 @@ class ModelClient:
             notices = [await self._notices.get()]
             while not self._notices.empty():
                 notices.append(self._notices.get_nowait())
-            self._scheduler.notice.remote(notices)
+            while True:
+                try:
+                    await self._scheduler.call("notice", notices)
+                    break
+                except ChannelError:  # one that restarts has forgotten these tickets, another connection has not
+                    await asyncio.sleep(SCHEDULER_RETRY_S)
             for _ in notices:
                 self._notices.task_done()
-            await asyncio.sleep(NOTICE_EVERY_S)
 
 
-async def _last_of(answers: AsyncIterator[ChunkPiece | ChunkReport], on_piece: OnPiece) -> ChunkReport:
-    async for answer in answers:
-        if isinstance(answer, ChunkReport):
-            return answer
-        on_piece(answer)
-    raise RayError("a replica ended a chunk without a report")
+async def _last_of(answers: AsyncGenerator[ChunkPiece | ChunkReport, None], on_piece: OnPiece) -> ChunkReport:
+    async with aclosing(answers):
+        async for answer in answers:
+            if isinstance(answer, ChunkReport):
+                return answer
+            on_piece(answer)
+    raise CallFailed("stream_chunk", "it ended without a report")
 
 
 def _each_once(on_piece: OnPiece) -> OnPiece:

@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 import structlog
+from ray.util import get_node_ip_address
 
 from deployments.actors import start_scheduler
+from deployments.channel import Listener
 from deployments.checkpoints import local_checkpoint
 from deployments.engine import Engine
 from deployments.logs import configure_logs
@@ -117,6 +119,7 @@ class Replica:
         self._ready_at = time.monotonic()
         self._meter.observe(REPLICA_BOOT_SECONDS, spec.slug, value=self._ready_at - started)
         log.info("replica_ready", model=spec.slug, replica=self._id, boot_s=round(self._ready_at - started, 3))
+        self._listener = Listener({"run_chunk": self.run_chunk, "stream_chunk": self.stream_chunk})
         self._announcing = asyncio.get_running_loop().create_task(self._announce())
 
     async def run_chunk(self, job: ChunkJob) -> ChunkReport:
@@ -152,9 +155,11 @@ class Replica:
     async def __del__(self) -> None:
         self._announcing.cancel()
         self._scheduler.replica_gone.remote(self._id)
+        await self._listener.stop()
         await asyncio.to_thread(self._engine.stop)
 
     async def _announce(self) -> None:
+        address = await self._listener.start(get_node_ip_address())
         while True:
             measured = self._measured()
             try:
@@ -165,6 +170,7 @@ class Replica:
                     self._profile,
                     measured,
                     self._config.scheduler_limits,
+                    address,
                 )
             except Exception as error:
                 self._meter.add(measured)

@@ -7,8 +7,12 @@ announce themselves again within a heart-beat, and callers submit again what was
 import asyncio
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ray.util import get_node_ip_address
 
 from deployments.batching import BatchProfile
+from deployments.channel import Address, Listener
 from deployments.logs import configure_logs
 from deployments.messages import ReplicaId, Ticket, TicketId
 from deployments.meter import Meter, Series
@@ -28,6 +32,13 @@ from deployments.scheduler import (
 EXPIRE_EVERY_S = 1.0
 
 
+@dataclass(frozen=True, slots=True)
+class Placed:
+    grant: Grant
+    address: Address
+    """Of the replica."""
+
+
 class SchedulerActor:
     def __init__(self, limits: SchedulerLimits, slug: str = "") -> None:
         configure_logs()
@@ -38,6 +49,23 @@ class SchedulerActor:
         self._waiting: dict[TicketId, asyncio.Future[Grant | Overloaded | TooLate]] = {}
         self._expiry: asyncio.Task[None] | None = None
         self._is_dispatching = False
+        self._addresses: dict[ReplicaId, Address] = {}
+        self._listening: asyncio.Task[Address] | None = None
+
+    async def address(self) -> Address:
+        """Where ingress replicas call the methods below, past Ray."""
+        if self._listening is None:
+            methods = (self.place, self.notice, self.finish_s, self.status, self.metrics)
+            listener = Listener({method.__name__: method for method in methods})
+            self._listening = asyncio.get_running_loop().create_task(listener.start(get_node_ip_address()))
+        return await asyncio.shield(self._listening)
+
+    async def place(self, ticket: Ticket) -> "Placed | Overloaded | TooLate":
+        """As `acquire`, with where the replica is called."""
+        answer = await self.acquire(ticket)
+        if isinstance(answer, Grant):
+            return Placed(answer, self._addresses[answer.replica_id])
+        return answer
 
     async def acquire(self, ticket: Ticket) -> Grant | Overloaded | TooLate:
         """Wait until a replica has room for `ticket`, or refuse it at once."""
@@ -87,8 +115,12 @@ class SchedulerActor:
         profile: BatchProfile | None = None,
         measured: Series | None = None,
         limits: SchedulerLimits | None = None,
+        address: Address | None = None,
     ) -> None:
-        """`measured`: what the replica has counted since it last said so. `limits`: of its configuration."""
+        """`measured`: what the replica has counted since it last said so. `limits`: of its configuration. `address`:
+        where it is called; None where nobody calls `place`."""
+        if address is not None:
+            self._addresses[replica_id] = address
         if limits is not None:
             self._scheduler.limit(limits)
         gauges = {key: values for key, values in (measured or {}).items() if BY_NAME[key[0]].kind == "gauge"}
@@ -158,4 +190,6 @@ class SchedulerActor:
             await asyncio.sleep(EXPIRE_EVERY_S)
             for refused in self._scheduler.expire():
                 self._answer(refused)
+            present = self._scheduler.replica_ids
+            self._addresses = {name: each for name, each in self._addresses.items() if name in present}
             self._dispatch()

@@ -10,7 +10,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
-from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
@@ -22,6 +22,7 @@ from billing.statements import StatementReader
 from billing.units import UnitsReader
 from billing.usage import UsageReader
 from deployments import actors, ledger_client
+from deployments.channel import Channel, connect
 from deployments.file_groups import open_file_groups
 from deployments.frame_store import FrameStore
 from deployments.ingress import Ingress
@@ -54,8 +55,6 @@ MAX_CONSTRUCTOR_ATTEMPTS = 2
 """A checkpoint that does not load once will not load at the twentieth try."""
 LOGGING = LoggingConfig(enable_access_log=False)
 """A request is a line of ours already, with its own id."""
-MAX_ONGOING_CHUNKS = 10_000
-"""Serve's own bound on a replica's calls, out of the way: the scheduler grants no more than a replica has room for."""
 
 
 @serve.ingress()
@@ -91,12 +90,12 @@ class Gateway:
         models = {
             slug: ModelClient(
                 model_spec(CATALOG[slug]),
-                actors.start_scheduler(slug, scheduler_limits(slug, args), args.control_labels),
-                replicas,
+                Channel(actors.start_scheduler(slug, scheduler_limits(slug, args), args.control_labels).address.remote),
+                connect,
                 limits.queue_timeout_s,
                 limits.chunk_timeout_s,
             )
-            for slug, replicas in self._replicas.items()
+            for slug in self._replicas
         }
         database = open_database(args.database_url)
         reader, usage = LedgerReader(database), UsageReader(database)
@@ -209,11 +208,7 @@ def _replicas(model: ModelArgs, args: ClusterArgs) -> serve.Application:
     where = {"accelerator_type": model.accelerator} if model.accelerator else {}
     deployment = serve.deployment(Replica, name=_replicas_name(model.slug)).options(
         **_replica_count(model, args),
-        max_ongoing_requests=MAX_ONGOING_CHUNKS,
         logging_config=LOGGING,
-        request_router_config=RequestRouterConfig(
-            request_router_class="deployments.routing:GrantedReplicaRouter",
-        ),
         ray_actor_options={"num_cpus": model.num_cpus, "num_gpus": model.num_gpus, **where},
         health_check_period_s=2,
         health_check_timeout_s=10,

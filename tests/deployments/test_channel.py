@@ -17,10 +17,13 @@ class Other:
     """What listens: `wait` until a test lets it go on."""
 
     def __init__(self) -> None:
-        self.listener = Listener({"echo": self.echo, "wait": self.wait, "fail": self.fail, "odd": self.odd})
+        self.listener = Listener(
+            {"echo": self.echo, "wait": self.wait, "fail": self.fail, "odd": self.odd, "count": self.count}
+        )
         self.go_on = asyncio.Event()
         self.waiting = 0
         self.cancelled = 0
+        self.counted = False
 
     async def echo(self, *values: Any) -> Any:
         return values
@@ -38,6 +41,15 @@ class Other:
 
     async def fail(self) -> None:
         raise ValueError("secret")
+
+    async def count(self, end: int) -> AsyncIterator[int]:
+        try:
+            for number in range(end):
+                if number == 3:
+                    await self.wait()
+                yield number
+        finally:
+            self.counted = True
 
     async def odd(self) -> Any:
         return lambda: None  # cannot be pickled
@@ -106,6 +118,44 @@ async def test_a_caller_that_leaves_ends_its_call_and_no_other(channel: Channel,
     await until(lambda: other.cancelled == 1)
     other.go_on.set()
     assert await stays == "done"
+
+
+async def test_parts_arrive_as_they_are_made(channel: Channel, other: Other) -> None:
+    counting = channel.stream("count", 5)
+    assert [await anext(counting) for _ in range(3)] == [0, 1, 2]
+    other.go_on.set()
+    assert [number async for number in counting] == [3, 4]
+    assert [number async for number in channel.stream("count", 0)] == []
+
+
+async def test_a_reader_that_stops_ends_what_it_read(channel: Channel, other: Other) -> None:
+    counting = channel.stream("count", 5)
+    assert await anext(counting) == 0
+    await counting.aclose()
+    await until(lambda: other.counted)
+
+
+async def test_a_stream_whose_other_side_is_gone_fails(channel: Channel, other: Other) -> None:
+    counting = channel.stream("count", 5)
+    assert await anext(counting) == 0
+    channel.close()
+    with pytest.raises(ChannelLost):
+        async for _ in counting:
+            pass
+
+
+async def test_a_call_that_comes_while_the_listener_stops_is_lost(channel: Channel, other: Other) -> None:
+    taken = asyncio.create_task(channel.call("wait"))
+    await until(lambda: other.waiting)
+    stopping = asyncio.create_task(other.listener.stop())
+    await asyncio.sleep(0)
+    late = asyncio.create_task(channel.call("echo"))
+    await asyncio.sleep(0.01)
+    other.go_on.set()
+    assert await taken == "done"
+    with pytest.raises(ChannelLost):
+        await late
+    await stopping
 
 
 async def test_a_process_that_is_gone_ends_its_calls(channel: Channel, other: Other) -> None:

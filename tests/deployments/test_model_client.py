@@ -1,15 +1,15 @@
 """The client of one model, between a real scheduler and replicas that a test plays; replies may be on their way."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator
 from typing import Any
 
 import numpy as np
 import pytest
-from ray.exceptions import ActorDiedError, RayTaskError
 
 import deployments.model_client
 from billing.money import Mils
+from deployments.channel import Address, CallFailed, ChannelLost
 from deployments.errors import DeadlinePassed, EngineFailed, ModelOverloaded
 from deployments.messages import (
     ChunkDone,
@@ -31,42 +31,23 @@ ROW = ChunkRow(np.zeros((64, 64, 3), np.uint8), np.zeros((12, 8), np.float32), 0
 REPORT = ChunkReport((ChunkDone(b"", ROW.start_frame),), 1.0)
 
 
-class Call:
-    """What `.remote()` returns: awaitable, cancellable, and already under way."""
+class Calls:
+    """A channel to `target`. While `replies` is clear the other side works, but its answers are still on their way."""
 
-    def __init__(self, work: Coroutine[Any, Any, Any]) -> None:
-        self._task = asyncio.ensure_future(work)
-
-    def __await__(self) -> Any:
-        return asyncio.shield(self._task).__await__()
-
-    def cancel(self) -> None:
-        self._task.cancel()
-
-
-class Method:
-    def __init__(self, work: Callable[..., Coroutine[Any, Any, Any]], delay: asyncio.Event) -> None:
-        self._work, self._delay = work, delay
-
-    def remote(self, *args: Any) -> Call:
-        async def call() -> Any:
-            result = await self._work(*args)
-            await self._delay.wait()
-            return result
-
-        return Call(call())
-
-
-class Remote:
-    """An actor's handle. While `replies` is clear the actor works, but its answers are still on their way."""
+    is_connected = True
 
     def __init__(self, target: Any) -> None:
         self.target = target
         self.replies = asyncio.Event()
         self.replies.set()
 
-    def __getattr__(self, name: str) -> Method:
-        return Method(getattr(self.target, name), self.replies)
+    async def call(self, method: str, *arguments: Any) -> Any:
+        result = await getattr(self.target, method)(*arguments)
+        await self.replies.wait()
+        return result
+
+    def close(self) -> None:
+        pass
 
 
 class Replicas:
@@ -92,8 +73,8 @@ class Replicas:
 
 
 @pytest.fixture
-def scheduler() -> Remote:
-    return Remote(SchedulerActor(SchedulerLimits(max_queued_rows=4)))
+def scheduler() -> Calls:
+    return Calls(SchedulerActor(SchedulerLimits(max_queued_rows=4)))
 
 
 @pytest.fixture
@@ -102,17 +83,16 @@ def replicas() -> Replicas:
 
 
 @pytest.fixture
-async def client(scheduler: Remote, replicas: Replicas, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[ModelClient]:
-    monkeypatch.setattr(deployments.model_client.ray, "cancel", lambda call: call.cancel())
-    monkeypatch.setattr(deployments.model_client, "NOTICE_EVERY_S", 0.0)
-    running = ModelClient(SPEC, scheduler, Remote(replicas), queue_timeout_s=30.0, chunk_timeout_s=30.0)
+async def client(scheduler: Calls, replicas: Replicas) -> AsyncIterator[ModelClient]:
+    channels: Any = (scheduler, lambda _: Calls(replicas))
+    running = ModelClient(SPEC, *channels, queue_timeout_s=30.0, chunk_timeout_s=30.0)
     running.start()
     yield running
     await running.stop()
 
 
-async def announce(scheduler: Remote, name: str = "r", rows: int = 1) -> None:
-    await scheduler.target.replica_alive(ReplicaId(name), rows)
+async def announce(scheduler: Calls, name: str = "r", rows: int = 1) -> None:
+    await scheduler.target.replica_alive(ReplicaId(name), rows, address=Address("127.0.0.1", 1, b""))
 
 
 async def settled() -> None:
@@ -120,14 +100,14 @@ async def settled() -> None:
         await asyncio.sleep(0)
 
 
-async def held_rows(scheduler: Remote) -> int:
+async def held_rows(scheduler: Calls) -> int:
     await settled()
     status = await scheduler.target.status()
     return int(status.running_rows + status.queued_rows)
 
 
 async def test_a_chunk_runs_on_the_granted_replica_and_frees_its_room(
-    client: ModelClient, scheduler: Remote, replicas: Replicas
+    client: ModelClient, scheduler: Calls, replicas: Replicas
 ) -> None:
     await announce(scheduler, "the one")
     replicas.script = [REPORT]
@@ -138,10 +118,10 @@ async def test_a_chunk_runs_on_the_granted_replica_and_frees_its_room(
 
 
 async def test_a_replica_that_dies_is_reported_and_the_same_rows_run_elsewhere(
-    client: ModelClient, scheduler: Remote, replicas: Replicas
+    client: ModelClient, scheduler: Calls, replicas: Replicas
 ) -> None:
     await announce(scheduler, "dies")
-    replicas.script = [ActorDiedError(), REPORT]
+    replicas.script = [ChannelLost("it died"), REPORT]
     running = asyncio.create_task(client.run_chunk("a/0", [ROW], begun=False))
     await settled()
     await announce(scheduler, "lives")
@@ -152,17 +132,17 @@ async def test_a_replica_that_dies_is_reported_and_the_same_rows_run_elsewhere(
 
 
 async def test_the_next_attempt_never_goes_to_the_replica_that_was_just_lost(
-    client: ModelClient, scheduler: Remote, replicas: Replicas
+    client: ModelClient, scheduler: Calls, replicas: Replicas
 ) -> None:
     for name in ("a", "z"):  # the second would be granted again, being the roomiest by name
         await announce(scheduler, name)
-    replicas.script = [ActorDiedError(), REPORT]
+    replicas.script = [ChannelLost("it died"), REPORT]
     await client.run_chunk("a/0", [ROW], begun=False)
     assert {job.replica_id for job in replicas.jobs} == {"a", "z"}
     assert await held_rows(scheduler) == 0
 
 
-async def test_a_grant_whose_answer_was_lost_is_answered_again(scheduler: Remote) -> None:
+async def test_a_grant_whose_answer_was_lost_is_answered_again(scheduler: Calls) -> None:
     await announce(scheduler)
     ticket = Ticket(TicketId("a/0/0"), 1)
     first = await scheduler.target.acquire(ticket)
@@ -170,11 +150,11 @@ async def test_a_grant_whose_answer_was_lost_is_answered_again(scheduler: Remote
 
 
 async def test_a_chunk_is_given_up_after_three_dead_replicas(
-    client: ModelClient, scheduler: Remote, replicas: Replicas
+    client: ModelClient, scheduler: Calls, replicas: Replicas
 ) -> None:
     for name in "abc":
         await announce(scheduler, name)
-    replicas.script = [ActorDiedError() for _ in range(3)]
+    replicas.script = [ChannelLost("it died") for _ in range(3)]
     with pytest.raises(EngineFailed, match="died"):
         await client.run_chunk("a/0", [ROW], begun=False)
     assert len({job.replica_id for job in replicas.jobs}) == 3
@@ -182,18 +162,18 @@ async def test_a_chunk_is_given_up_after_three_dead_replicas(
 
 
 async def test_a_replica_that_raises_is_an_engine_failure_that_says_nothing_of_its_inside(
-    client: ModelClient, scheduler: Remote, replicas: Replicas
+    client: ModelClient, scheduler: Calls, replicas: Replicas
 ) -> None:
     await announce(scheduler)
-    replicas.script = [RayTaskError("run_chunk", "Traceback: secret", ValueError("secret"))]
+    replicas.script = [CallFailed("run_chunk", "SecretError")]
     with pytest.raises(EngineFailed) as failure:
         await client.run_chunk("a/0", [ROW], begun=False)
-    assert "secret" not in str(failure.value)
+    assert "Secret" not in str(failure.value)
     assert await held_rows(scheduler) == 0
 
 
 async def test_a_hung_replica_is_given_up_and_its_work_cancelled(
-    client: ModelClient, scheduler: Remote, replicas: Replicas, monkeypatch: pytest.MonkeyPatch
+    client: ModelClient, scheduler: Calls, replicas: Replicas, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(client, "_chunk_timeout_s", 0.01)
     await announce(scheduler)
@@ -205,7 +185,7 @@ async def test_a_hung_replica_is_given_up_and_its_work_cancelled(
 
 @pytest.mark.parametrize("stage", ["queued", "grant on its way", "running"])
 async def test_a_client_that_leaves_holds_no_room_whatever_was_under_way(
-    client: ModelClient, scheduler: Remote, replicas: Replicas, stage: str
+    client: ModelClient, scheduler: Calls, replicas: Replicas, stage: str
 ) -> None:
     if stage != "queued":
         await announce(scheduler)
@@ -224,7 +204,7 @@ async def test_a_client_that_leaves_holds_no_room_whatever_was_under_way(
 
 @pytest.mark.parametrize("stage", ["queued", "running"])
 async def test_a_deadline_ends_the_work_wherever_it_is_and_frees_its_room(
-    client: ModelClient, scheduler: Remote, replicas: Replicas, stage: str
+    client: ModelClient, scheduler: Calls, replicas: Replicas, stage: str
 ) -> None:
     if stage == "running":
         await announce(scheduler)
@@ -235,7 +215,7 @@ async def test_a_deadline_ends_the_work_wherever_it_is_and_frees_its_room(
 
 
 async def test_waiting_in_vain_is_overload_and_leaves_the_queue(
-    client: ModelClient, scheduler: Remote, monkeypatch: pytest.MonkeyPatch
+    client: ModelClient, scheduler: Calls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(client, "_queue_timeout_s", 0.01)
     with pytest.raises(ModelOverloaded):
@@ -243,7 +223,7 @@ async def test_waiting_in_vain_is_overload_and_leaves_the_queue(
     assert await held_rows(scheduler) == 0
 
 
-async def test_a_full_queue_is_overload_at_once(client: ModelClient, scheduler: Remote) -> None:
+async def test_a_full_queue_is_overload_at_once(client: ModelClient, scheduler: Calls) -> None:
     waiting = asyncio.create_task(client.run_chunk("a/0", [ROW] * 4, begun=False))
     await settled()
     with pytest.raises(ModelOverloaded):
@@ -254,26 +234,26 @@ async def test_a_full_queue_is_overload_at_once(client: ModelClient, scheduler: 
 
 
 async def test_a_scheduler_that_restarts_is_asked_again(
-    client: ModelClient, scheduler: Remote, replicas: Replicas, monkeypatch: pytest.MonkeyPatch
+    client: ModelClient, scheduler: Calls, replicas: Replicas, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(deployments.model_client, "SCHEDULER_RETRY_S", 0.0)
-    works, deaths = scheduler.target.acquire, 2
+    works, deaths = scheduler.target.place, 2
 
     async def dies_at_first(ticket: Any) -> Any:
         nonlocal deaths
         if deaths:
             deaths -= 1
-            raise ActorDiedError()
+            raise ChannelLost("it died")
         return await works(ticket)
 
-    monkeypatch.setattr(scheduler.target, "acquire", dies_at_first)
+    monkeypatch.setattr(scheduler.target, "place", dies_at_first)
     await announce(scheduler)
     replicas.script = [REPORT]
     assert (await client.run_chunk("a/0", [ROW], begun=False))[0] is REPORT
 
 
 async def test_room_is_taken_at_once_and_used_only_with_the_permit(
-    client: ModelClient, scheduler: Remote, replicas: Replicas
+    client: ModelClient, scheduler: Calls, replicas: Replicas
 ) -> None:
     await announce(scheduler)
     permit = asyncio.Event()
@@ -286,7 +266,7 @@ async def test_room_is_taken_at_once_and_used_only_with_the_permit(
 
 
 async def test_whoever_gives_up_before_the_permit_gives_the_room_back(
-    client: ModelClient, scheduler: Remote, replicas: Replicas
+    client: ModelClient, scheduler: Calls, replicas: Replicas
 ) -> None:
     await announce(scheduler)
     running = asyncio.create_task(client.run_chunk("a/0", [ROW], begun=False, permit=asyncio.Event()))
