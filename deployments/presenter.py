@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from deployments.messages import ChunkDone, ChunkRow, Closeness, Frame, Frames, Metric
-from deployments.video import Encoders, encode_chunk, join_chunks
+from deployments.video import Encoders, join_chunks
 
 MAX_PICTURE_BYTES = 700_000
 """A PNG that is larger travels as JPEG: in base64 it would be more than the 1 MiB that clients take in one message."""
@@ -46,9 +46,9 @@ class Presenter:
         video, pictures, raw = b"", tuple[bytes, ...](), None
         match row.form:
             case "h264":
-                video = encode_chunk(shown, self._encoders.take())
+                video = self._encoders.encode(shown)
             case "mp4":
-                video = join_chunks([encode_chunk(shown, self._encoders.take())], self._fps, len(shown))
+                video = join_chunks([self._encoders.encode(shown)], self._fps, len(shown))
             case "png":
                 pictures = tuple(png(frame) for frame in shown)
             case "jpeg":
@@ -90,7 +90,7 @@ class Presenter:
 
     def prepare(self) -> None:
         """Make the next chunk's video start sooner; for when nobody waits for this thread."""
-        self._encoders.refill()
+        self._encoders.prepare()
 
     def _distance(self, frame: Frame, goal: Frame, metric: Metric) -> float:
         match metric:

@@ -11,11 +11,23 @@ from fractions import Fraction
 
 import av
 import numpy as np
+from av.video.frame import PictureType
+from av.video.reformatter import VideoReformatter
 
 from deployments.messages import Frame
 
-ENCODER_OPTIONS = {"preset": "veryfast", "tune": "zerolatency", "crf": "12", "profile": "baseline", "threads": "1"}
-"""Baseline and zerolatency: no B-frames, so decode order is display order and chunks join; crf 12 is about 42 dB."""
+ENCODER_OPTIONS = {
+    "preset": "veryfast",
+    "tune": "zerolatency",
+    "profile": "baseline",
+    "threads": "1",
+    "qp": "11",
+    "g": "1000000",
+    "sc_threshold": "0",
+    "forced-idr": "1",
+}
+"""Baseline and zerolatency: no B-frames, so decode order is display order and chunks join. A constant quantiser (11 is
+about 44 dB) and key frames only where they are asked for: nothing that is left depends on what was encoded before."""
 
 MOV_FLAGS = "frag_custom+empty_moov+default_base_moof+skip_trailer"
 """Fragments that stand alone, and need no index at the end."""
@@ -23,56 +35,83 @@ UNITS_PER_FRAME = 1000
 """Of the time that fragments are counted in."""
 
 
-def open_encoder(resolution: tuple[int, int], fps: int) -> av.VideoCodecContext:
-    height, width = resolution
-    encoder = av.CodecContext.create("libx264", "w")
-    assert isinstance(encoder, av.VideoCodecContext)
-    encoder.width, encoder.height = width, height
-    encoder.pix_fmt = "yuv420p"
-    encoder.time_base = Fraction(1, fps)
-    encoder.framerate = Fraction(fps)
-    encoder.options = ENCODER_OPTIONS
-    encoder.open()
-    return encoder
+class Encoder:
+    """x264 for one chunk after the other; opening it takes as long as a dozen small frames (2 ms). Of one thread at a
+    time.
+
+    A chunk's bytes are the same whatever was encoded before it. x264 numbers key frames 0 and 1 in turn, and tells its
+    version in the first; so before each chunk there is a key frame that nobody sees, which `turn` makes.
+    """
+
+    def __init__(self, resolution: tuple[int, int], fps: int) -> None:
+        height, width = resolution
+        codec = av.CodecContext.create("libx264", "w")
+        assert isinstance(codec, av.VideoCodecContext)
+        codec.width, codec.height = width, height
+        codec.pix_fmt = "yuv420p"
+        codec.time_base = Fraction(1, fps)
+        codec.framerate = Fraction(fps)
+        codec.options = ENCODER_OPTIONS
+        codec.open()
+        self._codec = codec
+        self._to_yuv = VideoReformatter()
+        self._num_frames = 0
+        self._unseen = np.zeros((height, width, 3), np.uint8)
+        self._has_turned = False
+        self.turn()
+
+    def encode(self, frames: Iterable[Frame]) -> bytes:
+        """H.264 Annex B of `frames`, uint8 (H, W, 3) each: one key frame, then its differences."""
+        self.turn()
+        self._has_turned = False
+        return b"".join(self._packet(pixels, is_key=index == 0) for index, pixels in enumerate(frames))
+
+    def turn(self) -> None:
+        """Be ready for the next chunk; `encode` does it if nobody did."""
+        if not self._has_turned:
+            self._packet(self._unseen, is_key=True)
+            self._has_turned = True
+
+    def _packet(self, pixels: Frame, is_key: bool) -> bytes:
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+        frame = self._to_yuv.reformat(frame, format="yuv420p")
+        frame.pts = self._num_frames
+        frame.pict_type = PictureType.I if is_key else PictureType.NONE
+        self._num_frames += 1
+        (packet,) = self._codec.encode(frame)  # zerolatency: each frame is out before the next
+        return bytes(packet)
 
 
 class Encoders:
-    """One encoder opened ahead, since opening takes as long as a dozen small frames (2 ms). For several threads.
-
-    Each encodes one chunk: what it remembered of another would change the bytes."""
+    """Of one resolution, for several threads: one that is taken is given back when its chunk is encoded."""
 
     def __init__(self, resolution: tuple[int, int], fps: int) -> None:
         self._resolution, self._fps = resolution, fps
-        self._ready: deque[av.VideoCodecContext] = deque(maxlen=1)
-        self._taken = False
+        self._spare: deque[Encoder] = deque()
+        """No more than there are threads."""
 
-    def take(self) -> av.VideoCodecContext:
-        self._taken = True
+    def encode(self, frames: Iterable[Frame]) -> bytes:
+        """As `Encoder.encode`. One that raises is not used again."""
         try:
-            return self._ready.pop()
+            encoder = self._spare.pop()
         except IndexError:
-            return open_encoder(self._resolution, self._fps)
+            encoder = Encoder(self._resolution, self._fps)
+        chunk = encoder.encode(frames)
+        self._spare.append(encoder)
+        return chunk
 
-    def refill(self) -> None:
-        """Open the next one, if one has been taken since."""
-        if self._taken:
-            self._taken = False
-            self._ready.append(open_encoder(self._resolution, self._fps))
-
-
-def encode_chunk(frames: Iterable[Frame], encoder: av.VideoCodecContext) -> bytes:
-    """H.264 Annex B of `frames`, uint8 (H, W, 3) each: one key frame, then its differences. `encoder` is spent."""
-    packets: list[bytes] = []
-    for index, pixels in enumerate(frames):
-        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
-        frame.pts = index
-        packets += (bytes(packet) for packet in encoder.encode(frame))
-    packets += (bytes(packet) for packet in encoder.encode(None))
-    return b"".join(packets)
+    def prepare(self) -> None:
+        """Make the next chunk start sooner; for when nobody waits for this thread."""
+        try:
+            encoder = self._spare.pop()
+        except IndexError:
+            return
+        encoder.turn()
+        self._spare.append(encoder)
 
 
 def join_chunks(chunks: Sequence[bytes], fps: int, num_frames: int) -> bytes:
-    """One mp4 of consecutive chunks, each as `encode_chunk` made it.
+    """One mp4 of consecutive chunks, each as `Encoder` made it.
 
     Raises:
         ValueError: they do not hold exactly `num_frames` frames.
@@ -99,7 +138,7 @@ def join_chunks(chunks: Sequence[bytes], fps: int, num_frames: int) -> bytes:
 
 
 def fragment(chunk: bytes, fps: int, first_frame: int, index: int) -> bytes:
-    """One chunk, as `encode_chunk` made it, as the next piece of a fragmented mp4: what has been sent can be played.
+    """One chunk, as `Encoder` made it, as the next piece of a fragmented mp4: what has been sent can be played.
 
     `first_frame` is the number of frames before it, `index` that of fragments; the first carries the file's header.
     """

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import httpx
 import numpy as np
 
-from deployments.video import encode_chunk, join_chunks, open_encoder
+from deployments.video import Encoder, join_chunks
 from deployments.world_model.lpips import Lpips
 from deployments.world_model.metrics import psnr_per_frame, ssim_per_frame
 from serve_app.jobs.episodes import BadEpisode, Episode, EpisodeRef, Frames, list_episodes, load_episode
@@ -259,7 +259,7 @@ class Evaluator:
         beside = np.concatenate([episode.frames, generated], axis=2)
         plan = self._plan
         name = f"{work_name(plan.run, plan.num_steps, plan.seed, [(episode.frames, episode.actions)])[5:21]}.mp4"
-        chunk = encode_chunk(beside, open_encoder(beside.shape[1:3], CLIP_FPS))
+        chunk = Encoder(beside.shape[1:3], CLIP_FPS).encode(beside)
         write_whole(directory / name, join_chunks([chunk], CLIP_FPS, len(beside)))
         return f"clips/{name}"
 

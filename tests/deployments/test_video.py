@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from deployments.messages import Frame
-from deployments.video import Encoders, encode_chunk, join_chunks, open_encoder
+from deployments.video import Encoder, Encoders, join_chunks
 from tests.support.video import decode
 
 FPS = 10
@@ -21,7 +21,7 @@ def moving_gradient(num_frames: int, height: int, width: int) -> list[Frame]:
 
 
 def encode(frames: list[Frame]) -> bytes:
-    return encode_chunk(frames, open_encoder((64, 64), FPS))
+    return Encoder((64, 64), FPS).encode(frames)
 
 
 def psnr(one: list[Frame], other: list[Frame]) -> float:
@@ -33,7 +33,7 @@ def psnr(one: list[Frame], other: list[Frame]) -> float:
 def test_chunks_encoded_apart_join_into_one_video_of_all_frames_in_order(resolution: tuple[int, int]) -> None:
     frames = moving_gradient(49, *resolution)
     pieces = [frames[:13], frames[13:25], frames[25:37], frames[37:]]
-    video = join_chunks([encode_chunk(piece, open_encoder(resolution, FPS)) for piece in pieces], FPS, 49)
+    video = join_chunks([Encoder(resolution, FPS).encode(piece) for piece in pieces], FPS, 49)
     decoded = decode(video)
     assert len(decoded) == 49
     assert psnr(frames, decoded) > 35
@@ -58,13 +58,31 @@ def test_the_same_frames_give_the_same_bytes() -> None:
     assert encode(frames) == encode(frames)
 
 
-def test_an_encoder_that_was_opened_ahead_changes_no_byte_and_is_used_once() -> None:
-    frames, encoders = moving_gradient(13, 64, 64), Encoders((64, 64), FPS)
-    first = encode_chunk(moving_gradient(5, 64, 64), encoders.take())
-    encoders.refill()
-    ahead = encoders.take()
-    assert encode_chunk(frames, ahead) == encode(frames) != first
-    assert encoders.take() is not ahead
+@pytest.mark.parametrize("resolution", [(64, 64), (144, 176)])
+def test_what_was_encoded_before_changes_no_byte(resolution: tuple[int, int]) -> None:
+    noise = np.random.default_rng(0)
+    chunks = [moving_gradient(5, *resolution), list(noise.integers(0, 256, (6, *resolution, 3), np.uint8))]
+    chunks += [[np.full((*resolution, 3), value, np.uint8) for value in (0, 255, 0)], moving_gradient(1, *resolution)]
+    alone = [Encoder(resolution, FPS).encode(chunk) for chunk in chunks]
+    encoders = Encoders(resolution, FPS)
+    for index in noise.integers(0, len(chunks), 30):
+        assert encoders.encode(chunks[index]) == alone[index]
+        if noise.integers(2):
+            encoders.prepare()
+
+
+def test_a_chunk_has_one_key_frame_even_where_the_picture_changes_at_once() -> None:
+    cut = [np.full((64, 64, 3), 20, np.uint8)] * 3 + moving_gradient(3, 64, 64)
+    with av.open(io.BytesIO(join_chunks([encode(cut), encode(cut)], FPS, 12)), "r") as container:
+        keys = [packet.is_keyframe for packet in container.demux(video=0) if packet.size]
+    assert keys == [True, *[False] * 5] * 2
+
+
+def test_an_encoder_that_raised_is_not_used_again() -> None:
+    encoders, frames = Encoders((64, 64), FPS), moving_gradient(2, 64, 64)
+    with pytest.raises(ValueError, match="shape|ndim|dimension"):
+        encoders.encode([*frames, np.zeros((1, 2), np.uint8)])
+    assert encoders.encode(frames) == encode(frames)
 
 
 def test_a_clip_that_lost_a_frame_is_never_passed_off_as_whole() -> None:

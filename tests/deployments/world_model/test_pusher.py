@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from deployments.video import encode_chunk, join_chunks, open_encoder
+from deployments.video import Encoder, join_chunks
 from deployments.world_model import pusher
 from deployments.world_model.pusher import CONTACT, MAX_SPEED, PusherState
 from tests.support.video import decode
@@ -70,9 +70,7 @@ def test_positions_are_read_off_a_frame_to_a_quarter_of_a_pixel() -> None:
 def test_positions_survive_the_video_that_clients_get_to_half_a_pixel() -> None:
     """H.264 with 4:2:0, which halves the resolution of colour."""
     start = pusher.reset(100, np.random.default_rng(0))
-    video = join_chunks(
-        [encode_chunk(list(pusher.render(start)), open_encoder((64, 64), fps=10))], fps=10, num_frames=100
-    )
+    video = join_chunks([Encoder((64, 64), fps=10).encode(pusher.render(start))], fps=10, num_frames=100)
     frames = np.stack(decode(video))
     assert np.abs(pusher.read_agent(frames) - start.agent).max() < 0.5
     assert np.abs(pusher.read_puck(frames) - start.puck).max() < 0.5

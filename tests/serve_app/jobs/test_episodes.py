@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from deployments.video import encode_chunk, join_chunks, open_encoder
+from deployments.video import Encoder, join_chunks
 from serve_app.jobs.episodes import BadDataset, BadEpisode, EpisodeRef, list_episodes, load_episode
 
 T = 4
@@ -24,7 +24,7 @@ def episode(seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def mp4(frames: np.ndarray) -> bytes:
-    return join_chunks([encode_chunk(frames, open_encoder(frames.shape[1:3], 10))], 10, len(frames))
+    return join_chunks([Encoder(frames.shape[1:3], 10).encode(frames)], 10, len(frames))
 
 
 def png(frame: np.ndarray) -> bytes:
