@@ -78,7 +78,7 @@ class Presenter:
         shown = [row.start_frame, *frames] if row.chunk == 0 and index == 0 else list(frames)
         match row.form:
             case "h264":
-                return encode_chunk(shown, self._encoders.take()), ()
+                return self._encoders.encode(shown), ()
             case "png":
                 return b"", tuple(png(frame) for frame in shown)
             case "jpeg":

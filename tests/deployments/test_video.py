@@ -80,7 +80,7 @@ def test_a_chunk_has_one_key_frame_even_where_the_picture_changes_at_once() -> N
 
 def test_an_encoder_that_raised_is_not_used_again() -> None:
     encoders, frames = Encoders((64, 64), FPS), moving_gradient(2, 64, 64)
-    with pytest.raises(ValueError, match="shape|ndim|dimension"):
+    with pytest.raises(ValueError, match=r"shape|ndim|dimension"):
         encoders.encode([*frames, np.zeros((1, 2), np.uint8)])
     assert encoders.encode(frames) == encode(frames)
 
