@@ -59,7 +59,17 @@ def test_both_agree_with_scikit_image(noise: int) -> None:
     expected = structural_similarity(
         a, b, channel_axis=-1, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=255
     )
-    assert ssim(b, a) == pytest.approx(expected, abs=1e-9)
+    assert ssim(b / 255, a / 255) == pytest.approx(expected, abs=1e-9)
+    assert ssim(b, a) == pytest.approx(expected, abs=5e-6)
+
+
+@pytest.mark.parametrize("level", [0, 3, 128, 252])
+def test_the_similarity_of_flat_frames_is_as_near_in_single_precision(level: int) -> None:
+    """Where variances are small differences of large squares."""
+    flat = np.full((4, 64, 64, 3), level, np.uint8)
+    noisy = flat + np.random.default_rng(0).integers(0, 4, flat.shape, np.uint8)
+    assert ssim_per_frame(noisy, flat) == pytest.approx(ssim_per_frame(noisy / 255, flat / 255), abs=5e-6)
+    assert ssim_per_frame(flat, flat) == pytest.approx(1, abs=1e-12)
 
 
 def test_the_decibels_of_a_frame_are_the_same_alone_among_others_and_as_floats() -> None:
