@@ -70,15 +70,15 @@ def _similarity(images: Tensor, references: Tensor) -> Tensor:
     a, b = (x.to(dtype).movedim(-1, -3).contiguous() for x in (images, references))  # (N, C, H, W)
     rows, columns = (_window_matrix(side, dtype) for side in a.shape[-2:])
     total, difference = a + b, a - b
-    total, difference, total_2, difference_2 = (
-        rows @ torch.stack([total, difference, total * total, difference * difference]) @ columns.T
-    )
-    means = (total * total + difference * difference) / 2  # mean_a^2 + mean_b^2
-    product = (total * total - difference * difference) / 2  # 2 mean_a mean_b
-    variances = (total_2 + difference_2) / 2 - means
-    covariance = (total_2 - difference_2) / 2 - product  # twice
-    c1, c2 = (K1 * peak) ** 2, (K2 * peak) ** 2
-    similarity: Tensor = (product + c1) / (means + c1) * ((covariance + c2) / (variances + c2))
+    blurred = rows @ torch.stack([total, difference, total * total, difference * difference]) @ columns.T
+    total, difference, total_2, difference_2 = blurred.unbind()
+    total.square_(), difference.square_()
+    means = total + difference  # 2 (mean_a^2 + mean_b^2)
+    product = total.sub_(difference)  # 4 mean_a mean_b
+    variances = (total_2 + difference_2).sub_(means)  # twice
+    covariance = total_2.sub_(difference_2).sub_(product)  # four times
+    c1, c2 = 2 * (K1 * peak) ** 2, 2 * (K2 * peak) ** 2
+    similarity = product.add_(c1).mul_(covariance.add_(c2)).div_(means.add_(c1).mul_(variances.add_(c2)))
     return similarity.mean((-3, -2, -1)).double()
 
 

@@ -4,8 +4,10 @@ import asyncio
 import bisect
 import importlib
 import json
+import os
 import threading
 from collections.abc import Callable, Collection, Iterable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -93,6 +95,8 @@ class Evaluator:
         starts = list_episodes(plan.starts, plan.camera) if plan.starts else []
         self._starts = {ref.episode_id: ref for ref in starts}
         self._local = LocalRoller(plan.checkpoint, plan.device, plan.num_steps) if plan.checkpoint else None
+        self._comparing = ThreadPoolExecutor(min(ROWS, os.cpu_count() or 1), thread_name_prefix="compare")
+        """No more than there are cores: those beyond would push each other's frames out of the caches."""
         self._opening = asyncio.Lock()
         self._roller: Roller | None = None
         self._stop: CannotGoOn | None = None
@@ -176,7 +180,7 @@ class Evaluator:
 
     async def _roll_out(self, roller: Roller, refs: Sequence[EpisodeRef], known: Collection[str]) -> list[Record]:
         """Of those that are not `known`, written. Raises Refused where that may be the fault of one among several."""
-        loaded = await _in_threads(partial(self._load, roller, ref) for ref in refs)
+        loaded = await _in_threads(None, (partial(self._load, roller, ref) for ref in refs))
         episodes = [each for each in loaded if isinstance(each, Episode)]
         records = [each for each in loaded if isinstance(each, Record)]
         try:
@@ -187,12 +191,13 @@ class Evaluator:
                 raise
             episodes, rollouts, records = [], [], [Record(refs[0].episode_id, "bad", str(error))]
         new = [record for record in records if record.episode_id not in known]
-        await _in_threads(partial(self._records.put, record) for record in new)
-        compared = await _in_threads(
+        await _in_threads(None, (partial(self._records.put, record) for record in new))
+        comparisons = (
             partial(self._finish, episode, rollout)
             for episode, rollout in zip(episodes, rollouts, strict=True)
             if episode.episode_id not in known
         )
+        compared = await _in_threads(self._comparing, comparisons)
         return [*new, *compared]
 
     def _finish(self, episode: Episode, rollout: Rollout) -> Record:
@@ -264,9 +269,10 @@ class Evaluator:
         return f"clips/{name}"
 
 
-async def _in_threads(calls: Iterable[Callable[[], Result]]) -> list[Result]:
-    """What each returns; what the first to fail raises, once all are done."""
-    results = await asyncio.gather(*map(asyncio.to_thread, calls), return_exceptions=True)
+async def _in_threads(pool: Executor | None, calls: Iterable[Callable[[], Result]]) -> list[Result]:
+    """What each returns; what the first to fail raises, once all are done. Without a `pool` in the loop's own."""
+    loop = asyncio.get_running_loop()
+    results = await asyncio.gather(*(loop.run_in_executor(pool, call) for call in calls), return_exceptions=True)
     for each in results:
         if isinstance(each, BaseException):
             raise each
