@@ -1,6 +1,6 @@
 """An evaluation as a researcher runs it, killed twice; and what it costs over a bare loop: `make evaluate-proof`.
 
-    python -m benchmarks.evaluation [--episodes 512] [--kills 2] [--rounds 5] [--round-episodes 160]
+    python -m benchmarks.evaluation [--episodes 512] [--kills 2] [--rounds 3] [--round-episodes 272]
 
 First: recordings of the true simulator go through `ray job submit -- python -m serve_app.jobs.evaluate` on a cluster
 with the packaged tiny-pusher, HTTP and the ledger. The job's driver is killed with SIGKILL at random moments and
@@ -16,8 +16,9 @@ Then its throughput, in turns on the same cluster, each with one torch thread pe
 - `bare_model`: only the calls of the model, with all inputs in memory.
 
 Prints one JSON line: medians over rounds of episodes/s, ratios of `cluster` and `actors` over both bare loops (medians
-of the rounds' own ratios); and what each took of the processors, in ms per episode, by kind of process: where other
-work has the cores, that is steadier than the clock. The exit status is 1 unless the first part held.
+of the rounds' own ratios); what each took of the processors, in ms per episode, by kind of process: where other work
+has the cores, that is steadier than the clock; and of `cluster` the rows per forward of the engine, and the part of the
+time in which it was in one. The exit status is 1 unless the first part held.
 """
 
 import argparse
@@ -39,8 +40,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import psutil
+from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import text
 
 from billing import invariants
@@ -264,6 +267,28 @@ def processor_s() -> Counter[str]:
     return used
 
 
+def engine_figures(settings: Settings) -> tuple[float, float, float]:
+    """Forwards so far, their rows, and the seconds that they took."""
+    secret = (settings.data_dir / "metrics-secret").read_text().strip()
+    page = httpx.get(
+        f"http://{settings.host}:{settings.port}/metrics", headers={"Authorization": f"Bearer {secret}"}, timeout=10.0
+    )
+    samples = {
+        sample.name: sample.value
+        for family in text_string_to_metric_families(page.raise_for_status().text)
+        for sample in family.samples
+        if sample.labels.get("model") == MODEL
+    }
+    rows, seconds = "dream_engine_step_rows", "dream_engine_step_seconds"
+    return samples[f"{rows}_count"], samples[f"{rows}_sum"], samples[f"{seconds}_sum"]
+
+
+def settled_engine(settings: Settings) -> tuple[float, float, float]:
+    """Replicas say every second what they measured."""
+    time.sleep(1.5)
+    return engine_figures(settings)
+
+
 def read(file: str) -> tuple[np.ndarray, np.ndarray]:
     with np.load(file) as arrays:
         return arrays["frames"], arrays["actions"]
@@ -279,6 +304,7 @@ def throughput(settings: Settings, key: str, data: Path, rounds: int, count: int
     bare = ray.remote(Bare).options(num_cpus=1).remote(files[BATCH:])
     figures: dict[str, list[float]] = {name: [] for name in ("cluster", "actors", "bare_evaluation", "bare_model")}
     processor: dict[str, list[Counter[str]]] = {name: [] for name in figures}
+    engine: list[tuple[float, float]] = []
 
     def measured(name: str, work: Callable[[], None]) -> float:
         used, started = processor_s(), time.perf_counter()
@@ -315,7 +341,11 @@ def throughput(settings: Settings, key: str, data: Path, rounds: int, count: int
                 assert done == ["ok"] * (count - BATCH), done
 
             ray.get(call(refs[:BATCH]))
+            before = settled_engine(settings)
             took_s = measured(name, work)
+            forwards, rows, seconds = np.subtract(settled_engine(settings), before)
+            if forwards:
+                engine.append((rows / forwards, seconds / took_s))
             ray.kill(worker)
         return took_s
 
@@ -351,6 +381,10 @@ def throughput(settings: Settings, key: str, data: Path, rounds: int, count: int
             }
             for name, used in processor.items()
         },
+        "engine": {
+            name: round(statistics.median(values), 2)
+            for name, values in zip(("rows_per_forward", "busy"), zip(*engine, strict=True), strict=True)
+        },
         "load": [round(each, 1) for each in os.getloadavg()],
         "torch_threads": ray.get(bare.num_threads.remote()),
         "rounds": rounds,
@@ -362,8 +396,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--episodes", type=int, default=512)
     parser.add_argument("--kills", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--round-episodes", type=int, default=160)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--round-episodes", type=int, default=272)
     parser.add_argument("--concurrency", type=int, default=48)
     parser.add_argument("--seed", type=int, default=None, help="of the moments of the kills; another each time without")
     arguments = parser.parse_args()
