@@ -9,8 +9,9 @@ import torch
 
 from deployments.batching import BatchProfile
 from deployments.engine import MAX_FAILED_JOBS, Engine
-from deployments.messages import ChunkDone, ChunkFailed, ChunkRow
+from deployments.messages import ChunkDone, ChunkFailed, ChunkForgotten, ChunkPiece, ChunkRow
 from deployments.video import join_chunks
+from deployments.world_model.errors import ContextLost
 from tests.support.models import RAISE, StandInModel, StandInRow
 from tests.support.video import decode
 
@@ -370,3 +371,85 @@ def test_an_engine_whose_loop_breaks_fails_its_jobs_and_takes_no_more(
         engine.submit([row()])
     engine.stop()
     assert not engine.healthy()
+
+
+class RowInParts(StandInRow):
+    """Two frames are ready after each step."""
+
+    taken = 0
+
+    def take(self) -> tuple["RowInParts", int] | None:
+        if self.taken == self.steps:
+            return None
+        self.taken += 1
+        return self, self.taken - 1
+
+
+class ModelInParts(StandInModel):
+    fails_at = -1
+
+    def start(self, inputs: Sequence[Any]) -> list[StandInRow]:
+        return [RowInParts(each) for each in inputs]
+
+    def finish(self, parts: Sequence[Any]) -> list[np.ndarray]:
+        if any(index == self.fails_at for _, index in parts):
+            raise ValueError("it cannot be decoded")
+        return [
+            np.stack([part.chunk_input.start_frame + np.uint8(1 + 2 * index + offset) for offset in range(2)])
+            for part, index in parts
+        ]
+
+
+class TestParts:
+    @pytest.fixture
+    def model(self) -> ModelInParts:
+        return ModelInParts(Path(), "cpu")
+
+    def test_pieces_are_told_in_order_although_a_later_one_is_made_sooner(
+        self, engine: Engine, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        present, second_is_made = engine._presenter.present_piece, threading.Event()
+
+        def slow_at_first(row: ChunkRow, frames: np.ndarray, index: int) -> Any:
+            if index == 0:
+                assert second_is_made.wait(10)
+            made = present(row, frames, index)
+            if index == 1:
+                second_is_made.set()
+            return made
+
+        monkeypatch.setattr(engine._presenter, "present_piece", slow_at_first)
+        told: list[ChunkPiece] = []
+        report = engine.submit([row(num_steps=6)], on_piece=told.append).result(10)
+        assert [piece.index for piece in told] == list(range(6))
+        assert [len(decode(join_chunks([piece.video], FPS, 2 + (piece.index == 0)))) for piece in told] == [3] + [2] * 5
+        (outcome,) = report.outcomes
+        assert isinstance(outcome, ChunkDone)
+        assert (outcome.video, int(outcome.last_frame[0, 0, 0])) == (b"", 112)
+
+    def test_a_job_that_takes_no_pieces_gets_the_whole(self, engine: Engine) -> None:
+        (outcome,) = engine.submit([row(num_steps=6)]).result(10).outcomes
+        assert isinstance(outcome, ChunkDone)
+        assert len(decode(join_chunks([outcome.video], FPS, 13))) == 13
+
+    def test_a_part_that_cannot_be_decoded_fails_its_row_and_nothing_after_it_is_told(
+        self, engine: Engine, model: ModelInParts
+    ) -> None:
+        model.fails_at = 3
+        told: list[ChunkPiece] = []
+        (outcome,) = engine.submit([row(num_steps=6)], on_piece=told.append).result(10).outcomes
+        assert outcome == ChunkFailed("ValueError: it cannot be decoded")
+        assert [piece.index for piece in told] == list(range(len(told)))
+        assert len(told) <= 3
+        assert engine.healthy()
+
+    def test_a_context_that_is_not_there_is_no_failure_of_the_model(
+        self, engine: Engine, model: ModelInParts, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def forgets(inputs: Sequence[Any]) -> list[StandInRow]:
+            raise ContextLost("stream")
+
+        monkeypatch.setattr(model, "start", forgets)
+        for _ in range(MAX_FAILED_JOBS + 1):
+            assert engine.submit([row()]).result(10).outcomes == (ChunkForgotten(),)
+        assert engine.healthy()

@@ -1,7 +1,8 @@
 """The client of one model, between a real scheduler and replicas that a test plays; replies may be on their way."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,12 @@ from deployments.channel import Address, CallFailed, ChannelLost
 from deployments.errors import DeadlinePassed, EngineFailed, ModelOverloaded
 from deployments.messages import (
     ChunkDone,
+    ChunkForgotten,
     ChunkJob,
+    ChunkPiece,
     ChunkReport,
     ChunkRow,
+    Memory,
     ModelSpec,
     ReplicaId,
     Ticket,
@@ -41,6 +45,10 @@ class Calls:
         self.replies = asyncio.Event()
         self.replies.set()
 
+    async def stream(self, method: str, *arguments: Any) -> AsyncGenerator[Any, None]:
+        async for part in getattr(self.target, method)(*arguments):
+            yield part
+
     async def call(self, method: str, *arguments: Any) -> Any:
         result = await getattr(self.target, method)(*arguments)
         await self.replies.wait()
@@ -51,10 +59,13 @@ class Calls:
 
 
 class Replicas:
-    """Answers each job with the next of `script`: a report, or what to raise; a job beyond it waits for ever."""
+    """Answers each job with the next of `script`: a report, or what to raise; a job beyond it waits for ever.
+
+    A streamed one is answered with pieces until there is something else in the script.
+    """
 
     def __init__(self) -> None:
-        self.script: list[ChunkReport | BaseException] = []
+        self.script: list[ChunkPiece | ChunkReport | BaseException] = []
         self.jobs: list[ChunkJob] = []
         self.cancelled = 0
 
@@ -69,7 +80,16 @@ class Replicas:
         answer = self.script.pop(0)
         if isinstance(answer, BaseException):
             raise answer
+        assert isinstance(answer, ChunkReport)
         return answer
+
+    async def stream_chunk(self, job: ChunkJob) -> AsyncIterator[ChunkPiece | ChunkReport]:
+        self.jobs.append(job)
+        while isinstance(answer := self.script.pop(0), ChunkPiece):
+            yield answer
+        if isinstance(answer, BaseException):
+            raise answer
+        yield answer
 
 
 @pytest.fixture
@@ -275,3 +295,66 @@ async def test_whoever_gives_up_before_the_permit_gives_the_room_back(
     await asyncio.wait([running])
     assert await held_rows(scheduler) == 0
     assert replicas.jobs == []
+
+
+def piece(index: int) -> ChunkPiece:
+    return ChunkPiece(0, index, 4, b"", (b"",) * 4, (b"trace",), 18)
+
+
+class TestStreaming:
+    @pytest.fixture
+    async def client(self, scheduler: Calls, replicas: Replicas) -> AsyncIterator[ModelClient]:
+        channels: Any = (scheduler, lambda _: Calls(replicas))
+        running = ModelClient(replace(SPEC, piece_frames=4), *channels, queue_timeout_s=30.0, chunk_timeout_s=30.0)
+        running.start()
+        yield running
+        await running.stop()
+
+    def row(self, replica_id: str = "") -> ChunkRow:
+        return replace(ROW, stream="work/0", memory=Memory(3, (b"trace",) * 4, ReplicaId(replica_id)))
+
+    async def test_pieces_leave_once_each_though_the_replica_dies_between_them(
+        self, client: ModelClient, scheduler: Calls, replicas: Replicas
+    ) -> None:
+        for name in ("a", "b"):
+            await announce(scheduler, name)
+        replicas.script = [piece(0), ChannelLost("it died"), piece(0), piece(1), piece(2), REPORT]
+        told: list[int] = []
+        report, _ = await client.run_chunk(
+            "w/1", [self.row()], begun=True, on_piece=lambda each: told.append(each.index)
+        )
+        assert (told, report) == ([0, 1, 2], REPORT)
+        assert await held_rows(scheduler) == 0
+
+    async def test_traces_stay_here_while_the_replica_has_the_context(
+        self, client: ModelClient, scheduler: Calls, replicas: Replicas
+    ) -> None:
+        await announce(scheduler, "home")
+        replicas.script = [REPORT, REPORT]
+        await client.run_chunk("w/1", [self.row("home")], begun=True)
+        await client.run_chunk("w/2", [self.row("elsewhere")], begun=True)
+        assert [job.rows[0].memory.traces for job in replicas.jobs] == [None, (b"trace",) * 4]
+
+    async def test_a_replica_that_has_forgotten_is_told_under_the_same_grant(
+        self, client: ModelClient, scheduler: Calls, replicas: Replicas
+    ) -> None:
+        await announce(scheduler, "home")
+        replicas.script = [ChunkReport((ChunkForgotten(),), 0.0), REPORT]
+        report, _ = await client.run_chunk("w/1", [self.row("home")], begun=True)
+        assert report is REPORT
+        assert [job.rows[0].memory.traces for job in replicas.jobs] == [None, (b"trace",) * 4]
+        assert len({job.ticket_id for job in replicas.jobs}) == 1
+        assert await held_rows(scheduler) == 0
+
+    async def test_a_ticket_prefers_the_replica_of_its_work_for_as_long_as_its_traces_take(
+        self, client: ModelClient, scheduler: Calls, replicas: Replicas, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        await announce(scheduler)
+        replicas.script = [REPORT]
+        asked: list[Ticket] = []
+        submit = scheduler.target._scheduler.submit
+        monkeypatch.setattr(scheduler.target._scheduler, "submit", lambda each: asked.append(each) or submit(each))
+        await client.run_chunk("w/1", [self.row()], begun=True)
+        (ticket,) = asked
+        assert (ticket.affinity, ticket.affinity_steps) == ("work", 4)
+        assert ticket.num_steps == 3 * (ROW.num_steps + 1)

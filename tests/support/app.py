@@ -75,7 +75,15 @@ class LocalModel:
         self.model = model
         self.terms: list[TicketTerms] = []
         self.meter = Meter()
-        self.engine = Engine(model, spec.resolution, spec.fps, max_rows=16, slug=spec.slug, meter=self.meter)
+        self.engine = Engine(
+            model,
+            spec.resolution,
+            spec.fps,
+            max_rows=16,
+            slug=spec.slug,
+            meter=self.meter,
+            forwards=lambda row: spec.forwards(len(row.actions), row.num_steps, row.guidance),
+        )
 
     def start(self) -> None:
         pass
@@ -229,19 +237,20 @@ async def running_app(
     database_url: str = "",
     open_to: str = "",
     payments: Callable[[Ledgered, LedgerClient], PaymentsDesk] | None = None,
+    slug: str = SLUG,
 ) -> AsyncIterator[App]:
     """An application with its lifespan running over a ledger, which must audit clean at the end; a new SQLite file's
     unless told otherwise."""
     with ledgered(database_url or f"sqlite:///{data_dir / 'ledger.db'}") as ledger:
         ledger_call = LedgerCall(ledger)
-        local = LocalModel(model_spec(CATALOG[SLUG]), model or StandInModel(Path(), "cpu"))
+        local = LocalModel(model_spec(CATALOG[slug]), model or StandInModel(Path(), "cpu"))
         status = StatusClient(LocalActor(StatusActor(str(data_dir / "status"))))
         ledger_client = LedgerClient(lambda commands: ledger_call.call(commands))
         reservations = Reservations(ledger_client, ledger.reader)
         bounds = limits or Limits()
         sessions = Sessions(
             reservations,
-            {SLUG: local},  # type: ignore[dict-item]
+            {slug: local},  # type: ignore[dict-item]
             LocalActor(SessionDirectory(bounds.max_sessions_per_customer, bounds.max_sessions)),
             status,
             SessionLimits(bounds.session_frames, bounds.session_idle_s),
@@ -250,11 +259,12 @@ async def running_app(
         args = ClusterArgs(
             data_dir=data_dir,
             database_url="",
-            models=(ModelArgs(slug=SLUG, checkpoint=""),),
+            default_model=slug,
+            models=(ModelArgs(slug=slug, checkpoint=""),),
             webhook_loopback=True,
             limits=bounds,
         )
-        models: dict[str, Any] = {SLUG: local}
+        models: dict[str, Any] = {slug: local}
         ingress = Ingress(ledger_client, reservations, models, results, status)
         signer = LinkSigner(b"0" * 32)
         envelopes = Envelopes(signer, results.ttl_s)
@@ -263,7 +273,7 @@ async def running_app(
             ingress=ingress,
             models=models,
             commands={},
-            max_row_steps={SLUG: 1024},
+            max_row_steps={slug: 1024},
             reader=ledger.reader,
             request_log=RequestLog(ledger.database),
             usage=UsageReader(ledger.database),
@@ -281,7 +291,7 @@ async def running_app(
             envelopes=envelopes,
             signer=signer,
             status=status,
-            booting=BootingReplicas(lambda: {SLUG: 0}),
+            booting=BootingReplicas(lambda: {slug: 0}),
             audits=AuditsClient(LocalActor(ledger_call)),
             metrics_secret=METRICS_SECRET,
             open_to=open_to,
