@@ -14,7 +14,7 @@ import pytest_asyncio
 from PIL import Image
 
 from billing.commands import CustomerId
-from deployments.video import encode_chunk, join_chunks, open_encoder
+from deployments.video import Encoders, join_chunks
 from deployments.world_model import pusher
 from deployments.world_model.streaming import StreamingWorldModel, StreamRow
 from serve_app.catalog import PACKAGED_CHECKPOINTS, STUDENT
@@ -215,7 +215,7 @@ async def test_a_rollout_streamed_over_http_sends_each_latent_frame_too(
     else:
         assert answer.content.count(b"moof") == 5
         pieces = [expected[:5], expected[5:9], expected[9:13], expected[13:17], expected[17:]]
-        whole = join_chunks([encode_chunk(piece, open_encoder((64, 64), 10)) for piece in pieces], 10, 19)
+        whole = join_chunks([Encoders((64, 64), 10).encode(piece) for piece in pieces], 10, 19)
         assert np.array_equal(decode(answer.content), decode(whole))
     assert await settled(app, customer) == [-19 * RATE]
 
