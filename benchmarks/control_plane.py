@@ -8,11 +8,15 @@ parsed and checked, one durable commit to reserve, one scheduler call per chunk,
 and one durable commit to settle. Both applications run in the same Ray cluster behind the same proxy, receive the same
 body, and answer with a body of the same size; their rounds alternate, so that a noisy neighbour hits both.
 
+The clients are on the same cores, at the same cost for both, which brings the ratios of latency and throughput nearer
+to one. So the CPU that the cluster's processes used for a request is counted too: that ratio is of the server alone,
+and what else the machine does hardly changes it.
+
 Then what a decision costs: the CPU that the control plane's processes (proxies, ingress, ledger, scheduler, status; not
 the model's) use for batches of 8 candidates, and for as many single requests, in turns, per candidate.
 
-Prints one JSON line: medians over rounds of requests/s, p50 and p99 in milliseconds at 1 and at 16 connections, the
-same for both, and the ratios paid/bare.
+Prints one JSON line: medians over rounds of requests/s, p50 and p99 in milliseconds and the cluster's CPU milliseconds
+per request, at 1 and at 16 connections, the same for both, and the ratios paid/bare.
 """
 
 import argparse
@@ -26,6 +30,7 @@ import socket
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -78,22 +83,31 @@ def request_parts(seed: int) -> dict[str, Any]:
 async def measure(url: str, key: str, connections: int, requests: int, first_seed: int) -> dict[str, float]:
     """`requests` over `connections` kept-alive connections, each sending its next request when it has its answer."""
     times: list[float] = []
-    seeds = iter(range(first_seed, first_seed + requests))
+    waiting = iter([request_parts(seed) for seed in range(first_seed, first_seed + requests)])
 
-    async def one_connection() -> None:
-        async with httpx.AsyncClient(headers={"Authorization": f"Bearer {key}"}, timeout=60) as http:
-            for seed in seeds:
-                parts = request_parts(seed)
-                started = time.perf_counter()
-                response = await http.post(url, **parts)
-                times.append(time.perf_counter() - started)
-                response.raise_for_status()
+    async def one_connection(http: httpx.AsyncClient) -> None:
+        for parts in waiting:
+            started = time.perf_counter()
+            response = await http.post(url, **parts)
+            times.append(time.perf_counter() - started)
+            response.raise_for_status()
 
-    started = time.perf_counter()
-    await asyncio.gather(*(one_connection() for _ in range(connections)))
-    took_s = time.perf_counter() - started
+    async with contextlib.AsyncExitStack() as stack:
+        clients = [
+            await stack.enter_async_context(httpx.AsyncClient(headers={"Authorization": f"Bearer {key}"}, timeout=60))
+            for _ in range(connections)
+        ]
+        cpu_s, started = used_cpu_s(lambda _: True), time.perf_counter()
+        await asyncio.gather(*(one_connection(http) for http in clients))
+        took_s = time.perf_counter() - started
+        cpu_s = used_cpu_s(lambda _: True) - cpu_s
     p50, p99 = np.percentile(times, (50, 99)) * 1e3
-    return {"rps": requests / took_s, "p50_ms": float(p50), "p99_ms": float(p99)}
+    return {
+        "rps": requests / took_s,
+        "p50_ms": float(p50),
+        "p99_ms": float(p99),
+        "cpu_ms": cpu_s / requests * 1e3,
+    }
 
 
 def medians(rounds: list[dict[str, float]]) -> dict[str, float]:
@@ -119,16 +133,22 @@ async def alternate(base: str, key: str, rounds: int, requests: int) -> dict[str
     }
 
 
-def control_plane_cpu_s() -> float:
-    """User and system seconds so far of every process that serves, but the model's replicas."""
+def used_cpu_s(counts: Callable[[str], bool]) -> float:
+    """User and system seconds so far of the cluster's processes, those whose titles count."""
     used = 0.0
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-            title = " ".join(process.cmdline())
-            if title.startswith("ray::") and any(part in title for part in CONTROL_PLANE) and "model-" not in title:
+            if counts(" ".join(process.cmdline())):
                 times = process.cpu_times()
                 used += times.user + times.system
     return used
+
+
+def is_control_plane(title: str) -> bool:
+    """Whatever serves, but the model's replicas."""
+    if "model-" in title:
+        return False
+    return "haproxy" in title or (title.startswith("ray::") and any(part in title for part in CONTROL_PLANE))
 
 
 async def batch_cost(base: str, key: str, rounds: int, decisions: int) -> dict[str, float]:
@@ -138,7 +158,7 @@ async def batch_cost(base: str, key: str, rounds: int, decisions: int) -> dict[s
     async with httpx.AsyncClient(base_url=base, headers={"Authorization": f"Bearer {key}"}, timeout=60) as http:
         for round_index in range(-1, rounds):
             for name in used:
-                before = control_plane_cpu_s()
+                before = used_cpu_s(is_control_plane)
                 for _ in range(decisions):
                     parts = [request_parts(seed + index) for index in range(CANDIDATES)]
                     seed += CANDIDATES
@@ -151,7 +171,7 @@ async def batch_cost(base: str, key: str, rounds: int, decisions: int) -> dict[s
                     for answer in await asyncio.gather(*calls):
                         answer.raise_for_status()
                 if round_index >= 0:
-                    used[name].append((control_plane_cpu_s() - before) / (decisions * CANDIDATES) * 1e3)
+                    used[name].append((used_cpu_s(is_control_plane) - before) / (decisions * CANDIDATES) * 1e3)
     return {f"{name}_cpu_ms_per_candidate": round(statistics.median(each), 3) for name, each in used.items()}
 
 
@@ -199,6 +219,7 @@ def main() -> None:
                 **result,
                 "p50_ratio": {c: round(paid[c]["p50_ms"] / bare[c]["p50_ms"], 2) for c in paid},
                 "rps_ratio": {c: round(paid[c]["rps"] / bare[c]["rps"], 2) for c in paid},
+                "cpu_ratio": {c: round(paid[c]["cpu_ms"] / bare[c]["cpu_ms"], 2) for c in paid},
                 **batch,
                 "batch_cpu_ratio": round(batch["batch_cpu_ms_per_candidate"] / batch["single_cpu_ms_per_candidate"], 3),
                 "proxy": arguments.proxy,
@@ -208,6 +229,7 @@ def main() -> None:
                 "ray": ray_version,
                 "python": platform.python_version(),
                 "cores": os.cpu_count(),
+                "load_1m": round(os.getloadavg()[0], 1),
             }
         )
     )
