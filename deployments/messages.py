@@ -23,6 +23,8 @@ Actions = NDArray[np.float32]
 
 ReplicaId = NewType("ReplicaId", str)
 TicketId = NewType("TicketId", str)
+CallerId = NewType("CallerId", str)
+"""A process that asks for chunks."""
 
 ServiceClass = Literal["interactive", "standard", "batch"]
 """Who waits for whom: a session that a person steers, a request that a program waits for, a job that nobody does."""
@@ -300,6 +302,8 @@ class Ticket(NamedTuple):
     """Forwards of a row that another replica needs to make it ready: how long that replica is worth waiting for."""
     compatibility: str = ""
     """Only tickets that agree in this run on a replica at a time."""
+    caller: CallerId = CallerId("")
+    """Who waits for it."""
 
     @property
     def cost(self) -> int:

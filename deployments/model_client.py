@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import math
 import time
+import uuid
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
@@ -22,6 +23,7 @@ from deployments.channel import Address, CallFailed, Channel, ChannelError, Chan
 from deployments.errors import DeadlinePassed, EngineFailed, ModelOverloaded
 from deployments.messages import (
     NO_TERMS,
+    CallerId,
     ChunkForgotten,
     ChunkJob,
     ChunkPiece,
@@ -77,19 +79,22 @@ class ModelClient:
         self._begun_timeout_s = queue_timeout_s + 2 * chunk_timeout_s
         """What has begun waits for whatever runs now, and for what had begun before it."""
         self._notices: asyncio.Queue[Notice] = asyncio.Queue()
-        self._notifier: asyncio.Task[None] | None = None
+        self._caller = CallerId(uuid.uuid4().hex)
+        self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
-        """Begin telling the scheduler what became of its grants. From a task of its own, outside any request: what a
-        request that is cancelled has to tell must arrive."""
-        self._notifier = asyncio.get_running_loop().create_task(self._notify_forever())
+        """Begin telling the scheduler what became of its grants, and that there is somebody who has them. From tasks of
+        its own, outside any request: what a request that is cancelled has to tell must arrive."""
+        loop = asyncio.get_running_loop()
+        self._tasks = [loop.create_task(self._notify_forever()), loop.create_task(self._attend_forever())]
 
     async def stop(self) -> None:
-        if self._notifier is not None:
+        if self._tasks:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(STATUS_TIMEOUT_S):
                     await self._notices.join()
-            self._notifier.cancel()
+        for task in self._tasks:
+            task.cancel()
         for channel in (self._scheduler, *self._replicas.values()):
             channel.close()
 
@@ -149,6 +154,7 @@ class ModelClient:
                 terms._replace(deadline_s=_left_s(deadline)),
                 affinity,
                 affinity_steps,
+                caller=self._caller,
             )
             finished = False
             try:
@@ -242,6 +248,13 @@ class ModelClient:
             log.error("chunk_failed", model=self.spec.slug, replica=job.replica_id, error=str(error))
             raise EngineFailed(self.spec.slug, "its replica could not run the work") from error
         return report
+
+    async def _attend_forever(self) -> None:
+        """Be missed when this process has died, by the scheduler that runs and by the next after its restart."""
+        while True:
+            with contextlib.suppress(ChannelError):
+                await self._scheduler.call("attend", self._caller)
+            await asyncio.sleep(SCHEDULER_RETRY_S)
 
     async def _notify_forever(self) -> None:
         while True:

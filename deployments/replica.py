@@ -20,7 +20,16 @@ from deployments.channel import Listener
 from deployments.checkpoints import local_checkpoint
 from deployments.engine import Engine
 from deployments.logs import configure_logs
-from deployments.messages import ChunkFailed, ChunkJob, ChunkPiece, ChunkReport, ChunkRow, ModelSpec, ReplicaId
+from deployments.messages import (
+    ChunkFailed,
+    ChunkJob,
+    ChunkPiece,
+    ChunkReport,
+    ChunkRow,
+    ModelSpec,
+    ReplicaId,
+    TicketId,
+)
 from deployments.meter import Meter, Series
 from deployments.metrics import (
     CONTEXT_CACHE_BYTES,
@@ -37,6 +46,7 @@ from deployments.metrics import (
 from deployments.model import Model
 from deployments.presenter import FrameDistance
 from deployments.profiling import MAX_ROUNDS, measure
+from deployments.replica_jobs import ReplicaJobs
 from deployments.replies import Replies
 from deployments.scheduler import SchedulerLimits
 from deployments.tracing import configure_tracing
@@ -116,6 +126,8 @@ class Replica:
         )
         warm_up(self._engine, spec)
         self._replies = Replies()
+        scheduler = self._scheduler
+        self._jobs = ReplicaJobs(self._engine, lambda ticket_id: scheduler.notice.remote([("withdraw", ticket_id)]))
         self._ready_at = time.monotonic()
         self._meter.observe(REPLICA_BOOT_SECONDS, spec.slug, value=self._ready_at - started)
         log.info("replica_ready", model=spec.slug, replica=self._id, boot_s=round(self._ready_at - started, 3))
@@ -124,7 +136,7 @@ class Replica:
 
     async def run_chunk(self, job: ChunkJob) -> ChunkReport:
         """Cancelling the call takes its rows out of the batch at the next denoising step."""
-        report = await self._replies.of(self._engine.submit(job.rows, job.service_class, job.deadline_s))
+        report = await self._replies.of(self._jobs.start(job))
         return replace(report, replica_id=self._id)
 
     async def stream_chunk(self, job: ChunkJob) -> AsyncGenerator[ChunkPiece | ChunkReport, None]:
@@ -135,7 +147,7 @@ class Replica:
         def on_piece(piece: ChunkPiece) -> None:
             loop.call_soon_threadsafe(made.put_nowait, piece)
 
-        report = asyncio.wrap_future(self._engine.submit(job.rows, job.service_class, job.deadline_s, on_piece))
+        report = asyncio.wrap_future(self._jobs.start(job, on_piece))
         report.add_done_callback(lambda _: made.put_nowait(None))
         try:
             while (piece := await made.get()) is not None:
@@ -163,7 +175,7 @@ class Replica:
         while True:
             measured = self._measured()
             try:
-                await self._scheduler.replica_alive.remote(
+                orphans: list[TicketId] = await self._scheduler.replica_alive.remote(
                     self._id,
                     self._engine.cap,
                     self._attention,
@@ -172,6 +184,7 @@ class Replica:
                     self._config.scheduler_limits,
                     address,
                 )
+                self._jobs.stop(orphans)
             except Exception as error:
                 self._meter.add(measured)
                 log.warning("scheduler_unreachable", model=self._config.spec.slug, error=type(error).__name__)

@@ -20,7 +20,7 @@ class Replies:
         self._is_woken = False
 
     async def of(self, future: Future[Result]) -> Result:
-        """Its result or exception. Whoever is cancelled while it waits cancels the `future` too."""
+        """Its result or exception. Whoever is cancelled while it waits cancels the `future` too, and the reverse."""
         waiter: asyncio.Future[None] = self._loop.create_future()
         future.add_done_callback(lambda _: self._arrived(waiter))
         try:
@@ -28,6 +28,8 @@ class Replies:
         except asyncio.CancelledError:
             future.cancel()
             raise
+        if future.cancelled():
+            raise asyncio.CancelledError
         return future.result()
 
     def _arrived(self, waiter: asyncio.Future[None]) -> None:

@@ -17,7 +17,7 @@ from billing.commands import CustomerId
 from deployments.batching import BatchProfile
 from deployments.drain_rate import DrainRate, RecentRate
 from deployments.fair_queue import FairQueue, Waiting
-from deployments.messages import ReplicaId, ServiceClass, Ticket, TicketId
+from deployments.messages import CallerId, ReplicaId, ServiceClass, Ticket, TicketId
 from deployments.present_batches import PresentBatches
 from deployments.room import ByRoom, RunningReplica
 
@@ -144,6 +144,8 @@ class Scheduler:
         self._patience: list[tuple[float, TicketId]] = []
         self._running: dict[TicketId, _Running] = {}
         """In the order in which they were granted."""
+        self._orphans: set[TicketId] = set()
+        """Running, for callers who have died."""
         self._rows_of: dict[CustomerId, int] = {}
         """Running, per customer."""
         self._ready_on: OrderedDict[str, ReplicaId] = OrderedDict()
@@ -246,6 +248,19 @@ class Scheduler:
             self._leave_queue(waiting)
         else:
             self._release(ticket_id)
+
+    def caller_gone(self, caller: CallerId) -> list[TicketId]:
+        """It has died. What it had queued leaves, and is named. What runs for it keeps its room until it is withdrawn
+        by its replica, to which `orphans_on` says what is to stop."""
+        queued = [waiting for waiting in self._queue if waiting.ticket.caller == caller]
+        for waiting in queued:
+            self._leave_queue(waiting)
+        running = self._running.items()
+        self._orphans |= {ticket_id for ticket_id, each in running if each.ticket.caller == caller}
+        return [waiting.ticket.ticket_id for waiting in queued]
+
+    def orphans_on(self, replica_id: ReplicaId) -> list[TicketId]:
+        return sorted(each for each in self._orphans if self._running[each].replica.replica_id == replica_id)
 
     def granted(self, ticket_id: TicketId) -> Grant | None:
         """The grant that `ticket_id` holds: its answer may have been lost on the way."""
@@ -386,6 +401,7 @@ class Scheduler:
         running = self._running.pop(ticket_id, None)
         if running is None:
             return None
+        self._orphans.discard(ticket_id)
         ticket, replica = running.ticket, running.replica
         self._backlog_cost -= running.cost * ticket.terms.chunks_left
         replica.running.remove(ticket_id)

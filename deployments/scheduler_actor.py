@@ -1,20 +1,23 @@
 """The scheduler as a Ray actor: turns its grants into answers to waiting callers.
 
-One per model. A caller that is cancelled while it waits is withdrawn. State is not durable: after a restart replicas
-announce themselves again within a heart-beat, and callers submit again what was lost.
+One per model. A caller that is cancelled while it waits is withdrawn, and one that has died loses what it had. State is
+not durable: after a restart replicas announce themselves again within a heart-beat, and callers submit again what was
+lost.
 """
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import structlog
 from ray.util import get_node_ip_address
 
 from deployments.batching import BatchProfile
 from deployments.channel import Address, Listener
 from deployments.logs import configure_logs
-from deployments.messages import ReplicaId, Ticket, TicketId
+from deployments.messages import CallerId, ReplicaId, Ticket, TicketId
 from deployments.meter import Meter, Series
 from deployments.metrics import BY_NAME, SCHEDULER_GRANT_SECONDS, SCHEDULER_REFUSALS
 from deployments.scheduler import (
@@ -30,6 +33,10 @@ from deployments.scheduler import (
 )
 
 EXPIRE_EVERY_S = 1.0
+RECONNECT_S = 5.0
+"""A caller that has not come back so long after its connection broke has died. One that ends breaks it at once."""
+
+log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +58,12 @@ class SchedulerActor:
         self._is_dispatching = False
         self._addresses: dict[ReplicaId, Address] = {}
         self._listening: asyncio.Task[Address] | None = None
+        self._attending: Counter[CallerId] = Counter()
 
     async def address(self) -> Address:
         """Where ingress replicas call the methods below, past Ray."""
         if self._listening is None:
-            methods = (self.place, self.notice, self.finish_s, self.status, self.metrics)
+            methods = (self.place, self.notice, self.attend, self.finish_s, self.status, self.metrics)
             listener = Listener({method.__name__: method for method in methods})
             self._listening = asyncio.get_running_loop().create_task(listener.start(get_node_ip_address()))
         return await asyncio.shield(self._listening)
@@ -95,6 +103,25 @@ class SchedulerActor:
         self._measure(ticket, answer, started)
         return answer
 
+    async def attend(self, caller: CallerId) -> None:
+        """Never answers: it ends with the caller's connection. What a caller holds that does not come back is taken
+        back."""
+        self._attending[caller] += 1
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self._attending[caller] -= 1
+            asyncio.get_running_loop().call_later(RECONNECT_S, self._miss, caller)
+
+    def _miss(self, caller: CallerId) -> None:
+        if self._attending[caller]:
+            return
+        del self._attending[caller]
+        queued = self._scheduler.caller_gone(caller)
+        log.info("caller_gone", model=self._slug, queued=len(queued))
+        for ticket_id in queued:
+            self._waiting[ticket_id].cancel()
+
     async def notice(self, notices: Sequence[Notice]) -> None:
         """What callers saw, in order."""
         for kind, name in notices:
@@ -116,9 +143,11 @@ class SchedulerActor:
         measured: Series | None = None,
         limits: SchedulerLimits | None = None,
         address: Address | None = None,
-    ) -> None:
+    ) -> list[TicketId]:
         """`measured`: what the replica has counted since it last said so. `limits`: of its configuration. `address`:
-        where it is called; None where nobody calls `place`."""
+        where it is called; None where nobody calls `place`.
+
+        What it is to stop, and then to withdraw: those who waited for it have died."""
         if address is not None:
             self._addresses[replica_id] = address
         if limits is not None:
@@ -130,6 +159,7 @@ class SchedulerActor:
             self._expiry = asyncio.get_running_loop().create_task(self._expire_forever())
         self._scheduler.replica_alive(replica_id, capacity_rows, attention, profile)
         self._dispatch()
+        return self._scheduler.orphans_on(replica_id)
 
     async def replica_gone(self, replica_id: ReplicaId) -> None:
         self._scheduler.replica_gone(replica_id)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import deployments.model_client
+import deployments.scheduler_actor
 from billing.money import Mils
 from deployments.channel import Address, CallFailed, ChannelLost
 from deployments.errors import DeadlinePassed, EngineFailed, ModelOverloaded
@@ -27,6 +28,7 @@ from deployments.messages import (
     TicketTerms,
 )
 from deployments.model_client import ModelClient
+from deployments.room import BATCHES_AHEAD
 from deployments.scheduler import SchedulerLimits
 from deployments.scheduler_actor import SchedulerActor
 
@@ -358,3 +360,64 @@ class TestStreaming:
         (ticket,) = asked
         assert (ticket.affinity, ticket.affinity_steps) == ("work", 4)
         assert ticket.num_steps == 3 * (ROW.num_steps + 1)
+
+
+async def test_a_client_that_died_loses_its_place_and_what_ran_for_it_is_stopped_by_its_replica(
+    client: ModelClient, scheduler: Calls, replicas: Replicas, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deployments.scheduler_actor, "RECONNECT_S", 0.0)
+    actor = scheduler.target
+    await announce(scheduler)
+    running = [asyncio.create_task(client.run_chunk(str(index), [ROW], begun=False)) for index in range(3)]
+    await settled()
+    assert len(replicas.jobs) == BATCHES_AHEAD
+    survivor = asyncio.create_task(actor.acquire(Ticket(TicketId("survivor"), 1)))
+    await settled()
+    assert (await actor.status()).queued_rows == 2
+    await client.stop()
+    await settled()
+    status = await actor.status()
+    assert (status.running_rows, status.queued_rows) == (BATCHES_AHEAD, 1)
+    assert not survivor.done()
+    orphans = await actor.replica_alive(ReplicaId("r"), 1)
+    assert set(orphans) == {job.ticket_id for job in replicas.jobs}
+    await actor.notice([("withdraw", ticket_id) for ticket_id in orphans])
+    assert (await survivor).replica_id == "r"
+    assert await actor.replica_alive(ReplicaId("r"), 1) == []
+    for task in running:
+        task.cancel()
+    await asyncio.gather(*running, return_exceptions=True)
+
+
+async def test_a_client_that_comes_back_over_another_connection_keeps_what_it_has(
+    client: ModelClient, scheduler: Calls, replicas: Replicas, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deployments.scheduler_actor, "RECONNECT_S", 0.0)
+    await announce(scheduler)
+    running = asyncio.create_task(client.run_chunk("stays", [ROW], begun=False))
+    await settled()
+    broken = asyncio.create_task(scheduler.target.attend(client._caller))
+    await settled()
+    broken.cancel()
+    await asyncio.sleep(0.01)  # longer than it may be away
+    assert await scheduler.target.replica_alive(ReplicaId("r"), 1) == []
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+
+
+async def test_a_client_attends_again_once_a_scheduler_is_back(
+    client: ModelClient, scheduler: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deployments.model_client, "SCHEDULER_RETRY_S", 0.0)
+    attended: asyncio.Queue[str] = asyncio.Queue()
+
+    async def attend(caller: str) -> None:
+        attended.put_nowait(caller)
+        raise ChannelLost("it restarts")
+
+    monkeypatch.setattr(scheduler.target, "attend", attend)
+    channels: Any = (scheduler, lambda _: scheduler)
+    again = ModelClient(SPEC, *channels, queue_timeout_s=30.0, chunk_timeout_s=30.0)
+    again.start()
+    assert {await attended.get() for _ in range(3)} == {again._caller}
+    await again.stop()

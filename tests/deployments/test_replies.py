@@ -47,3 +47,12 @@ async def test_who_is_cancelled_while_it_waits_cancels_the_work() -> None:
     assert future.cancelled()
     other.set_result("still served")
     assert await replies.of(other) == "still served"
+
+
+async def test_work_that_is_cancelled_elsewhere_cancels_who_waits_for_it() -> None:
+    future: Future[None] = Future()
+    waiting = asyncio.create_task(Replies().of(future))
+    await asyncio.sleep(0)
+    future.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting

@@ -11,10 +11,11 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from billing.commands import CustomerId
 from deployments.batching import BatchProfile
-from deployments.messages import ReplicaId, ServiceClass, Ticket, TicketId, TicketTerms
+from deployments.messages import CallerId, ReplicaId, ServiceClass, Ticket, TicketId, TicketTerms
 from deployments.room import BATCHES_AHEAD
 from deployments.scheduler import (
     MAX_RETRY_AFTER_S,
+    UNKNOWN_COST_PER_S,
     UNKNOWN_RATE_RETRY_AFTER_S,
     Grant,
     Overloaded,
@@ -634,6 +635,47 @@ def test_a_grant_whose_ingress_vanished_is_taken_back(scheduler: Scheduler, cloc
     assert granted(scheduler.dispatch()) == ["waiting"]
 
 
+class TestACallerThatDied:
+    @pytest.fixture
+    def scheduler(self, clock: Clock) -> Scheduler:
+        """One of the dead caller's tickets runs, one waits; then two of a caller who lives."""
+        scheduler = Scheduler(clock, LIMITS)
+        scheduler.replica_alive(ReplicaId("r"), 4)
+        for name, caller in (("runs", "dead"), ("runs too", "lives"), ("waits", "dead"), ("waits too", "lives")):
+            scheduler.submit(ticket(name, 4)._replace(caller=CallerId(caller)))
+        assert granted(scheduler.dispatch()) == ["runs", "runs too"]
+        return scheduler
+
+    def test_its_queued_tickets_leave_at_once_and_nobody_elses(self, scheduler: Scheduler) -> None:
+        assert scheduler.caller_gone(CallerId("dead")) == ["waits"]
+        assert scheduler.status().queued_rows == 4
+        assert scheduler.demand().backlog_s == 12 / UNKNOWN_COST_PER_S
+
+    def test_its_room_is_nobodys_until_the_replica_has_stopped_it(self, scheduler: Scheduler) -> None:
+        scheduler.caller_gone(CallerId("dead"))
+        assert scheduler.dispatch() == []
+        assert scheduler.orphans_on(ReplicaId("r")) == ["runs"]
+        assert scheduler.orphans_on(ReplicaId("another")) == []
+        scheduler.withdraw(TicketId("runs"))
+        assert scheduler.orphans_on(ReplicaId("r")) == []
+        assert granted(scheduler.dispatch()) == ["waits too"]
+
+    @pytest.mark.parametrize("end", ["done", "replica lost"])
+    def test_what_ends_by_itself_is_no_orphan_any_more(self, scheduler: Scheduler, end: str) -> None:
+        scheduler.caller_gone(CallerId("dead"))
+        if end == "done":
+            scheduler.complete(TicketId("runs"))
+        else:
+            scheduler.replica_gone(ReplicaId("r"))
+            scheduler.replica_alive(ReplicaId("r"), 4)
+        assert scheduler.orphans_on(ReplicaId("r")) == []
+        assert granted(scheduler.dispatch()) == ["waits too"]
+
+    def test_one_that_nobody_knows_changes_nothing(self, scheduler: Scheduler) -> None:
+        assert scheduler.caller_gone(CallerId("unknown")) == []
+        assert scheduler.orphans_on(ReplicaId("r")) == []
+
+
 class SchedulerMachine(RuleBasedStateMachine):
     """Any order of events: no ticket is lost, no replica has too much or idles, nobody is passed over for long."""
 
@@ -648,6 +690,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.running: dict[str, tuple[Ticket, str]] = {}
         self.capacity: dict[str, int] = {}
         self.refused: set[str] = set()
+        self.callers = ["caller 0", "caller 1"]
         self.passed_over: dict[str, float] = {}
         """Per waiting customer of the standard class: row-steps that others of it were granted meanwhile."""
 
@@ -680,13 +723,21 @@ class SchedulerMachine(RuleBasedStateMachine):
         service_class=st.sampled_from(("interactive", "standard", "batch")),
         deadline_s=st.one_of(st.none(), st.floats(0.1, 50)),
         begun=st.booleans(),
+        caller=st.integers(0, 1),
     )
     def submit(
-        self, num_rows: int, customer: str, service_class: ServiceClass, deadline_s: float | None, begun: bool
+        self,
+        num_rows: int,
+        customer: str,
+        service_class: ServiceClass,
+        deadline_s: float | None,
+        begun: bool,
+        caller: int,
     ) -> None:
         name = str(self.next_ticket)
         self.next_ticket += 1
         asked = ticket(name, num_rows, customer, service_class, deadline_s, begun)
+        asked = asked._replace(caller=CallerId(self.callers[caller]))
         answer = self.scheduler.submit(asked)
         if answer is None:
             self.waiting[name] = asked
@@ -711,6 +762,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         lost = [name for name, (_, where) in self.running.items() if where == replica]
         for name in lost:
             again = self.running.pop(name)[0]._replace(ticket_id=TicketId(f"{name} again"), begun=True)
+            if again.caller not in self.callers:
+                continue
             if self.scheduler.submit(again) is None:
                 self.waiting[again.ticket_id] = again
         self.dispatch()
@@ -733,6 +786,21 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.waiting.pop(name, None)
             self.dispatch()
 
+    @rule(caller=st.integers(0, 1))
+    def kill(self, caller: int) -> None:
+        dead, self.callers[caller] = self.callers[caller], f"caller {self.next_ticket} in place of {caller}"
+        queued = {name for name, each in self.waiting.items() if each.caller == dead}
+        assert set(self.scheduler.caller_gone(CallerId(dead))) == queued
+        self.waiting = {name: each for name, each in self.waiting.items() if name not in queued}
+        self.dispatch()
+
+    @rule(replica=st.sampled_from("abc"))
+    def stop_orphans(self, replica: str) -> None:
+        for ticket_id in self.scheduler.orphans_on(ReplicaId(replica)):
+            self.scheduler.withdraw(ticket_id)
+            del self.running[ticket_id]
+        self.dispatch()
+
     @rule(seconds=st.floats(0.01, 3.0))
     def time_passes(self, seconds: float) -> None:
         self.clock.now += seconds
@@ -753,6 +821,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert status.running_rows == sum(each.num_rows for each, _ in self.running.values())
         for name, (_, replica) in self.running.items():
             assert self.scheduler.granted(TicketId(name)) == Grant(TicketId(name), ReplicaId(replica))
+
+    @invariant()
+    def orphans_are_what_runs_for_the_dead(self) -> None:
+        for replica in "abc":
+            mine = {name: each for name, (each, where) in self.running.items() if where == replica}
+            orphans = {name for name, each in mine.items() if each.caller not in self.callers}
+            assert set(self.scheduler.orphans_on(ReplicaId(replica))) == orphans
 
     @invariant()
     def totals_are_sums(self) -> None:

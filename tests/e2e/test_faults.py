@@ -114,8 +114,8 @@ def widowed(stand_in_cluster: Cluster) -> Iterator[Widowed]:
             ThreadPoolExecutor(1) as pool,
         ):
             stream(socket, actions(12))
-            answer = pool.submit(predict, http, slow(0.3))
-            eventually(lambda: amounts(http) == [10_000, -245])
+            answer = pool.submit(predict, http, slow(2.0))
+            eventually(lambda: amounts(http) == [10_000, -245] and not idle(http))
             (ingress,) = stand_in_cluster.processes("ServeReplica:dream-engine:ingress")
             ingress.kill()
             with contextlib.suppress(httpx.TransportError):  # the connection broke
@@ -123,6 +123,8 @@ def widowed(stand_in_cluster: Cluster) -> Iterator[Widowed]:
             with pytest.raises(ConnectionClosed):
                 stream(socket, actions(12))
         eventually(lambda: answers(http))
+        # Its grant would hold for 30 s, but its replica stops the chunk and says so.
+        eventually(lambda: idle(http), timeout_s=10)
         yield Widowed(http, steering, session)
 
 
@@ -208,7 +210,7 @@ def test_a_client_that_hangs_up_while_it_is_queued_is_refunded_and_leaves_the_qu
 ) -> None:
     """Two batches of 16 are what the replica takes; both give up too, while they run and wait in it."""
 
-    eventually(lambda: idle(http), timeout_s=60)  # a killed ingress's grant is held until it times out
+    eventually(lambda: idle(http))
     with contextlib.ExitStack() as stack:
         batches = [stack.enter_context(sent(http, "/v1/predict/batch", [slow(0.5, seed)] * 16)) for seed in range(2)]
         eventually(lambda: unanswered(batches) and rows(http, "running") == 32)
