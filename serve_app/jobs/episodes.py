@@ -71,7 +71,9 @@ def list_episodes(url: str, camera: str = "") -> list[EpisodeRef]:
     """All episodes at `url`, in a fixed order; of two with the same id the second is `ID~2`. Raises BadDataset."""
     try:
         return _distinct(_list_episodes(url, camera))
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except BadDataset:
+        raise
+    except Exception as error:  # each kind of store raises its own
         raise BadDataset(f"{url} cannot be read: {type(error).__name__}: {error}") from error
 
 

@@ -90,11 +90,10 @@ class Evaluator:
         self._key = key
         self._records = Records(Path(plan.out), plan.run)
         self._groups = Groups(Path(plan.out))
-        self._lpips = Lpips.read(Path(plan.lpips_weights), plan.lpips_sha256) if plan.lpips_weights else None
+        self._lpips: Lpips | None = None
         self._score = named_function(plan.score) if plan.score else None
         starts = list_episodes(plan.starts, plan.camera) if plan.starts else []
         self._starts = {ref.episode_id: ref for ref in starts}
-        self._local = LocalRoller(plan.checkpoint, plan.device, plan.num_steps) if plan.checkpoint else None
         self._comparing = ThreadPoolExecutor(min(ROWS, os.cpu_count() or 1), thread_name_prefix="compare")
         """No more than there are cores: those beyond would push each other's frames out of the caches."""
         self._opening = asyncio.Lock()
@@ -144,12 +143,19 @@ class Evaluator:
         return [record for group in records for record in group]
 
     async def _open(self, http: httpx.AsyncClient | None) -> Roller:
+        """Raises CannotGoOn."""
+        plan = self._plan
         async with self._opening:
-            if self._roller is None and self._local is not None:
-                self._roller = self._local
-            elif self._roller is None:
-                http = http or client(self._plan, self._key)
-                self._roller = await open_roller(self._plan, http)
+            if self._roller is None:
+                try:
+                    if plan.lpips_weights:
+                        self._lpips = Lpips.read(Path(plan.lpips_weights), plan.lpips_sha256)
+                    if plan.checkpoint:
+                        self._roller = LocalRoller(plan.checkpoint, plan.device, plan.num_steps)
+                except Exception as error:  # torch has several for a device that there is not
+                    raise CannotGoOn(f"the model cannot be loaded: {error}") from error
+            if self._roller is None:
+                self._roller = await open_roller(plan, http or client(plan, self._key))
         return self._roller
 
     async def _evaluate(self, roller: Roller, refs: Sequence[EpisodeRef]) -> list[Record]:

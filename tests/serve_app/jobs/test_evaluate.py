@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import re
 import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -407,6 +408,25 @@ async def test_a_local_model_gives_batched_what_it_gives_alone() -> None:
     for each, alone in zip(batched, [await roller.roll_out([each], 7) for each in work], strict=True):
         assert each.frames.shape == (21, 64, 64, 3)
         assert np.abs(each.frames.astype(int) - alone[0].frames.astype(int)).max() <= 2
+
+
+def test_a_model_or_a_network_that_cannot_be_loaded_stops_the_job_in_one_line(tmp_path: Path) -> None:
+    group = row_of(list_episodes(write_episodes(tmp_path / "data", 1)))["group"]
+    (tmp_path / "lpips").write_bytes(b"weights")
+    packaged = str(PACKAGED_CHECKPOINTS["tiny-pusher"])
+    for changes, why in (
+        ({"checkpoint": str(tmp_path / "none")}, "none/config.json: cannot be read"),
+        ({"checkpoint": packaged, "device": "cuda:9"}, "cannot be loaded: .*CUDA"),
+        (
+            {"checkpoint": packaged, "lpips_weights": str(tmp_path / "lpips"), "lpips_sha256": "0"},
+            "has sha256 .*, not 0",
+        ),
+    ):
+        evaluator = Evaluator(plan(tmp_path / "out", model="", **changes), "")
+        outcome = evaluator({"group": [group]})
+        evaluator.close()
+        assert outcome["status"] == ["stopped"]
+        assert re.search(why, outcome["reason"][0])
 
 
 def test_records_of_another_evaluation_are_not_taken_for_this_one(tmp_path: Path) -> None:
