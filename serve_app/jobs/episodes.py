@@ -17,6 +17,7 @@ Shapes: T actions, A action features, H and W pixels.
 import io
 import json
 import posixpath
+import zipfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -184,8 +185,15 @@ def _lerobot_episodes(fs: Any, path: str, index: int | None = None) -> list[dict
 
 
 def _load_npz(ref: EpisodeRef) -> tuple[Frames, Actions]:
-    with fsspec.open(ref.url, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-        return arrays["frames"], arrays["actions"]
+    with fsspec.open(ref.url, "rb") as file:
+        if not zipfile.is_zipfile(file):
+            raise BadEpisode("it is no .npz archive")
+        file.seek(0)
+        with np.load(file, allow_pickle=False) as arrays:
+            for name in ("frames", "actions"):
+                if name not in arrays.files:
+                    raise BadEpisode(f"it has no `{name}`; it has {', '.join(arrays.files) or 'nothing'}")
+            return arrays["frames"], arrays["actions"]
 
 
 def _load_mp4(ref: EpisodeRef) -> tuple[Frames, Actions]:
@@ -195,7 +203,11 @@ def _load_mp4(ref: EpisodeRef) -> tuple[Frames, Actions]:
 def _load_jsonl(ref: EpisodeRef) -> tuple[Frames, Actions]:
     with fsspec.open(ref.url, "rb") as file:
         file.seek(ref.row)
-        row = json.loads(file.readline())
+        line = file.readline()
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise BadEpisode(f"its line is no JSON: {error}") from error
     if not isinstance(row, dict):
         raise BadEpisode("its line is no JSON object")
     root = ref.url.rsplit("/", 1)[0]

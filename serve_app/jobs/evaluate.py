@@ -23,6 +23,7 @@ import argparse
 import asyncio
 import math
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -48,6 +49,8 @@ from serve_app.jobs.rollouts import CannotGoOn, Refused, fit
 
 KEY_VARIABLE = "DREAM_API_KEY"
 MILS_PER_USD = 10_000
+RESERVED = frozenset({".", "..", "comparison"})
+"""Directories, and what the report calls what it says of both policies."""
 STOPPED = 3
 """Exit status of a job that can go on."""
 
@@ -145,6 +148,8 @@ def main() -> None:
     policies = dict(each.split("=", 1) for each in args.policy if "=" in each)
     if bool(args.dataset) + (len(args.policy) > 0) != 1 or (args.policy and (len(policies) != 2 or not args.score)):
         parser.error("give --dataset, or --policy NAME=DATASET twice and --score")
+    if any(not re.fullmatch(r"[\w.-]+", name) or name in RESERVED for name in policies):
+        parser.error("a policy's NAME is of letters, digits, `_`, `.` and `-`, and not `comparison`")
     for name, bound in (
         ("max-actions", args.max_actions),
         ("concurrency", args.concurrency),
@@ -180,7 +185,8 @@ def evaluate_all(args: argparse.Namespace, sources: dict[str, str]) -> str:
         cost = sum(each[plan.out] * len(rest) for plan, rest in left)
         spent = sum(record.cost_usd for _, plan, _ in work for record in Records(Path(plan.out), plan.run))
         episodes = sum(len(rest) for _, rest in left)
-        print(f"{episodes} episodes are left; they cost at most ${cost:.4f}; ${spent:.4f} spent", file=sys.stderr)
+        most = f"of up to {args.max_actions} actions each they cost at most ${cost:.4f}"
+        print(f"{episodes} episodes are left; {most}; ${spent:.4f} spent", file=sys.stderr)
         if args.dry_run:
             return f"${cost:.4f}"
         if args.max_cost is not None:

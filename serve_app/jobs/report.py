@@ -19,6 +19,8 @@ WIDTH, HEIGHT = 640, 220
 BOOTSTRAPS = 2_000
 HORIZONS = (1, 12, 24, 48, 96, 192, 384, 768)
 METRICS = ("psnr_db", "copy_first_psnr_db", "ssim", "lpips")
+TITLES = {"psnr_db": "PSNR, dB", "copy_first_psnr_db": "of the start frame", "ssim": "SSIM", "lpips": "LPIPS"}
+TICKS = 4
 COLOURS = ("#3465a4", "#c4562a", "#5b8a3c")
 
 STYLE = """
@@ -136,41 +138,72 @@ def _page(found: Mapping[str, Sequence[Record]], summary: Mapping[str, Any], bad
     unusable = "".join(f"<li>{escape(row['episode_id'])}: {escape(row['reason'])}</li>" for row in bad[:100])
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>Evaluation of {escape(model)}</title>"
-        f"<style>{STYLE}</style><h1>Evaluation of {escape(model)}</h1>{_table(summary)}{plots}"
+        f"<style>{STYLE}</style><h1>Evaluation of {escape(model)}</h1>{_facts(summary)}{_table(summary)}{plots}"
         f"<h2>Clips: recorded beside generated</h2>{''.join(_clips(name, records) for name, records in found.items())}"
         f"<h2>Episodes that could not be used: {len(bad)}</h2><ul>{unusable}</ul></html>"
     )
 
 
-def _table(summary: Mapping[str, Any]) -> str:
-    rows = []
+def _facts(summary: Mapping[str, Any]) -> str:
+    lines = []
     for name, figures in summary.items():
-        flat = {key: value for key, value in figures.items() if key != "horizons"}
-        for horizon, metrics in figures.get("horizons", {}).items():
-            flat |= {f"{key} to frame {horizon}": value for key, value in metrics.items()}
-        for key, value in flat.items():
-            rows.append(f"<tr><td>{escape(name)}<td>{escape(key)}<td>{escape(_shown(value))}</tr>")
-    return f"<table><tr><th><th>figure<th>value (mean ± standard error)</tr>{''.join(rows)}</table>"
+        if name == "comparison":
+            continue
+        done, bad, left = figures["episodes"], figures["bad"], figures["left"]
+        score = f"; score {_shown(figures['score'])}" if "score" in figures else ""
+        lines.append(
+            f"{escape(name)}: {done} episodes, {bad} that could not be used, {left} left; {figures['frames']} frames, "
+            f"${figures['cost_usd']:.4f}{score}"
+        )
+    compared = summary.get("comparison", {"episodes": 0})
+    if compared["episodes"]:
+        first, second = (escape(name) for name in list(summary)[:2])
+        low, high = compared["interval_95"]
+        lines.append(
+            f"<b>{first} scores {compared['mean_difference']:+g} against {second}</b> (95% interval {low:+g} to "
+            f"{high:+g}, p = {compared['p_value']:g}) over {compared['episodes']} episodes that both have: higher in "
+            f"{compared['first_higher']}, lower in {compared['second_higher']}"
+        )
+    return "".join(f"<p>{line}.</p>" for line in lines)
 
 
-def _shown(value: Any) -> str:
-    return f"{value['mean']} ± {value['standard_error']}" if isinstance(value, dict) else str(value)
+def _table(summary: Mapping[str, Any]) -> str:
+    columns, rows = _means(summary)
+    head = "".join(f"<th>{TITLES[metric]}" for metric in columns)
+    body = "".join(
+        f"<tr><td>{escape(title)}<td>{episodes}{''.join(f'<td>{cell}' for cell in cells)}</tr>"
+        for title, episodes, cells in rows
+    )
+    return f"<table><tr><th>mean ± standard error<th>episodes{head}</tr>{body}</table>"
 
 
 def _markdown(summary: Mapping[str, Any], model: str) -> str:
     """For `docs/RESULTS.md`."""
-    columns = [metric for metric in METRICS if any(metric in figures for figures in summary.values())]
+    columns, rows = _means(summary)
     lines = [f"| {model} | episodes | {' | '.join(columns)} |", "|---" * (2 + len(columns)) + "|"]
-    for name, figures in summary.items():
-        rows = {f"{name}, frames 1 to {horizon}": each for horizon, each in figures.get("horizons", {}).items()}
-        if "horizons" in figures:
-            rows[f"{name}, all frames"] = figures
-        for title, each in rows.items():
-            cells = [_shown(each[metric]) if metric in each else "" for metric in columns]
-            lines.append(f"| {title} | {each['episodes']} | {' | '.join(cells)} |")
+    lines += [f"| {title} | {episodes} | {' | '.join(cells)} |" for title, episodes, cells in rows]
     if "comparison" in summary:
         lines += ["", *(f"- {key}: {value}" for key, value in summary["comparison"].items())]
     return "\n".join(lines) + "\n"
+
+
+def _means(summary: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, int, list[str]]]]:
+    """The metrics that there are; and a row for each horizon and for all frames: title, episodes, a cell per metric."""
+    columns = [metric for metric in METRICS if any(metric in figures for figures in summary.values())]
+    rows = []
+    for name, figures in summary.items():
+        if "horizons" not in figures:
+            continue
+        titled = {f"{name}, frames 1 to {horizon}": each for horizon, each in figures["horizons"].items()}
+        for title, each in (titled | {f"{name}, all frames": figures}).items():
+            rows.append(
+                (title, each["episodes"], [_shown(each[metric]) if metric in each else "" for metric in columns])
+            )
+    return columns, rows
+
+
+def _shown(figure: Mapping[str, float]) -> str:
+    return f"{figure['mean']} ± {figure['standard_error']}"
 
 
 def _by_frame(records: Sequence[Record], metric: str) -> tuple[list[float], list[float]]:
@@ -204,24 +237,27 @@ def _plot(series: Mapping[str, tuple[list[float], list[float]]]) -> str:
         drawn += (
             f'<text x="{WIDTH - 120}" y="{15 + 15 * list(series).index(name)}" fill="{colour}">{escape(name)}</text>'
         )
-    axes = f'<text x="0" y="20">{high:.2f}</text><text x="0" y="{HEIGHT - 20}">{low:.2f}</text>'
-    axes += (
-        f'<text x="40" y="{HEIGHT - 2}">frame 1</text><text x="{WIDTH - 70}" y="{HEIGHT - 2}">frame {longest}</text>'
-    )
-    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" font-size="11">{drawn}{axes}</svg>'
+    axes = ""
+    for tick in range(TICKS + 1):
+        y, x = HEIGHT - 20 - tick / TICKS * (HEIGHT - 40), 40 + tick / TICKS * (WIDTH - 50)
+        axes += f'<path d="M40 {y:.1f}H{WIDTH - 10}" stroke="#dde"/>'
+        axes += f'<text y="{y + 4:.1f}">{low + tick / TICKS * span:.4g}</text>'
+        frame = 1 + round(tick / TICKS * (longest - 1))
+        axes += f'<text x="{x:.1f}" y="{HEIGHT - 4}" text-anchor="middle">{frame}</text>'
+    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" font-size="11">{axes}{drawn}</svg>'
 
 
 def _clips(name: str, records: Sequence[Record]) -> str:
     good = sorted((record for record in records if record.clip), key=lambda record: float(np.mean(record.psnr_db)))
-    third, middle = CLIPS // 3, len(good) // 2
-    shown = {
-        "worst": good[:third],
-        "middle": good[max(0, middle - third // 2) : middle - third // 2 + third],
-        "best": good[-third:],
-    }
+    third = CLIPS // 3
+    worst, rest = good[:third], good[third:]
+    best_from = max(0, len(rest) - third)
+    best, rest = rest[best_from:], rest[:best_from]
+    middle_from = max(0, (len(rest) - third) // 2)
+    shown = {"worst": worst, "middle": rest[middle_from : middle_from + third], "best": best}
     prefix = f"{escape(name)}/" if name else ""
     return "".join(
-        f'<figure><video src="{prefix}{escape(record.clip)}" controls loop muted></video><figcaption>'
+        f'<figure><video src="{prefix}{escape(record.clip)}" autoplay loop muted playsinline></video><figcaption>'
         f"{escape(name)} {which}: {escape(record.episode_id)}, {np.mean(record.psnr_db):.1f} dB</figcaption></figure>"
         for which, chosen in shown.items()
         for record in chosen

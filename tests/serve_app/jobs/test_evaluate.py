@@ -461,7 +461,7 @@ def test_the_report_has_every_horizon_that_some_episode_reaches(tmp_path: Path) 
     assert found["horizons"]["48"]["psnr_db"]["mean"] == 15.0
     assert found["left"] == 2
     assert "| dataset, frames 1 to 48 | 1 | 15.0 ± 0.0 | 0.5 ± 0.0 |" in (tmp_path / "table.md").read_text()
-    assert "psnr_db to frame 24" in (tmp_path / "report.html").read_text()
+    assert "<td>dataset, frames 1 to 24<td>1<td>20.0 ± 0.0<td>0.5 ± 0.0" in (tmp_path / "report.html").read_text()
 
 
 def test_a_job_that_stops_on_the_way_says_so_and_reports_what_it_has(
