@@ -10,7 +10,7 @@ export HOST ?= 127.0.0.1
 export DATA_DIR ?= ./.data
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: serve test fuzz soak lint clean simulate-payments pay-in-browser simulate-ledger chaos-ledger mutate-ledger bench-ledger chaos-jobs scale-cluster dashboard check-metrics bench-idle evaluate-proof chaos-cluster drain-node
+.PHONY: serve test fuzz soak lint clean simulate-payments pay-in-browser simulate-ledger chaos-ledger mutate-ledger bench-ledger chaos-jobs scale-cluster dashboard check-metrics bench-idle evaluate-proof chaos-cluster chaos-streams drain-node
 
 # FAKE_STRIPE=1 turns payments on, against the fake Stripe of the tests: pay with a fake card.
 serve: $(VENV)/.installed
@@ -65,6 +65,11 @@ scale-cluster: $(VENV)/.installed-dev
 # `apt-get install redis-server`.
 chaos-cluster: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.cluster_faults
+
+# Replicas of the causal student are killed under sessions, two runs of a minute each: the same pixels arrive.
+chaos-streams: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.stream_chaos --sessions 1 --quiet
+	$(BIN)/python -m benchmarks.stream_chaos
 
 # The node of a serving replica is drained and ends; a minute or two.
 drain-node: $(VENV)/.installed-dev

@@ -33,6 +33,7 @@ def test_the_catalog_lists_every_model_and_marks_the_one_that_is_served(client: 
     active = {model.slug: model.active for model in client.models.list()}
     assert active == {
         "tiny-pusher": True,
+        "tiny-pusher-student": False,
         "dreamdojo-2b-gr1": False,
         "dreamdojo-2b-g1": False,
         "dreamdojo-2b-agibot": False,
