@@ -187,7 +187,8 @@ class ModelClient:
 
     async def finish_s(self, num_rows: int, num_steps: int, guidance: float, terms: TicketTerms) -> float | None:
         """How long a rollout of these terms, asked for now, would take to finish; None while that is not known."""
-        ticket = Ticket(TicketId(""), num_rows, num_steps=num_steps * (2 if guidance else 1), terms=terms)
+        forwards = self.spec.forwards(self.spec.chunk_size, num_steps, guidance)
+        ticket = Ticket(TicketId(""), num_rows, num_steps=forwards, terms=terms)
         async with asyncio.timeout(STATUS_TIMEOUT_S):
             seconds: float | None = await self._scheduler.call("finish_s", ticket)
         return seconds

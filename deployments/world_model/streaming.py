@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deployments.world_model.actions import FloatArray, check_actions, encode_actions
+from deployments.world_model.actions import FloatArray, encode_actions
 from deployments.world_model.causal import (
     SIGMAS,
     WINDOW,
@@ -324,7 +324,6 @@ def check_stream_input(config: WorldModelConfig, given: StreamInput) -> None:
             given.guidance,
         ),
     )
-    check_actions(config, given.actions, max_actions=config.chunk_size)
     if given.num_steps > len(SIGMAS):
         raise InvalidInputError("num_steps", f"{given.num_steps} is outside 1..{len(SIGMAS)}")
     if given.guidance:

@@ -16,9 +16,10 @@ from PIL import Image
 from billing.commands import CustomerId
 from deployments.video import Encoders, join_chunks
 from deployments.world_model import pusher
+from deployments.world_model.causal import SIGMAS, Cache
 from deployments.world_model.streaming import StreamingWorldModel, StreamRow
-from serve_app.catalog import PACKAGED_CHECKPOINTS, STUDENT
-from serve_app.settings import Limits
+from serve_app.catalog import CATALOG, DEFAULT_MODEL, PACKAGED_CHECKPOINTS, RUNNERS, STUDENT, model_spec
+from serve_app.settings import Limits, Settings
 from tests.support.app import App, running_app
 from tests.support.payloads import image_bytes, npy
 from tests.support.sockets import connected
@@ -134,15 +135,10 @@ async def test_submissions_of_whole_latent_frames_give_one_unbroken_rollout_what
         for length, first in ((12, 0), (4, 12), (36, 16), (4, 52), (20, 56)):
             await submit(socket, values[first : first + length])
             seen += await socket.until("rollout_complete")
-            app.model.model.context_cache.put(next(iter(app.model.model.context_cache._contexts)), -1, _no_context())
+            contexts = app.model.model.context_cache
+            contexts.put(next(iter(contexts._contexts)), -1, Cache())
     assert np.array_equal(shown(seen), alone(packaged, values))
     assert app.model.model.context_cache.misses == 4
-
-
-def _no_context() -> Any:
-    from deployments.world_model.causal import Cache
-
-    return Cache()
 
 
 async def test_after_a_latent_frame_in_part_a_session_begins_anew_from_the_last_frame_it_showed(
@@ -255,3 +251,14 @@ async def test_a_step_count_of_a_submission_is_checked_too(app: App) -> None:
         await socket.receive()
         await socket.send(type="submit_actions", actions=moves(4).tolist(), num_steps=5)
         assert (await socket.receive())["error"]["message"].startswith("num_steps: is 5")
+
+
+async def test_it_is_served_beside_the_default_model_once_it_is_named(
+    packaged: StreamingWorldModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MODEL_CHECKPOINTS", f'{{"{STUDENT}": ""}}')
+    assert [model.slug for model in Settings().cluster_args().models] == [DEFAULT_MODEL, STUDENT]
+    spec = model_spec(CATALOG[STUDENT])
+    assert RUNNERS[CATALOG[STUDENT].spec.runner].endswith("streaming:StreamingWorldModel.load")
+    assert (spec.max_num_steps, spec.max_guidance) == (len(SIGMAS), 0.0)
+    assert (spec.piece_frames, spec.chunk_size) == (packaged.config.temporal_compression, packaged.config.chunk_size)
