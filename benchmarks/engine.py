@@ -3,7 +3,8 @@
     efficiency  tiny-pusher's chunks per second through scheduler and engine, 16 callers that each wait for a row, over
                 `generate` of 8 rows at a time in the same process without either; rounds alternate. The served rows
                 join and leave between steps; the direct ones run in lockstep, which is the best that a batch can be.
-    cancel      from a caller's cancellation to the end of the last forward that holds its row, with steps of 50 ms
+    cancel      from a caller's cancellation to the end of the last forward that holds its row, with steps of 50 ms;
+                how long that forward took, and whether it began later, tell a stall of the machine from one of ours
 
 One JSON line each.
 """
@@ -85,16 +86,17 @@ async def efficiency(rounds: int, seconds: float) -> dict[str, Any]:
 
 
 class Recorded(StandIn):
-    """Remembers until when each candidate was in a forward."""
+    """Remembers from when until when the last forward of each candidate was."""
 
     def __init__(self, profile: BatchProfile) -> None:
         super().__init__(profile)
-        self.until: dict[int, float] = {}
+        self.last: dict[int, tuple[float, float]] = {}
 
     def step(self, rows: Sequence[StandInRow]) -> None:
+        began = time.perf_counter()
         super().step(rows)
-        now = time.perf_counter()
-        self.until |= {row.chunk_input.candidate: now for row in rows}
+        ended = time.perf_counter()
+        self.last |= {row.chunk_input.candidate: (began, ended) for row in rows}
 
 
 async def cancel(times: int) -> dict[str, Any]:
@@ -103,14 +105,17 @@ async def cancel(times: int) -> dict[str, Any]:
     system = Served(model, profile, BATCH)
     await system.start()
     stays = asyncio.create_task(system.run([replace(ROW, candidate=10**6, num_steps=10**6)]))
-    generator, stayed_s = random.Random(0), []
+    generator, stayed_s, began_late_s, longest_step_s = random.Random(0), [], [], 0.0
     for candidate in range(times):
         leaves = asyncio.create_task(system.run([replace(ROW, candidate=candidate, num_steps=10**6)]))
         await asyncio.sleep(generator.uniform(0.1, 0.2))
         cancelled = time.perf_counter()
         leaves.cancel()
         await asyncio.sleep(4 * STEP_S)
-        stayed_s.append(model.until[candidate] - cancelled)
+        began, ended = model.last[candidate]
+        stayed_s.append(ended - cancelled)
+        began_late_s.append(began - cancelled)
+        longest_step_s = max(longest_step_s, ended - began)
     stays.cancel()
     await asyncio.sleep(2 * STEP_S)
     status = await system.scheduler.status()
@@ -118,6 +123,9 @@ async def cancel(times: int) -> dict[str, Any]:
     return {
         "step_ms": 1e3 * STEP_S,
         "stayed_ms": {"p50": round(1e3 * statistics.median(stayed_s), 1), "max": round(1e3 * max(stayed_s), 1)},
+        "longest_last_step_ms": round(1e3 * longest_step_s, 1),
+        "in_a_step_begun_after": sum(late_s > 0 for late_s in began_late_s),
+        "begun_after_ms_max": round(1e3 * max(0.0, *began_late_s), 1),
         "rows_left": status.running_rows + status.queued_rows,
         "times": times,
     }
