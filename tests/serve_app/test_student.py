@@ -3,8 +3,7 @@
 import base64
 import io
 import threading
-from collections.abc import AsyncIterator, Sequence
-from pathlib import Path
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -37,6 +36,9 @@ class GatedStudent(StreamingWorldModel):
 
     def __init__(self, other: StreamingWorldModel) -> None:
         super().__init__(other.model)
+        self.reset()
+
+    def reset(self) -> None:
         self.steps = 0
         self.held = False
         self.permits = threading.Semaphore(0)
@@ -64,11 +66,18 @@ def packaged() -> StreamingWorldModel:
     return StreamingWorldModel.load(PACKAGED_CHECKPOINTS[STUDENT])
 
 
-@pytest_asyncio.fixture(loop_scope="module")
-async def app(packaged: StreamingWorldModel, tmp_path: Path) -> AsyncIterator[App]:
-    async with running_app(tmp_path, GatedStudent(packaged), Limits(session_frames=200), slug=STUDENT) as running:
+@pytest_asyncio.fixture(loop_scope="module", scope="module")
+async def served(packaged: StreamingWorldModel, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[App]:
+    directory, limits = tmp_path_factory.mktemp("student"), Limits(session_frames=200)
+    async with running_app(directory, GatedStudent(packaged), limits, slug=STUDENT) as running:
         yield running
-        running.model.model.let_go()
+
+
+@pytest.fixture
+def app(served: App) -> Iterator[App]:
+    served.model.model.reset()
+    yield served
+    served.model.model.let_go()
 
 
 def moves(length: int, seed: int = 1) -> np.ndarray:
@@ -129,16 +138,17 @@ async def test_submissions_of_whole_latent_frames_give_one_unbroken_rollout_what
 ) -> None:
     values = moves(76)
     headers, _ = app.key(10_000)
-    seen = []
+    contexts, seen = app.model.model.context_cache, []
+    misses = contexts.misses
     async with await session_of(app, headers) as socket:
         await socket.receive()
         for length, first in ((12, 0), (4, 12), (36, 16), (4, 52), (20, 56)):
             await submit(socket, values[first : first + length])
             seen += await socket.until("rollout_complete")
-            contexts = app.model.model.context_cache
-            contexts.put(next(iter(contexts._contexts)), -1, Cache())
+            for stream in list(contexts._contexts):
+                contexts.put(stream, -1, Cache())
     assert np.array_equal(shown(seen), alone(packaged, values))
-    assert app.model.model.context_cache.misses == 4
+    assert contexts.misses - misses == 4
 
 
 async def test_after_a_latent_frame_in_part_a_session_begins_anew_from_the_last_frame_it_showed(
