@@ -36,7 +36,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ from billing.money import Mils
 from billing.reader import LedgerReader
 from deployments.world_model import pusher
 from serve_app.catalog import PACKAGED_CHECKPOINTS
-from serve_app.jobs.episodes import EpisodeRef, list_episodes
+from serve_app.jobs.episodes import list_episodes
 from serve_app.launch import development_token, local_ray, register_development_key
 from serve_app.settings import Settings
 
@@ -64,7 +65,7 @@ NUM_ACTIONS = 48
 MILS_PER_EPISODE = 5 * (1 + NUM_ACTIONS)
 BATCH = 16
 KINDS = {
-    "Evaluator": "worker",
+    "Worker": "worker",
     "Bare": "bare",
     ":model-": "replica",
     ":ingress": "ingress",
@@ -255,6 +256,19 @@ class Bare:
                 figures.append((psnr, ssim_per_frame(video[1:], frames[1:])))
 
 
+class Worker:
+    """As Ray Data runs an `Evaluator`: its calls in threads. Ray would give it one loop, for its coroutines."""
+
+    def __init__(self, plan: Any, key: str) -> None:
+        from serve_app.jobs.evaluator import Evaluator
+
+        self._evaluator = Evaluator(plan, key)
+
+    def run(self, group: dict[str, str]) -> list[str]:
+        statuses: list[str] = self._evaluator({name: [value] for name, value in group.items()})["status"]
+        return statuses
+
+
 def processor_s() -> Counter[str]:
     """Seconds of processor time so far, by kind of process, of the cluster and of what works on it."""
     used: Counter[str] = Counter()
@@ -297,7 +311,7 @@ def read(file: str) -> tuple[np.ndarray, np.ndarray]:
 def throughput(settings: Settings, key: str, data: Path, rounds: int, count: int, concurrency: int) -> dict[str, Any]:
     import ray
 
-    from serve_app.jobs.evaluator import Evaluator, Plan, row_of
+    from serve_app.jobs.evaluator import Plan, row_of
 
     refs = list_episodes(str(data))[:count]
     files = [ref.url for ref in refs]
@@ -330,17 +344,14 @@ def throughput(settings: Settings, key: str, data: Path, rounds: int, count: int
                 lpips_sha256="",
                 **where,
             )
-            worker = ray.remote(Evaluator).options(num_cpus=1, max_concurrency=plan.calls).remote(plan, key)
+            worker = ray.remote(Worker).options(num_cpus=1, max_concurrency=plan.calls).remote(plan, key)
             groups = [refs[first : first + plan.rows] for first in range(BATCH, count, plan.rows)]
 
-            def call(group: Sequence[EpisodeRef]) -> Any:
-                return worker.__call__.remote({"group": [row_of(group)["group"]]})
-
             def work() -> None:
-                done = [status for each in ray.get([call(group) for group in groups]) for status in each["status"]]
-                assert done == ["ok"] * (count - BATCH), done
+                done = Counter(chain(*ray.get([worker.run.remote(row_of(group)) for group in groups])))
+                assert done == {"ok": count - BATCH}, done
 
-            ray.get(call(refs[:BATCH]))
+            ray.get(worker.run.remote(row_of(refs[:BATCH])))
             before = settled_engine(settings)
             took_s = measured(name, work)
             forwards, rows, seconds = np.subtract(settled_engine(settings), before)
