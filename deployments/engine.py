@@ -242,7 +242,9 @@ class Engine:
             self._advance(running[first : first + self._max_rows])
         parts = [part for active in self._active for part in _take(active)]
         finished = [active for active in self._active if active.row.done]
-        if finished:
+        if len(finished) == len(self._active):
+            self._active = []
+        elif finished:
             self._active = [active for active in self._active if not active.row.done]
         if parts or finished:
             self._decoder.submit(self._finish, parts, finished)
@@ -342,8 +344,9 @@ class Engine:
                 self._settle(active.job, active.index, ChunkFailed(_reason(frames)))
                 continue
             active.frames.append(frames)
-            active.traces.append(getattr(part.content, "traces", ()))
-            active.keep_traces = getattr(part.content, "keep_traces", 0)
+            is_whole = part.content is active.row
+            active.traces.append(() if is_whole else getattr(part.content, "traces", ()))
+            active.keep_traces = 0 if is_whole else getattr(part.content, "keep_traces", 0)
             if active.job.on_piece is not None:
                 self._encoders.submit(self._present_piece, part, frames)
         for active in finished:

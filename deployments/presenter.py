@@ -42,7 +42,7 @@ class Presenter:
         self, row: ChunkRow, frames: Frames, traces: tuple[tuple[bytes, ...], ...] = (), keep_traces: int = 0
     ) -> ChunkDone:
         """`frames` uint8 (n, H, W, 3), those after the row's start frame; `traces` as in `ChunkDone`."""
-        shown = [row.start_frame, *frames] if row.chunk == 0 else list(frames)
+        shown = [] if row.form == "none" else [row.start_frame, *frames] if row.chunk == 0 else list(frames)
         video, pictures, raw = b"", tuple[bytes, ...](), None
         match row.form:
             case "h264":
