@@ -26,7 +26,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from sqlalchemy import Engine, event
+from sqlalchemy import Engine
 
 from benchmarks.ledger import database, make_wallets, version
 from billing.commands import CustomerId, KeyId, RequestId, Reserve, Reserved, Settle, Settled
@@ -36,6 +36,7 @@ from billing.invariants import audit
 from billing.ledger import Ledger
 from billing.money import Mils
 from billing.reader import LedgerReader
+from billing.store import WriterConnection
 
 BATCH = 8
 FRAMES, RATE = 49, Mils(5)
@@ -104,7 +105,14 @@ def arm(engine: Engine, point: str, countdown: int) -> None:
 
     if point in ("statement", "frozen inside"):
         kind = signal.SIGKILL if point == "statement" else signal.SIGSTOP
-        event.listen(engine, "after_cursor_execute", lambda *_: strike(kind))
+        execute = WriterConnection.execute
+
+        def execute_and_strike(connection: WriterConnection, statement: str, parameters: Any = ()) -> Any:
+            answer = execute(connection, statement, parameters)
+            strike(kind)
+            return answer
+
+        WriterConnection.execute = execute_and_strike  # type: ignore[method-assign]
     else:
         engine.dialect.do_commit = around  # type: ignore[method-assign]
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from threading import Lock
 
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Engine
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
 
 from billing import store
@@ -26,10 +26,6 @@ class _MoneyRefused(Exception):
     def __init__(self, outcome: Outcome) -> None:
         super().__init__(outcome)
         self.outcome = outcome
-
-
-def _with_money(command: Command) -> tuple[Command, ...]:
-    return (command, *command.money) if isinstance(command, PaymentCommand) else (command,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +54,11 @@ class Ledger:
         takeover_grace_s: float = 30.0,
         on_commit: Callable[[Commit], None] = lambda _: None,
     ) -> None:
-        self._engine = writer(engine)
+        self._connection = store.WriterConnection(writer(engine))
+        driver = engine.dialect.loaded_dbapi
+        self._refusals = (IntegrityError, DataError, driver.IntegrityError, driver.DataError)
+        """SQLAlchemy's and the driver's."""
+        self._failures = (DBAPIError, driver.Error)
         self._clock = clock
         self._takeover_grace_s = takeover_grace_s
         self._on_commit = on_commit
@@ -79,14 +79,19 @@ class Ledger:
         with self._turn:
             now = self._clock()
             try:
-                with self._engine.begin() as connection:
-                    epoch = store.take_fence(connection, now)
-                    store.extend_open_leases(connection, until=now + self._takeover_grace_s)
-                    newest_ts = store.newest_ts(connection)
-            except DBAPIError as error:
-                raise LedgerUnavailable(f"the database failed during take-over: {error.orig}") from error
+                with self._connection.transaction(runs_ahead=False):
+                    epoch = store.take_fence(self._connection, now)
+                    store.extend_open_leases(self._connection, until=now + self._takeover_grace_s)
+                    newest_ts = store.newest_ts(self._connection)
+            except self._failures as error:
+                raise LedgerUnavailable(f"the database failed during take-over: {_said(error)}") from error
             self._epoch, self._newest_ts, self._book = epoch, newest_ts, Book()
             return epoch
+
+    def close(self) -> None:
+        """Give its connection back. It may still be used, and takes one again."""
+        with self._turn:
+            self._connection.close()
 
     def apply(self, commands: Sequence[Command]) -> list[Outcome]:
         """Carry out the commands in order, all in one transaction; answers come back in the same order.
@@ -111,21 +116,19 @@ class Ledger:
         with self._turn:
             try:
                 return self._commit(commands)
-            except (IntegrityError, DataError, _MoneyRefused):
+            except (*self._refusals, _MoneyRefused):
                 return [self._commit_alone(command) for command in commands]
 
     def _commit_alone(self, command: Command) -> Outcome:
         try:
             return self._commit([command])[0]
-        except (IntegrityError, DataError) as error:
-            return Rejected(f"the database refused it: {str(error.orig).splitlines()[0]}")
+        except self._refusals as error:
+            return Rejected(f"the database refused it: {_said(error).splitlines()[0]}")
         except _MoneyRefused as error:
             return Rejected(f"the money of a payment was refused: {error.outcome}")
 
-    def _decide(self, connection: Connection, book: Book, command: Command) -> Outcome:
-        if not isinstance(command, PaymentCommand):
-            return decide(book, command)
-        refused = records.refuse(connection, command)
+    def _pay(self, book: Book, command: PaymentCommand) -> Outcome:
+        refused = records.refuse(self._connection.sqlalchemy, command)
         if refused is not None:
             return refused
         for money in command.money:
@@ -133,26 +136,34 @@ class Ledger:
             if not isinstance(outcome, Credited | Reversed | CreditLineSet):
                 # What was decided before it must not stay: this batch is given up, and each command gets its own.
                 raise _MoneyRefused(outcome)
-        return records.carry_out(connection, command, book.ts, book.wallets)
+        return records.carry_out(self._connection.sqlalchemy, command, book.ts, book.wallets)
 
     def _commit(self, commands: Sequence[Command]) -> list[Outcome]:
         started = time.perf_counter()
         now = self._clock()
         ts = max(now, self._newest_ts)  # a clock that steps back must not put a refund before its debit
         book, self._book = self._book, Book()  # whatever fails below, its picture of the database is not used again
+        connection = self._connection
+        payments = [command for command in commands if isinstance(command, PaymentCommand)]
+        money = [each for command in payments for each in command.money]
+        expected = (*self._refusals, _MoneyRefused, Fenced)
         try:
-            with self._engine.begin() as connection:
-                current_epoch = store.read_fence(connection)
+            with connection.transaction(*expected, runs_ahead=not payments):
+                read_fence = store.ask_fence(connection)
+                book.begin(now, ts, self._epoch)
+                store.load(connection, [*commands, *money], book)
+                current_epoch = read_fence()
                 if self._epoch == 0 or current_epoch != self._epoch:
                     raise Fenced(self._epoch, current_epoch)
-                book.begin(now, ts, self._epoch)
-                store.load(connection, [each for command in commands for each in _with_money(command)], book)
-                outcomes = [self._decide(connection, book, command) for command in commands]
+                outcomes = [
+                    self._pay(book, command) if isinstance(command, PaymentCommand) else decide(book, command)
+                    for command in commands
+                ]
                 store.write(connection, book)
-        except (IntegrityError, DataError, _MoneyRefused):
+        except expected:
             raise
-        except DBAPIError as error:
-            raise LedgerUnavailable(f"the database failed during a commit: {error.orig}") from error
+        except self._failures as error:
+            raise LedgerUnavailable(f"the database failed during a commit: {_said(error)}") from error
         self._newest_ts = ts
         commit = _commit_of(book, len(commands), time.perf_counter() - started)
         book.committed()
@@ -160,6 +171,11 @@ class Ledger:
         assert len(outcomes) == len(commands)
         self._on_commit(commit)
         return outcomes
+
+
+def _said(error: Exception) -> str:
+    """The driver's own words."""
+    return str(error.orig if isinstance(error, DBAPIError) else error)
 
 
 def _commit_of(book: Book, num_commands: int, took_s: float) -> Commit:

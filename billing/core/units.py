@@ -1,6 +1,7 @@
 """Provisioned units: sold by the month, charged once for each, and the frames that they pay for."""
 
 from datetime import UTC, datetime
+from functools import lru_cache
 
 from billing.commands import (
     CustomerId,
@@ -16,8 +17,9 @@ from billing.keys import unit_charge_id
 from billing.money import Mils
 
 
+@lru_cache(maxsize=8)
 def period_of(ts: float) -> str:
-    """The month of UTC."""
+    """The month of UTC. A batch asks for the same moment's again and again."""
     return datetime.fromtimestamp(ts, UTC).strftime("%Y-%m")
 
 

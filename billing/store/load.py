@@ -1,11 +1,10 @@
 """Loads what a batch of commands can see and the book does not know yet."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, assert_never
 
-from sqlalchemy import ColumnElement, Connection, and_, bindparam, case, exists, func, select, text, tuple_
+from sqlalchemy import and_, bindparam, case, exists, func, select, text
 
 from billing.commands import (
     AddPrice,
@@ -51,8 +50,9 @@ from billing.core.keys import DAY_S
 from billing.core.reservations import KEY_MEMORY_S, MAX_FORGOTTEN_PER_SWEEP
 from billing.core.units import period_of
 from billing.keys import initial_grant_id
+from billing.store.connection import WriterConnection
 from billing.store.rows import key_of, reservation_of
-from billing.store.sql import AnyRow, ByText, by
+from billing.store.sql import Query, by
 from billing.tables import (
     api_key,
     budget_use,
@@ -77,8 +77,6 @@ from billing.tables import (
 
 NEVER = "9999-12"
 """After every month that there is."""
-MAX_IDS_PER_QUERY = 500
-"""Longer lists are asked for in parts; both databases bound the parameters of one statement."""
 
 MAX_EXAMINED_PER_PAYLOAD = 100
 """A request without an idempotency key is compared with so many of the newest that had the same payload."""
@@ -129,17 +127,18 @@ _RESERVATIONS = (
 _KEYS_BY_ID = by(_KEYS, api_key.c.key_id)
 _KEYS_BY_SHA256 = by(_KEYS, api_key.c.sha256)
 _RESERVATIONS_BY_ID = by(_RESERVATIONS, reservation.c.request_id)
-_RUN_OUT = _RESERVATIONS.where(reservation.c.state == "open", reservation.c.lease_until <= bindparam("now"))
+_RUN_OUT = Query(_RESERVATIONS.where(reservation.c.state == "open", reservation.c.lease_until <= bindparam("now")))
 _of_team = membership.alias("of_team")
 _WALLETS = select(
     wallet,
     membership.c.parent_id,
     membership.c.cap_mils,
     membership.c.cap_period,
-    exists().where(_of_team.c.parent_id == wallet.c.customer_id),
+    exists().where(_of_team.c.parent_id == wallet.c.customer_id).label("has_members"),
     select(func.coalesce(func.max(credit_line.c.seq), 0))
     .where(credit_line.c.customer_id == wallet.c.customer_id)
-    .scalar_subquery(),
+    .scalar_subquery()
+    .label("line_seq"),
 ).outerjoin(membership, membership.c.customer_id == wallet.c.customer_id)
 _WALLETS_BY_ID = by(_WALLETS, wallet.c.customer_id)
 _WALLETS_BY_NAME = by(_WALLETS, wallet.c.name)
@@ -164,7 +163,7 @@ _TRANSFERS = by(
     transfer.c.transfer_id,
 )
 _STATEMENTS = by(select(statement).order_by(statement.c.number), statement.c.customer_id)
-_SUMS = (
+_SUMS = Query(
     select(entry.c.kind, func.sum(entry.c.amount).label("total"))
     .where(entry.c.customer_id == bindparam("customer_id"), entry.c.seq > bindparam("after"))
     .group_by(entry.c.kind)
@@ -210,7 +209,7 @@ _PROVISIONS = by(
     provision.c.customer_id,
 )
 _later = provision.alias("later")
-_UNITS_DUE = (
+_UNITS_DUE = Query(
     select(provision.c.customer_id)
     .where(provision.c.from_period <= bindparam("period"), provision.c.units > 0)
     .where(
@@ -238,7 +237,12 @@ _PAYMENTS = by(
     payment.c.source,
 )
 _EVENTS = by(select(payment_event.c.event_id), payment_event.c.event_id)
-_SUBMISSIONS = select(submission)
+_SUBMISSIONS_BY_ID = by(select(submission), submission.c.request_id)
+_SUBMISSIONS_BY_KEY = by(
+    select(submission).where(submission.c.released_at.is_(None), submission.c.idempotency_key != text("''")),
+    submission.c.customer_id,
+    submission.c.idempotency_key,
+)
 _SUBMISSION_COLUMNS = ", ".join(map(str, submission.c))
 # Of each customer, payload and moment, the newest request that is open, or delivered something and was settled since,
 # among the newest of that payload; a scalar subquery, since SQLite knows no LATERAL.
@@ -256,7 +260,7 @@ _NEWEST_OF_PAYLOAD = """
       ) AS request_id FROM ({wanted}) AS wanted
     ) AS found JOIN submission ON submission.request_id = found.request_id
 """
-_BY_PAYLOAD = ByText(
+_BY_PAYLOAD = Query(
     text(
         _NEWEST_OF_PAYLOAD.format(
             columns=_SUBMISSION_COLUMNS,
@@ -271,8 +275,9 @@ _BY_PAYLOAD = ByText(
             " FROM json_array_elements(CAST(:wanted AS json))",
         )
     ),
+    submission.c.keys(),
 )
-_FORGETTABLE = (
+_FORGETTABLE = Query(
     select(submission)
     .join(reservation, reservation.c.request_id == submission.c.request_id)
     .where(reservation.c.settled_at <= bindparam("before"), submission.c.created_at <= bindparam("before"))
@@ -281,7 +286,7 @@ _FORGETTABLE = (
 )
 
 
-def load(connection: Connection, commands: Sequence[Command], book: Book) -> None:
+def load(connection: WriterConnection, commands: Sequence[Command], book: Book) -> None:
     """Whatever these commands can read or change and the book does not know yet."""
     key_ids: set[str] = set()
     sha256s: set[str] = set()
@@ -369,54 +374,46 @@ def load(connection: Connection, commands: Sequence[Command], book: Book) -> Non
             case _:
                 assert_never(command)
 
-    is_sqlite = connection.dialect.name == "sqlite"
-
-    def among(statement: ByText, wanted: Iterable[Any], add: Callable[[AnyRow], None], **parameters: object) -> None:
+    def among(query: Query, wanted: Iterable[Any], add: Callable[[Any], None], **parameters: object) -> None:
         if ids := sorted(wanted):
-            values = {"wanted": json.dumps(ids), **parameters}
-            for row in connection.execute(statement.sqlite if is_sqlite else statement.postgresql, values):
+            for row in query(connection, wanted=json.dumps(ids), **parameters):
                 add(row)
 
-    def fetch(statement: Any, column: ColumnElement[Any], wanted: set[Any], add: Callable[[AnyRow], None]) -> None:
-        for part in _parts(wanted):
-            for row in connection.execute(statement.where(column.in_(part))):
-                add(row)
-
-    def add_key(row: AnyRow) -> None:
+    def add_key(row: Any) -> None:
         book.add_key(key_of(row))
         customer_ids.add(row.customer_id)
 
-    def add_wallet(row: AnyRow) -> None:
+    def add_wallet(row: Any) -> None:
         book.add_wallet(Wallet(*row))
         if row.parent_id is not None:
             parent_ids.add(row.parent_id)
 
-    def add_reservation(row: AnyRow) -> None:
+    def add_reservation(row: Any) -> None:
         if row.request_id not in book.reservations:
             book.reservations[row.request_id] = reservation_of(row)
             if row.state == "settled":
                 book.passing.append(row.request_id)
         customer_ids.add(row.customer_id)
 
-    def add_price(row: AnyRow) -> None:
+    def add_price(row: Any) -> None:
         book.prices.setdefault((row.model, row.customer_id), []).append(PriceRow(*row))
 
-    def add_provision(row: AnyRow) -> None:
+    def add_provision(row: Any) -> None:
         book.provisions.setdefault((row.customer_id, row.model), []).append(ProvisionRow(*row))
 
-    def add_allotment(row: AnyRow) -> None:
+    def add_allotment(row: Any) -> None:
         allotment = Allotment(*row)
         book.allotments.setdefault((allotment.customer_id, allotment.model, allotment.period), allotment)
 
-    def add_drawn(row: AnyRow) -> None:
+    def add_drawn(row: Any) -> None:
         book.drawn[row.customer_id][row.day] = int(row.drawn)
 
-    def add_statement(row: AnyRow) -> None:
+    def add_statement(row: Any) -> None:
         closed = StatementRow(*row)
         book.statements[closed.customer_id, closed.period] = closed
         book.unbilled[closed.customer_id] = Unbilled(closed, {})
 
-    def add_payment(row: AnyRow) -> None:
+    def add_payment(row: Any) -> None:
         book.payments[row.source] = Payment(*row)
         customer_ids.add(row.customer_id)
 
@@ -435,7 +432,7 @@ def load(connection: Connection, commands: Sequence[Command], book: Book) -> Non
             since=int(book.ts // DAY_S) - 31,
         )
 
-    def add_submission(row: AnyRow) -> None:
+    def add_submission(row: Any) -> None:
         book.add_submission(Submission(*row))
         request_ids.add(row.request_id)
 
@@ -445,18 +442,18 @@ def load(connection: Connection, commands: Sequence[Command], book: Book) -> Non
         for command in commands:  # a key may be made and used in one batch
             if isinstance(command, CreateKey) and command.customer_name in book.customer_by_name:
                 owners.setdefault(command.key_id, book.customer_by_name[command.customer_name])
-        _load_submissions(owners, recognised, book.ts, among, fetch, add_submission)
+        _load_submissions(owners, recognised, book.ts, among, add_submission)
     if expires:
-        for row in connection.execute(_FORGETTABLE, {"before": book.now - KEY_MEMORY_S}):
+        for row in _FORGETTABLE(connection, before=book.now - KEY_MEMORY_S):
             add_submission(row)
     among(_RESERVATIONS_BY_ID, request_ids - book.reservations.keys(), add_reservation)
     if expires:
-        for row in connection.execute(_RUN_OUT, {"now": book.now}):
+        for row in _RUN_OUT(connection, now=book.now):
             add_reservation(row)
     among(_QUOTES, quote_ids, lambda row: book.quotes.update({row.quote_id: QuoteRow(*row)}))
     among(_PRICES, models, add_price)
     if charges_units:
-        provisioned.update(connection.scalars(_UNITS_DUE, {"period": period_of(book.ts)}))
+        provisioned.update(row.customer_id for row in _UNITS_DUE(connection, period=period_of(book.ts)))
         customer_ids.update(provisioned)
     among(_PROVISIONS, provisioned, add_provision)
     among(_PAYMENTS, sources, add_payment)
@@ -488,7 +485,7 @@ def load(connection: Connection, commands: Sequence[Command], book: Book) -> Non
         for customer_id in closing:
             unbilled = book.unbilled.setdefault(CustomerId(customer_id), Unbilled(None, {}))
             after = 0 if unbilled.last is None else unbilled.last.to_seq
-            for row in connection.execute(_SUMS, {"customer_id": customer_id, "after": after}):
+            for row in _SUMS(connection, customer_id=customer_id, after=after):
                 unbilled.sums[row.kind] = int(row.total)
 
 
@@ -497,11 +494,10 @@ def _load_submissions(
     commands: Sequence[Reserve],
     ts: float,
     among: Callable[..., None],
-    fetch: Callable[[Any, ColumnElement[Any], set[Any], Callable[[AnyRow], None]], None],
-    add: Callable[[AnyRow], None],
+    add: Callable[[Any], None],
 ) -> None:
     """Those that the commands may repeat."""
-    fetch(_SUBMISSIONS, submission.c.request_id, {command.request_id for command in commands}, add)
+    among(_SUBMISSIONS_BY_ID, {command.request_id for command in commands}, add)
     by_key, by_payload = set(), set()
     for command in commands:
         customer_id = owners.get(command.key_id)
@@ -511,12 +507,5 @@ def _load_submissions(
             by_key.add((customer_id, command.idempotency_key))
         elif command.dedupe_window_s:
             by_payload.add((customer_id, command.payload_sha256, ts - command.dedupe_window_s))
-    held = _SUBMISSIONS.where(submission.c.released_at.is_(None), submission.c.idempotency_key != "")
-    fetch(held, tuple_(submission.c.customer_id, submission.c.idempotency_key), by_key, add)
+    among(_SUBMISSIONS_BY_KEY, by_key, add)
     among(_BY_PAYLOAD, by_payload, add, examined=MAX_EXAMINED_PER_PAYLOAD)
-
-
-def _parts(wanted: Iterable[Any]) -> Iterator[list[Any]]:
-    ids = iter(sorted(wanted))
-    while part := list(islice(ids, MAX_IDS_PER_QUERY)):
-        yield part

@@ -4,10 +4,9 @@ from typing import Any
 
 from billing.commands import NO_TERMS, KeyTerms
 from billing.core.book import ZERO, Key, Payment, Reservation, Submission, Wallet
-from billing.store.sql import AnyRow
 
 
-def key_of(row: AnyRow) -> Key:
+def key_of(row: Any) -> Key:
     return Key(
         key_id=row.key_id,
         sha256=row.sha256,
@@ -39,7 +38,7 @@ def terms_of(row: Any) -> KeyTerms:
     )
 
 
-def reservation_of(row: AnyRow) -> Reservation:
+def reservation_of(row: Any) -> Reservation:
     return Reservation(
         request_id=row.request_id,
         customer_id=row.customer_id,

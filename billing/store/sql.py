@@ -1,31 +1,75 @@
 """Statements of constant text for any number of rows, so that each is prepared once, on both databases."""
 
 import json
-from collections.abc import Sequence
+from collections import namedtuple
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-from sqlalchemy import Column, Connection, Row, Select, Table, text
+from sqlalchemy import ColumnElement, Select, Table, text
 
+from billing.store.connection import WriterConnection
 from billing.tables import INT64, SECONDS, billing_metadata
 
-AnyRow = Row[*tuple[Any, ...]]
+
+class Query:
+    """A statement with named parameters, made into text when it is first asked."""
+
+    def __init__(self, sqlite: Any, postgresql: Any = None, columns: Sequence[str] = ()) -> None:
+        """`columns` are for a statement that is text; any other knows them."""
+        self._statements = {True: sqlite, False: sqlite if postgresql is None else postgresql}
+        self._columns = columns
+        self._texts: dict[bool, _Text] = {}
+
+    def __call__(self, connection: WriterConnection, **values: Any) -> Iterator[Any]:
+        """Rows that know their columns' names."""
+        text = self._texts.get(connection.is_sqlite) or self._compile(connection)
+        return text.rows(connection, values)
+
+    def _compile(self, connection: WriterConnection) -> "_Text":
+        statement = self._statements[connection.is_sqlite]
+        compiled = statement.compile(dialect=connection.dialect)
+        columns = self._columns or [column.name for column in statement.exported_columns]
+        made = _Text(
+            str(compiled),
+            compiled.positiontup,
+            {name: bound.value for name, bound in compiled.binds.items()},
+            namedtuple("Row", columns, rename=True),
+        )
+        self._texts[connection.is_sqlite] = made
+        return made
 
 
 @dataclass(frozen=True, slots=True)
-class ByText:
-    """A query for the rows whose `column` is in `wanted`, a JSON array: constant text, so it is prepared once."""
+class _Text:
+    statement: str
+    order: Sequence[str] | None
+    """Of its parameters, by name; None where the driver knows names."""
+    constants: dict[str, Any]
+    row: Any
 
-    sqlite: Any
-    postgresql: Any
+    def rows(self, connection: WriterConnection, values: dict[str, Any]) -> Iterator[Any]:
+        named = self.constants | values
+        parameters = named if self.order is None else [named[name] for name in self.order]
+        return map(self.row._make, connection.execute(self.statement, parameters))
 
 
-def by(statement: Select[Any], column: Column[str]) -> ByText:
+def by(statement: Select[Any], *columns: ColumnElement[str]) -> Query:
+    """For the rows whose columns are among `wanted`: a JSON array of texts, or of arrays for several columns."""
     # As text: SQLAlchemy's `in_` would put parentheses around the query, which makes it a single value.
-    return ByText(
-        statement.where(text(f"{column} IN (SELECT value FROM json_each(:wanted))")),  # noqa: S608 - our own name
-        statement.where(text(f"{column} IN (SELECT json_array_elements_text(CAST(:wanted AS json)))")),
+    if len(columns) == 1:
+        return Query(
+            statement.where(text(f"{columns[0]} IN (SELECT value FROM json_each(:wanted))")),  # noqa: S608 - our own name
+            statement.where(text(f"{columns[0]} IN (SELECT json_array_elements_text(CAST(:wanted AS json)))")),
+        )
+    names = ", ".join(map(str, columns))
+    values = ", ".join(f"value ->> {position}" for position in range(len(columns)))
+    return Query(
+        statement.where(text(f"({names}) IN (SELECT {values} FROM json_each(:wanted))")),  # noqa: S608 - our own names
+        statement.where(
+            text(f"({names}) IN (SELECT {values} FROM json_array_elements(CAST(:wanted AS json)))")  # noqa: S608
+        ),
     )
 
 
@@ -47,19 +91,19 @@ class Write:
     """For that many rows, the largest number first."""
     postgresql: str
 
-    def __call__(self, connection: Connection, rows: list[tuple[Any, ...]]) -> None:
+    def __call__(self, connection: WriterConnection, rows: Sequence[tuple[Any, ...]]) -> None:
         if not rows:
             return
-        if connection.dialect.name != "sqlite":
-            connection.exec_driver_sql(self.postgresql, tuple(map(_array, zip(*rows, strict=True))))
+        if not connection.is_sqlite:
+            connection.execute(self.postgresql, tuple(map(_array, zip(*rows, strict=True))))
             return
         done = 0
         for size, statement in self.sqlite_blocks:
             while len(rows) - done >= size:
-                connection.exec_driver_sql(statement, tuple(chain.from_iterable(rows[done : done + size])))
+                connection.execute(statement, tuple(chain.from_iterable(rows[done : done + size])))
                 done += size
         if done < len(rows):
-            connection.exec_driver_sql(self.sqlite, rows[done:])
+            connection.executemany(self.sqlite, rows[done:])
 
 
 def _array(column: Sequence[Any]) -> str:

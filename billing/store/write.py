@@ -1,8 +1,7 @@
 """Writes what a batch decided: one statement for each kind of row."""
 
-from sqlalchemy import Connection
-
 from billing.core.book import Book
+from billing.store.connection import WriterConnection
 from billing.store.rows import (
     key_row,
     payment_row,
@@ -75,7 +74,7 @@ _RELEASE = update_all(submission, "request_id", ("released_at",))
 _FORGET = delete_all(submission, "request_id")
 
 
-def write(connection: Connection, book: Book) -> None:
+def write(connection: WriterConnection, book: Book) -> None:
     """Write what the batch decided. Reservations go before the entries that point at them, entries before wallets."""
     new_wallets = {each.customer_id for each in book.new_wallets}
     new_keys = {each.key_id for each in book.new_keys}
@@ -108,17 +107,17 @@ def write(connection: Connection, book: Book) -> None:
     _FORGET(connection, [(request_id,) for request_id in book.forgotten])
     _RELEASE(connection, [(each.released_at, each.request_id) for each in book.released])
     _INSERT_SUBMISSIONS(connection, [submission_row(each) for each in book.new_submissions])
-    _INSERT_QUOTES(connection, book.new_quotes)  # type: ignore[arg-type]
-    _INSERT_BUDGET_EVENTS(connection, book.new_budget_events)  # type: ignore[arg-type]
-    _INSERT_PRICES(connection, book.new_prices)  # type: ignore[arg-type]
-    _INSERT_PROVISIONS(connection, book.new_provisions)  # type: ignore[arg-type]
-    _INSERT_CHARGES(connection, book.new_charges)  # type: ignore[arg-type]
-    _INSERT_USES(connection, book.new_uses)  # type: ignore[arg-type]
-    _INSERT_REVERSALS(connection, book.new_reversals)  # type: ignore[arg-type]
-    _INSERT_DEBTS(connection, book.new_debts)  # type: ignore[arg-type]
-    _INSERT_ENTRIES(connection, book.entries)  # type: ignore[arg-type]
+    _INSERT_QUOTES(connection, book.new_quotes)
+    _INSERT_BUDGET_EVENTS(connection, book.new_budget_events)
+    _INSERT_PRICES(connection, book.new_prices)
+    _INSERT_PROVISIONS(connection, book.new_provisions)
+    _INSERT_CHARGES(connection, book.new_charges)
+    _INSERT_USES(connection, book.new_uses)
+    _INSERT_REVERSALS(connection, book.new_reversals)
+    _INSERT_DEBTS(connection, book.new_debts)
+    _INSERT_ENTRIES(connection, book.entries)
     _write_payments(connection, book)
-    _INSERT_STATEMENTS(connection, book.new_statements)  # type: ignore[arg-type]
+    _INSERT_STATEMENTS(connection, book.new_statements)
     _MOVE_WALLETS(
         connection,
         [
@@ -137,20 +136,20 @@ def write(connection: Connection, book: Book) -> None:
     )
 
 
-def _write_accounts(connection: Connection, book: Book) -> None:
+def _write_accounts(connection: WriterConnection, book: Book) -> None:
     """Before the entries: they need a line to go below zero, and a transfer to move within a team."""
-    _INSERT_LINES(connection, book.new_lines)  # type: ignore[arg-type]
+    _INSERT_LINES(connection, book.new_lines)
     lined = book.lined_wallets.values()
     _DRAW_LINES(connection, [(each.credit_limit, each.floor, each.customer_id) for each in lined])
     _PUT_MEMBERSHIPS(connection, list(book.memberships.values()))
     _INSERT_TRANSFERS(connection, [each[:6] for each in book.new_transfers])
 
 
-def _write_payments(connection: Connection, book: Book) -> None:
+def _write_payments(connection: WriterConnection, book: Book) -> None:
     """After the entries: a payment points at its credit."""
     payments = book.changed_payments.values()
     _INSERT_PAYMENTS(connection, [payment_row(each) for each in payments if each.is_new])
     _REVERSE_PAYMENTS(
         connection, [(each.reversed, each.reversal_seq, each.source) for each in payments if not each.is_new]
     )
-    _INSERT_PAYMENT_EVENTS(connection, book.new_events)  # type: ignore[arg-type]
+    _INSERT_PAYMENT_EVENTS(connection, book.new_events)

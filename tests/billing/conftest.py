@@ -10,10 +10,12 @@ import secrets
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+from weakref import WeakSet
 
 import pytest
 from sqlalchemy import Engine, create_engine, make_url
@@ -35,6 +37,7 @@ from billing.keys import mint_customer_id, mint_key_id, mint_request_id, mint_to
 from billing.ledger import Ledger
 from billing.money import Mils
 from billing.reader import LedgerReader
+from billing.store import WriterConnection
 
 DATABASES = ("sqlite", "postgresql")
 GRACE_S = 30.0
@@ -162,6 +165,26 @@ def empty_url(databases: Databases) -> Iterator[str]:
         yield url
 
 
+@contextmanager
+def told_of_statements(tell: Callable[[str, Any], None]) -> Iterator[None]:
+    """Tells of each statement that a writer has handed to its driver, with its parameters or its first row's."""
+    execute, executemany = WriterConnection.execute, WriterConnection.executemany
+
+    def execute_and_tell(connection: WriterConnection, statement: str, parameters: Any = ()) -> Any:
+        answer = execute(connection, statement, parameters)
+        tell(statement, parameters)
+        return answer
+
+    def executemany_and_tell(connection: WriterConnection, statement: str, rows: Any) -> None:
+        executemany(connection, statement, rows)
+        tell(statement, rows[0])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(WriterConnection, "execute", execute_and_tell)
+        patch.setattr(WriterConnection, "executemany", executemany_and_tell)
+        yield
+
+
 class Clock:
     """Stands still until a test moves it."""
 
@@ -195,6 +218,7 @@ class Desk:
     def __init__(self, engine: Engine, clock: Clock) -> None:
         self.engine = engine
         self.clock = clock
+        self._ledgers: WeakSet[Ledger] = WeakSet()
         self.ledger = self.new_ledger()
         self.reader = LedgerReader(engine)
 
@@ -202,7 +226,13 @@ class Desk:
         """Another writer, which fences the ones before it."""
         ledger = Ledger(self.engine, self.clock, takeover_grace_s=GRACE_S)
         ledger.take_over()
+        self._ledgers.add(ledger)
         return ledger
+
+    def close(self) -> None:
+        """Every writer's connection, also of those that nobody uses any more."""
+        for ledger in list(self._ledgers):
+            ledger.close()
 
     def do(self, command: Command) -> Outcome:
         [outcome] = self.ledger.apply([command])
@@ -271,5 +301,7 @@ class Desk:
 @pytest.fixture
 def desk(engine: Engine, clock: Clock) -> Iterator[Desk]:
     """Whatever a test did at the desk, every audit must be empty when it leaves."""
-    yield Desk(engine, clock)
+    desk = Desk(engine, clock)
+    yield desk
+    desk.close()
     assert audit(engine) == []

@@ -24,7 +24,7 @@ from billing.core import Book, reservations
 from billing.errors import Fenced
 from billing.keys import mint_request_id
 from billing.money import Mils
-from billing.store import load
+from billing.store import WriterConnection, load
 from billing.store.load import MAX_EXAMINED_PER_PAYLOAD
 from billing.tables import submission
 from tests.billing.conftest import Account, Clock, Desk
@@ -337,7 +337,8 @@ class TestPayloads:
         desk.ledger.apply([keyed(desk, account, f"key-{number}") for number in range(50)])
         book = Book()
         book.begin(clock.now, clock.now, 1)
-        with desk.engine.connect() as connection:
+        connection = WriterConnection(desk.engine)
+        with connection.transaction():
             load(connection, [unkeyed(desk, account)], book)
         assert len(book.submissions) == len(book.reservations) == 1
 

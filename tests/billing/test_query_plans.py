@@ -10,6 +10,7 @@ from billing.commands import CustomerId
 from billing.database import writer
 from billing.request_log import RequestFilter, RequestLog
 from billing.statements import Month, StatementReader
+from billing.store import WriterConnection
 from billing.store.sql import insert_all
 from billing.tables import api_key, entry, reservation, wallet
 from billing.usage import UsageReader
@@ -43,13 +44,15 @@ def busy(databases: Databases) -> Iterator[Engine]:
         work = (f"req_{each}", f"cus_{each % CUSTOMERS}", f"key_{each % CUSTOMERS}", 1, 5, 5, 5, 0, "settled", 0.0, "")
         requests.append((*work, float(each), each // CUSTOMERS, float(each), 0, "m", 1, 1, None))
     with databases.migrated() as engine:
-        with writer(engine).begin() as connection:
-            connection.execute(wallet.insert(), wallets)
+        connection = WriterConnection(writer(engine))
+        with connection.transaction(runs_ahead=False):
+            connection.sqlalchemy.execute(wallet.insert(), wallets)
             insert_all(entry)(connection, chains)
             insert_all(api_key)(connection, keys)
             insert_all(reservation)(connection, requests)
-        with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-            connection.execute(text("ANALYZE"))
+        connection.close()
+        with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as analysing:
+            analysing.execute(text("ANALYZE"))
         yield engine
 
 

@@ -1,10 +1,11 @@
 """One transaction per batch, one writer at a time, and nothing half done."""
 
+import contextlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, event
+from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError, OperationalError
 
 from billing import database, store
@@ -27,7 +28,8 @@ from billing.errors import Fenced, LedgerUnavailable
 from billing.invariants import audit
 from billing.ledger import Ledger
 from billing.money import Mils
-from tests.billing.conftest import Clock, Databases, Desk
+from billing.store import connection
+from tests.billing.conftest import Clock, Databases, Desk, told_of_statements
 
 
 class TestBatches:
@@ -108,16 +110,9 @@ class TestMemory:
 
     def statements(self, desk: Desk, commands: list[Command]) -> list[str]:
         seen: list[str] = []
-
-        def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
-            seen.append(statement.split()[0])
-
-        event.listen(desk.engine, "before_cursor_execute", note)
-        try:
+        with told_of_statements(lambda statement, _: seen.append(statement.split()[0])):
             desk.ledger.apply(commands)
-        finally:
-            event.remove(desk.engine, "before_cursor_execute", note)
-        return [word for word in seen if word != "BEGIN"]
+        return seen
 
     def test_a_batch_over_what_it_knows_is_two_questions_and_few_statements_per_kind_of_row(self, desk: Desk):
         accounts = [desk.account(100_000) for _ in range(10)]
@@ -220,17 +215,22 @@ class TestFencing:
         assert desk.balance(account) == 0
         assert len(desk.rows(account)) == 1 + 60
 
+    @pytest.mark.parametrize("runs_ahead", [True, False])
     @pytest.mark.parametrize("databases", ["postgresql"], indirect=True)
-    def test_a_writer_that_froze_inside_its_transaction_is_ended_by_the_server(self, desk: Desk):
+    def test_a_writer_that_froze_inside_its_transaction_is_ended_by_the_server(
+        self, desk: Desk, runs_ahead: bool, monkeypatch: pytest.MonkeyPatch
+    ):
+        monkeypatch.setattr(connection, "TRANSACTION_TIMEOUT_S", 1)
         account = desk.account(1000)
-        with writer(desk.engine).connect() as frozen:
-            frozen.exec_driver_sql("SET LOCAL idle_in_transaction_session_timeout = '200ms'")
-            assert store.read_fence(frozen) == 1
+        frozen = store.WriterConnection(writer(desk.engine))
+        lost = (desk.engine.dialect.loaded_dbapi.Error, DBAPIError)
+        with contextlib.suppress(*lost), frozen.transaction(runs_ahead=runs_ahead):
+            frozen.execute("SET LOCAL idle_in_transaction_session_timeout = '200ms'")
+            assert store.ask_fence(frozen)() == 1
             desk.ledger = desk.new_ledger()  # waits for the fence until the server ends the frozen session
             assert isinstance(desk.do(desk.reserve(account)), Reserved)
-            with pytest.raises(DBAPIError):
-                frozen.exec_driver_sql("SELECT 1")
-            frozen.invalidate()
+            frozen.execute("SELECT 1").fetchone()
+            pytest.fail("it went on")
 
     @pytest.mark.parametrize("databases", ["sqlite"], indirect=True)
     def test_a_locked_file_is_reported_and_the_same_commands_work_later(
@@ -278,14 +278,12 @@ class TestCrashes:
                 if statements == crash_after:
                     raise Crash
 
-            event.listen(desk.engine, "after_cursor_execute", count)
             try:
-                answers = desk.ledger.apply(commands)
+                with told_of_statements(count):
+                    answers = desk.ledger.apply(commands)
                 break
             except Crash:
                 survived += 1
-            finally:
-                event.remove(desk.engine, "after_cursor_execute", count)
             assert desk.rows(account) == before
             assert desk.reader.reservation(request.request_id) is None
             assert desk.reader.customer("bob") is None

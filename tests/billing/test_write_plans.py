@@ -3,14 +3,13 @@
 from typing import Any
 
 import pytest
-from sqlalchemy import event, text
+from sqlalchemy import text
 
 from billing.commands import Heartbeat, Settle
-from billing.store import read_fence
-from tests.billing.conftest import Desk
+from billing.store import WriterConnection, ask_fence
+from tests.billing.conftest import Desk, told_of_statements
 
-FOREIGN_KEYS = text(
-    """
+FOREIGN_KEYS = """
     SELECT conname,
       ARRAY(SELECT attname FROM unnest(confkey) WITH ORDINALITY AS key (number, place)
         JOIN pg_attribute ON attrelid = confrelid AND attnum = number ORDER BY place),
@@ -18,7 +17,6 @@ FOREIGN_KEYS = text(
         JOIN pg_attribute ON attrelid = confrelid AND attnum = number ORDER BY place)
     FROM pg_constraint WHERE contype = 'f' AND confrelid = 'reservation'::regclass
     """
-)
 
 
 @pytest.fixture(params=["young", "settled", "analysed"])
@@ -46,25 +44,22 @@ def test_a_batch_finds_its_requests_by_their_ids(desk: Desk) -> None:
     ]
     asked: list[tuple[str, Any]] = []
 
-    def listen(_c: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
+    def tell(statement: str, parameters: Any) -> None:
         if "reservation" in statement:
-            asked.append((statement, parameters[0] if isinstance(parameters, list) else parameters))
+            asked.append((statement, parameters))
 
     successor = desk.new_ledger()  # it has everything yet to read
-    event.listen(desk.engine, "before_cursor_execute", listen)
-    try:
+    with told_of_statements(tell):
         successor.apply(commands)
-    finally:
-        event.remove(desk.engine, "before_cursor_execute", listen)
     wanted = ("SELECT", "INSERT INTO reservation", "UPDATE reservation SET lease", "UPDATE reservation SET captured")
     for kind in wanted:
         assert any(statement.startswith(kind) for statement, _ in asked), kind
     explain = "EXPLAIN QUERY PLAN " if desk.engine.dialect.name == "sqlite" else "EXPLAIN "
-    with desk.engine.connect() as connection:
-        read_fence(connection)
+    connection = WriterConnection(desk.engine)
+    with connection.transaction():
+        ask_fence(connection)
         for statement, parameters in asked:
-            rows = connection.exec_driver_sql(explain + statement, parameters)
-            plan = "\n".join(str(row[-1]) for row in rows)
+            plan = "\n".join(str(row[-1]) for row in connection.execute(explain + statement, parameters))
             assert "ix_reservation" not in plan, f"{statement}\n{plan}"
 
 
@@ -72,15 +67,16 @@ def test_a_foreign_key_finds_its_request_by_the_id(desk: Desk) -> None:
     """SQLite uses the key's own index and no other; PostgreSQL plans the query that is put here."""
     if desk.engine.dialect.name == "sqlite":
         return
-    with desk.engine.connect() as connection:
-        keys = connection.execute(FOREIGN_KEYS).all()
+    connection = WriterConnection(desk.engine)
+    with connection.transaction(runs_ahead=False):
+        keys = connection.execute(FOREIGN_KEYS).fetchall()
         assert "fk_entry_reservation" in {key[0] for key in keys}
-        read_fence(connection)
-        connection.execute(text("SET LOCAL plan_cache_mode = force_generic_plan"))
+        ask_fence(connection)
+        connection.execute("SET LOCAL plan_cache_mode = force_generic_plan")
         for name, columns, types in keys:
             found = " AND ".join(f"{column} = ${place}" for place, column in enumerate(columns, 1))
             look_up = f"SELECT 1 FROM ONLY reservation x WHERE {found} FOR KEY SHARE OF x"
-            connection.exec_driver_sql(f"PREPARE {name} ({', '.join(types)}) AS {look_up}")
+            connection.execute(f"PREPARE {name} ({', '.join(types)}) AS {look_up}")
             nothing = ", ".join(["NULL"] * len(types))
-            plan = "\n".join(connection.exec_driver_sql(f"EXPLAIN EXECUTE {name} ({nothing})").scalars())
+            plan = "\n".join(row[0] for row in connection.execute(f"EXPLAIN EXECUTE {name} ({nothing})"))
             assert "ix_reservation" not in plan, f"{look_up}\n{plan}"

@@ -25,6 +25,10 @@ class FakeLedger:
         self.entered = threading.Semaphore(0)
         self.permits = threading.Semaphore(0)
         self.failure: BaseException | None = None
+        self.closed = False
+
+    def close(self) -> None:
+        self.closed = True
 
     def apply(self, commands: Sequence[Command]) -> list[Outcome]:
         self.entered.release()
@@ -91,6 +95,7 @@ def test_expired_leases_are_swept_without_any_traffic(
     writer.stop()
     assert ledger.batches[0] == [ExpireLeases(), ChargeUnits()]
     assert deaths == []
+    assert ledger.closed
 
 
 def test_a_ledger_that_raises_ends_the_writer_and_fails_who_waited(
