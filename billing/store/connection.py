@@ -42,8 +42,8 @@ class WriterConnection:
 
     @contextmanager
     def transaction(self, *expected: type[Exception], runs_ahead: bool = True) -> Iterator[None]:
-        """Committed at the end. After any failure but `expected` ones the connection is given up with it, since nobody
-        knows its state.
+        """Committed at the end. After a failure the connection goes back to the pool, or, unless it was an `expected`
+        one, is given up: nobody knows its state.
 
         One that runs ahead sends PostgreSQL its statements without waiting until an answer is looked at, or until the
         end of the block: so an error may come out of a later statement than the one at fault, but before COMMIT. While
@@ -54,10 +54,9 @@ class WriterConnection:
         try:
             with held.begin(), self._begun(runs_ahead):
                 yield
-        except expected:
-            raise
-        except BaseException:
-            held.invalidate()
+        except BaseException as error:
+            if not isinstance(error, expected):
+                held.invalidate()
             self.close()
             raise
         finally:

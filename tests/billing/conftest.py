@@ -43,6 +43,8 @@ DATABASES = ("sqlite", "postgresql")
 GRACE_S = 30.0
 
 _serial = itertools.count()
+_ledgers: WeakSet[Ledger] = WeakSet()
+"""Of every desk, for as long as they are there: each holds a connection."""
 
 
 class Databases:
@@ -74,6 +76,8 @@ class Databases:
         try:
             yield engine
         finally:
+            for ledger in list(_ledgers):  # a writer takes its connection again when it needs one
+                ledger.close()
             engine.dispose()
             self._drop(url)
 
@@ -218,7 +222,6 @@ class Desk:
     def __init__(self, engine: Engine, clock: Clock) -> None:
         self.engine = engine
         self.clock = clock
-        self._ledgers: WeakSet[Ledger] = WeakSet()
         self.ledger = self.new_ledger()
         self.reader = LedgerReader(engine)
 
@@ -226,13 +229,8 @@ class Desk:
         """Another writer, which fences the ones before it."""
         ledger = Ledger(self.engine, self.clock, takeover_grace_s=GRACE_S)
         ledger.take_over()
-        self._ledgers.add(ledger)
+        _ledgers.add(ledger)
         return ledger
-
-    def close(self) -> None:
-        """Every writer's connection, also of those that nobody uses any more."""
-        for ledger in list(self._ledgers):
-            ledger.close()
 
     def do(self, command: Command) -> Outcome:
         [outcome] = self.ledger.apply([command])
@@ -301,7 +299,5 @@ class Desk:
 @pytest.fixture
 def desk(engine: Engine, clock: Clock) -> Iterator[Desk]:
     """Whatever a test did at the desk, every audit must be empty when it leaves."""
-    desk = Desk(engine, clock)
-    yield desk
-    desk.close()
+    yield Desk(engine, clock)
     assert audit(engine) == []

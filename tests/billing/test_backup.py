@@ -67,6 +67,7 @@ def test_a_backup_taken_under_writes_restores_to_a_ledger_that_goes_on(
         assert settled.captured_mils == 245
         assert isinstance(again, Reserved)
         assert audit(restored) == []
+        ledger.close()
         restored.dispose()
 
 
