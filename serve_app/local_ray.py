@@ -16,6 +16,8 @@ RAY_ENVIRONMENT = {
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve_app.send_window:proxy_middlewares",
     # Serve looks at its replicas ten times a second otherwise, which is half of what an idle cluster costs.
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.25",
+    # Ray runs its workers at nice 15: whatever else this machine does would come before the service.
+    "RAY_worker_niceness": "0",
 }
 
 
