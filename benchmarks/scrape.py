@@ -27,12 +27,13 @@ from tests.support.cluster import ROOT, Cluster, free_port, running_cluster
 from tests.support.payloads import actions, npy, png
 
 ONLY_WITH_PAYMENTS = {"dream_stripe_difference_cents", "dream_stripe_inbox_age_seconds"}
-ONLY_IN_TROUBLE = {
-    "dream_engine_bisections_total",
-    "dream_engine_out_of_memory_total",
-    "dream_engine_rows_failed_total",
-    "dream_scheduler_refusals_total",
+ONLY_WITH_CONTEXTS = {
+    "dream_context_cache_hits_total",
+    "dream_context_cache_misses_total",
+    "dream_context_cache_bytes",
 }
+ONLY_IN_TROUBLE = {"dream_scheduler_refusals_total"}
+NOT_HERE = ONLY_WITH_PAYMENTS | ONLY_WITH_CONTEXTS | ONLY_IN_TROUBLE
 FIRST_AUDITS_S = 60.0
 
 
@@ -52,7 +53,7 @@ def run(directory: Path) -> dict[str, Any]:
         files = {"start_frame": png(), "actions": npy(actions())}
         with cluster.http() as http:
             http.post("/v1/rollouts", files=files, data=form).raise_for_status()
-        expected = [each for each in METRICS if each.name not in ONLY_WITH_PAYMENTS | ONLY_IN_TROUBLE]
+        expected = [each for each in METRICS if each.name not in NOT_HERE]
         deadline = time.monotonic() + FIRST_AUDITS_S
         while True:
             names = {series["metric"]["__name__"] for series in ask('{job="dream-engine"}')}
