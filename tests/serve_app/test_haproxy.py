@@ -57,7 +57,7 @@ def listens(port: int) -> bool:
 
 
 def test_a_client_that_hangs_up_behind_a_large_body_is_seen_every_time(application: socket.socket, port: int) -> None:
-    """With splicing, HAProxy 2.8.25 missed 8 to 11 of 20."""
+    """Without `dream-haproxy`, HAProxy 2.8.25 missed 8 of 20 such."""
     head = f"POST /v1/predict HTTP/1.1\r\nhost: x\r\ncontent-length: {BODY_BYTES}\r\n\r\n".encode()
     for _ in range(RUNS):
         with socket.create_connection(("127.0.0.1", port)) as client:
