@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import contextvars
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Coroutine, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -24,6 +24,7 @@ from billing.prices import Priced
 from deployments.chunk_loop import ChunkPlan, streamed_chunks
 from deployments.errors import (
     EngineFailed,
+    LedgerUnavailable,
     ModelOverloaded,
     RolloutError,
     SessionBudgetSpent,
@@ -297,9 +298,9 @@ class Sessions:
             per_frames=request.price.per_frames,
             created_at=time.time(),
         )
-        if await self._directory.create.remote(record) == "too many":
-            raise SessionLimit()
         try:
+            if await self._directory.create.remote(record) == "too many":
+                raise SessionLimit()
             reserved = await self._reservations.reserve(
                 Reserve(
                     request_id=request.request_id,
@@ -325,12 +326,21 @@ class Sessions:
 
         Raises:
             SessionUnknown, SessionBusy: it cannot be connected to, or no longer.
+            asyncio.CancelledError: whoever asked has left; if it was connected to, it has been finished.
         """
+        connecting: asyncio.Task[Session] = self._spawn(self._connect(request_id, customer_id))
+        try:
+            return await asyncio.shield(connecting)
+        except asyncio.CancelledError:
+            self._spawn(self._finish_unread(connecting))
+            raise
+
+    async def _connect(self, request_id: RequestId, customer_id: CustomerId) -> Session:
         reserved = await self._reservations.record(request_id)
-        if reserved is None:
+        if reserved is None or self._draining:
             raise SessionUnknown()
         claimed = await self._directory.claim.remote(request_id, customer_id, self._owner)
-        if claimed == "unknown" or self._draining:
+        if claimed == "unknown":
             raise SessionUnknown()
         if claimed == "connected":
             raise SessionBusy()
@@ -345,7 +355,14 @@ class Sessions:
         session = Session(self._models[record.model], record, self._status, self.limits.idle_s)
         self._connected[request_id] = session
         self._spawn(self._end_when_told(session))
+        if self._draining:
+            session.end("restart")
         return session
+
+    async def _finish_unread(self, connecting: "asyncio.Task[Session]") -> None:
+        """Of a client that left while it was being connected."""
+        with contextlib.suppress(SessionUnknown, SessionBusy, RayActorError, LedgerUnavailable):
+            await self.finish(await connecting, "disconnected")
 
     async def finish(self, session: Session, reason: EndReason) -> Mils:
         """Settle what was streamed; the mils that it cost. Safe to be cancelled: the settlement goes on."""
@@ -441,7 +458,8 @@ class Sessions:
 
         self._spawn(forget())
 
-    def _spawn(self, work: Any) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, Any]) -> "asyncio.Task[Any]":
         task = asyncio.get_running_loop().create_task(work, context=self._context.copy())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task

@@ -122,10 +122,13 @@ class LocalModel:
 
 
 class _Method:
-    """`actor.method.remote(...)` on a plain object."""
+    """`actor.method.remote(...)` on a plain object: it is carried out whether or not its caller waits."""
 
     def __init__(self, method: Any) -> None:
-        self.remote = method
+        self._method = method
+
+    def remote(self, *arguments: Any) -> "asyncio.Future[Any]":
+        return asyncio.shield(asyncio.get_running_loop().create_task(self._method(*arguments)))
 
 
 class LocalActor:
