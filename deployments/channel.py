@@ -72,7 +72,10 @@ class Channel:
         self._connecting: asyncio.Task[_Calling] | None = None
 
     @property
-    def is_connected(self) -> bool:
+    def is_in_use(self) -> bool:
+        """Connected, or being connected."""
+        if self._connecting is not None and not self._connecting.done():
+            return True
         return self._connection is not None and not self._connection.is_lost
 
     async def call(self, method: str, *arguments: Any) -> Any:
@@ -95,14 +98,14 @@ class Channel:
             self._connection.close()
 
     async def _connected(self) -> "_Calling":
-        """All who wait for a connection get the same, made by a task of its own, which no request's end cancels."""
+        """All who wait for a connection get the same, made by a task of its own, which no request's end cancels; should
+        they all leave, it is there for the next."""
         if self._connection is not None and not self._connection.is_lost:
             return self._connection
         if self._connecting is None or self._connecting.done():
             self._connecting = asyncio.get_running_loop().create_task(self._connect_now(), context=Context())
             self._connecting.add_done_callback(_seen)
-        self._connection = await asyncio.shield(self._connecting)
-        return self._connection
+        return await asyncio.shield(self._connecting)
 
     async def _connect_now(self) -> "_Calling":
         try:
@@ -113,6 +116,7 @@ class Channel:
                 )
         except Exception as error:  # Ray's, while the actor is away, or the network's
             raise ChannelLost(f"cannot connect: {error!r}") from error
+        self._connection = connection
         return connection
 
 

@@ -226,7 +226,7 @@ class ModelClient:
     def _replica(self, replica_id: ReplicaId, address: Address) -> Channel:
         channel = self._replicas.get(replica_id)
         if channel is None:
-            self._replicas = {name: each for name, each in self._replicas.items() if each.is_connected}
+            self._replicas = {name: each for name, each in self._replicas.items() if each.is_in_use}
             channel = self._replicas[replica_id] = self._connect(address)
         return channel
 

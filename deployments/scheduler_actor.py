@@ -70,10 +70,12 @@ class SchedulerActor:
 
     async def place(self, ticket: Ticket) -> "Placed | Overloaded | TooLate":
         """As `acquire`, with where the replica is called."""
-        answer = await self.acquire(ticket)
-        if isinstance(answer, Grant):
-            return Placed(answer, self._addresses[answer.replica_id])
-        return answer
+        while True:
+            answer = await self.acquire(ticket)
+            if not isinstance(answer, Grant):
+                return answer
+            if answer.replica_id in self._scheduler.replica_ids:  # else it has gone since, and the grant with it
+                return Placed(answer, self._addresses[answer.replica_id])
 
     async def acquire(self, ticket: Ticket) -> Grant | Overloaded | TooLate:
         """Wait until a replica has room for `ticket`, or refuse it at once."""

@@ -248,6 +248,29 @@ async def test_a_caller_that_leaves_while_the_connection_is_made_leaves_it_to_th
     channel.close()
 
 
+async def test_a_connection_whose_only_caller_left_while_it_was_made_is_there_for_the_next(
+    address: Address, other: Other
+) -> None:
+    found = asyncio.Event()
+
+    async def find() -> Address:
+        await found.wait()
+        return address
+
+    channel = Channel(find)
+    leaves = asyncio.create_task(channel.call("echo"))
+    await asyncio.sleep(0)
+    assert channel.is_in_use
+    leaves.cancel()
+    await asyncio.wait([leaves])
+    found.set()
+    await until(lambda: other.listener.connections)
+    assert await channel.call("echo", 1) == (1,)
+    assert len(other.listener.connections) == 1
+    channel.close()
+    await until(lambda: not channel.is_in_use)
+
+
 def test_it_works_on_the_loop_that_rays_actors_have() -> None:
     async def conversation() -> Any:
         other = Other()

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ import pytest
 import deployments.model_client
 import deployments.scheduler_actor
 from billing.money import Mils
-from deployments.channel import Address, CallFailed, ChannelLost
+from deployments.channel import Address, CallFailed, Channel, ChannelLost
 from deployments.errors import DeadlinePassed, EngineFailed, ModelOverloaded
 from deployments.messages import (
     ChunkDone,
@@ -40,7 +40,7 @@ REPORT = ChunkReport((ChunkDone(b"", ROW.start_frame),), 1.0)
 class Calls:
     """A channel to `target`. While `replies` is clear the other side works, but its answers are still on their way."""
 
-    is_connected = True
+    is_in_use = True
 
     def __init__(self, target: Any) -> None:
         self.target = target
@@ -169,6 +169,45 @@ async def test_a_grant_whose_answer_was_lost_is_answered_again(scheduler: Calls)
     ticket = Ticket(TicketId("a/0/0"), 1)
     first = await scheduler.target.acquire(ticket)
     assert await scheduler.target.acquire(ticket) == first
+
+
+async def test_a_replica_that_goes_while_its_grant_is_being_answered_is_answered_with_another(scheduler: Calls) -> None:
+    await announce(scheduler, "goes")
+    placing = asyncio.create_task(scheduler.target.place(Ticket(TicketId("a/0/0"), 1)))
+    for _ in range(2):  # the ticket is queued, then granted; who waits for it has not been told yet
+        await asyncio.sleep(0)
+    assert (await scheduler.target.status()).running_rows == 1
+    await scheduler.target.replica_gone(ReplicaId("goes"))
+    await settled()
+    assert not placing.done(), "there is no replica"
+    await announce(scheduler, "stays")
+    assert (await placing).grant.replica_id == "stays"
+
+
+async def test_a_connection_that_is_being_made_is_kept_when_another_replica_is_called_for_the_first_time(
+    scheduler: Calls,
+) -> None:
+    connecting = []
+
+    def slow(address: Address) -> Channel:
+        async def find() -> Address:
+            connecting.append(address)
+            await asyncio.Event().wait()
+            return address
+
+        return Channel(find)
+
+    client = ModelClient(SPEC, cast(Channel, scheduler), slow, queue_timeout_s=30.0, chunk_timeout_s=30.0)
+    running = []
+    for index, name in enumerate("aba"):
+        await announce(scheduler, name)
+        running.append(asyncio.create_task(client.run_chunk(f"{index}/0", [ROW], begun=False)))
+        await settled()
+        await scheduler.target.replica_gone(ReplicaId(name))
+    assert len(connecting) == 2, "one for each replica"
+    for each in running:
+        each.cancel()
+    await asyncio.wait(running)
 
 
 async def test_a_chunk_is_given_up_after_three_dead_replicas(
