@@ -1,4 +1,5 @@
-"""Groups of small files at an fsspec URL: a group appears whole or not at all, and is deleted whole.
+"""Groups of small files at an fsspec URL: a group appears whole or not at all, and is deleted whole. A file may stand
+alone too, which costs a fraction of a group of one.
 
 Knows nothing of what the files hold. A directory of this machine is made durable file by file; an object store, such
 as `s3://bucket/prefix`, is durable once it has answered.
@@ -37,16 +38,24 @@ class FileGroups(ABC):
         """Raises FileNotFoundError if there is no such group, or it has no such file."""
 
     @abstractmethod
+    def put_file(self, name: str, content: bytes) -> None:
+        """Store a file alone, not durably, in place of one that is there. Raises OSError if it cannot be stored."""
+
+    @abstractmethod
+    def read_file(self, name: str) -> bytes:
+        """Of one that was stored alone. Raises FileNotFoundError if it is not there."""
+
+    @abstractmethod
     def path(self, name: str, file: str) -> Path | None:
         """Where the file is on this machine, if that is where it is."""
 
     @abstractmethod
     def remove(self, name: str) -> None:
-        """Delete the group; FileNotFoundError if there is none."""
+        """Delete the group, or the file that stands alone; FileNotFoundError if there is none."""
 
     @abstractmethod
     def ages(self, kind: str) -> Iterator[tuple[str, float]]:
-        """The name of each group below `kind`, half-made ones included, and when it was last written to."""
+        """The name of each group and lone file below `kind`, half-made ones too, and when it was last written to."""
 
 
 def open_file_groups(url: str) -> FileGroups:
@@ -61,7 +70,8 @@ def open_file_groups(url: str) -> FileGroups:
 
 
 class LocalFileGroups(FileGroups):
-    """Each group is a directory that is renamed into place. Several processes may share it."""
+    """Each group is a directory, and each lone file a file, that is renamed into place. Several processes may share
+    them."""
 
     is_local = True
 
@@ -98,11 +108,32 @@ class LocalFileGroups(FileGroups):
     def read(self, name: str, file: str) -> bytes:
         return (self._directory / name / file).read_bytes()
 
+    def put_file(self, name: str, content: bytes) -> None:
+        target = self._directory / name
+        partial = target.with_name(f"{target.name}.{uuid4().hex}.partial")
+        try:
+            try:
+                _write(partial, content, durable=False)
+            except FileNotFoundError:  # the first of its kind
+                target.parent.mkdir(parents=True, exist_ok=True)
+                _write(partial, content, durable=False)
+            partial.rename(target)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+    def read_file(self, name: str) -> bytes:
+        return (self._directory / name).read_bytes()
+
     def path(self, name: str, file: str) -> Path | None:
         return self._directory / name / file
 
     def remove(self, name: str) -> None:
-        shutil.rmtree(self._directory / name)
+        path = self._directory / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
     def ages(self, kind: str) -> Iterator[tuple[str, float]]:
         directory = self._directory / kind
@@ -135,6 +166,13 @@ class RemoteFileGroups(FileGroups):
         if not self._files.exists(self._object(name, self._MARK)):
             raise FileNotFoundError(name)
         content: bytes = self._files.cat_file(self._object(name, file))
+        return content
+
+    def put_file(self, name: str, content: bytes) -> None:
+        self._files.pipe_file(f"{self._root}/{name}", content)
+
+    def read_file(self, name: str) -> bytes:
+        content: bytes = self._files.cat_file(f"{self._root}/{name}")
         return content
 
     def path(self, name: str, file: str) -> Path | None:

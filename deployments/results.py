@@ -8,6 +8,7 @@ import json
 import re
 import time
 from dataclasses import asdict, replace
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ MP4_MARK = b"ftyp"
 """What an mp4 says of itself; a batch may have asked for pictures instead."""
 LASTING, RECENT = "lasting", "recent"
 RECORD = "result.json"
+VIDEOS = "videos.mp4"
+"""One after the other, as a file for each would cost several times as much; of one rollout it is its mp4."""
 _REQUEST_ID = re.compile(r"req_[0-9a-f]{32}")
 
 log = structlog.get_logger(__name__)
@@ -47,23 +50,26 @@ class ResultStore:
         Raises:
             OSError: it cannot be stored.
         """
-        files = {f"{index:03d}.mp4": video for index, video in enumerate(result.videos)}
-        record = asdict(replace(result, videos=())) | {"num_videos": len(result.videos)}
-        files[RECORD] = json.dumps(record).encode()
-        self._groups.put(_name(LASTING if lasting else RECENT, result.request_id), files, lasting)
+        about = asdict(replace(result, videos=())) | {"video_bytes": [len(video) for video in result.videos]}
+        record, videos = json.dumps(about).encode(), b"".join(result.videos)
+        if lasting:
+            self._groups.put(_name(LASTING, result.request_id), {VIDEOS: videos, RECORD: record}, durable=True)
+        else:
+            self._groups.put_file(_name(RECENT, result.request_id), record + b"\n" + videos)
 
     def get(self, request_id: RequestId) -> RolloutResult | None:
         """The stored result, or None if there is none or it has expired."""
-        for kind in (LASTING, RECENT):
-            name = _name(kind, request_id)
+        name = _name(LASTING, request_id)
+        try:
+            record, videos = self._groups.read(name, RECORD), self._groups.read(name, VIDEOS)
+        except FileNotFoundError:
             try:
-                record = json.loads(self._groups.read(name, RECORD))
-                num_videos = record.pop("num_videos")
-                videos = tuple(self._groups.read(name, f"{index:03d}.mp4") for index in range(num_videos))
+                record, _, videos = self._groups.read_file(_name(RECENT, request_id)).partition(b"\n")
             except FileNotFoundError:
-                continue
-            return _result(record | {"videos": videos})
-        return None
+                return None
+        about = json.loads(record)
+        ends = accumulate(about.pop("video_bytes"), initial=0)
+        return _result(about | {"videos": tuple(videos[start:end] for start, end in pairwise(ends))})
 
     def linked(self, request_id: RequestId) -> RolloutResult | None:
         """The result of one rollout that a link leads to, without its video; None if there is none."""
@@ -72,17 +78,17 @@ class ResultStore:
             record = json.loads(self._groups.read(name, RECORD))
         except FileNotFoundError:
             return None
-        is_video = record.pop("num_videos") == 1 and self._groups.read(name, "000.mp4")[4:8] == MP4_MARK
+        is_video = len(record.pop("video_bytes")) == 1 and self._groups.read(name, VIDEOS)[4:8] == MP4_MARK
         return _result(record | {"videos": ()}) if is_video else None
 
     def video(self, request_id: RequestId) -> Path | bytes | None:
-        """A lasting result's first video: its file if that is on this machine, else its bytes; None if not there."""
+        """The video of one lasting rollout: its file if that is on this machine, else its bytes; None if not there."""
         name = _name(LASTING, request_id)
-        path = self._groups.path(name, "000.mp4")
+        path = self._groups.path(name, VIDEOS)
         if path is not None:
             return path if path.is_file() else None
         try:
-            return self._groups.read(name, "000.mp4")
+            return self._groups.read(name, VIDEOS)
         except FileNotFoundError:
             return None
 

@@ -49,9 +49,10 @@ def test_another_process_reads_what_one_stored(store: ResultStore, url: str) -> 
 
 
 def test_only_a_lasting_result_can_be_linked_to(store: ResultStore) -> None:
-    store.put(RESULT, lasting=False)
+    one = replace(RESULT, videos=(b"one",))
+    store.put(one, lasting=False)
     assert store.video(REQUEST) is None
-    store.put(RESULT, lasting=True)
+    store.put(one, lasting=True)
     assert read(store.video(REQUEST)) == b"one"
 
 
@@ -72,6 +73,24 @@ def test_a_result_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
         store.put(RESULT, lasting=True)
     assert store.get(REQUEST) is None
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_a_recent_result_is_one_file_that_is_there_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = ResultStore(tmp_path, ttl_s=3_600)
+    store.put(RESULT, lasting=False)
+    (stored,) = (tmp_path / "recent").iterdir()
+    assert stored.name == REQUEST
+    stored.unlink()
+
+    def fails(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(OSError, match="no space"):
+        store.put(RESULT, lasting=False)
+    assert list((tmp_path / "recent").iterdir()) == []
 
 
 def test_a_result_that_an_object_store_took_only_half_of_is_not_there_and_can_be_stored_again(
@@ -113,9 +132,16 @@ def test_sweeping_deletes_what_has_expired_of_each_kind_and_only_that(tmp_path: 
     store.put(RESULT, lasting=True)
     store.put(replace(RESULT, request_id=young), lasting=True)
     store.put(replace(RESULT, request_id=recent), lasting=False)
-    for path, age_s in ((tmp_path / "lasting" / REQUEST, 3_601), (tmp_path / "recent" / recent, RECENT_TTL_S + 1)):
+    half_made = tmp_path / "recent" / f"{young}.0.partial"
+    half_made.write_bytes(b"half")
+    for path, age_s in (
+        (tmp_path / "lasting" / REQUEST, 3_601),
+        (tmp_path / "recent" / recent, RECENT_TTL_S + 1),
+        (half_made, RECENT_TTL_S + 1),
+    ):
         os.utime(path, (time.time() - age_s,) * 2)
-    assert store.sweep() == 2
+    assert store.sweep() == 3
+    assert not half_made.exists()
     assert store.get(REQUEST) is None
     assert store.get(recent) is None
     assert store.get(young) is not None
