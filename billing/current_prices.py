@@ -33,7 +33,7 @@ class CurrentPrices:
         self._read_at = 0.0
 
     def book(self) -> PriceBook:
-        """Raises `sqlalchemy.exc.DBAPIError` when the database fails."""
+        """Raises one of `DATABASE_FAILURES` when the database fails."""
         with self._turn:
             now = self._clock()
             if self._book is None or now - self._read_at >= self._refresh_s:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event, inspect, make_url, text
 from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy.exc import TimeoutError as NoConnectionFree
 
 from billing.errors import DatabaseUnusable
 
@@ -35,6 +36,9 @@ _REVISIONS = frozenset(file.name[:4] for file in (Path(__file__).parent / "migra
 """Each file is named after its revision; they are one chain."""
 
 POSTGRESQL_SCHEMES = ("postgresql", "postgres", "postgresql+psycopg")
+
+DATABASE_FAILURES = (DBAPIError, NoConnectionFree)
+"""What a question raises when the database fails, or is so slow that others hold all connections of the pool."""
 
 
 def open_database(url: str) -> Engine:

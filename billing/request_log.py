@@ -118,7 +118,7 @@ _PLACE = (reservation.c.created_at, reservation.c.debit_seq)
 class RequestLog:
     """Safe to share between threads and to use beside the writer, in its process or another.
 
-    Every method raises `sqlalchemy.exc.DBAPIError` when the database fails.
+    Every method raises one of `DATABASE_FAILURES` when the database fails.
     """
 
     def __init__(self, engine: Engine) -> None:

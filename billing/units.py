@@ -44,7 +44,7 @@ class UnitsNow:
 
 
 class UnitsReader:
-    """Safe to share between threads. Every method raises `sqlalchemy.exc.DBAPIError` when the database fails."""
+    """Safe to share between threads. Every method raises one of `DATABASE_FAILURES` when the database fails."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine

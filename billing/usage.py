@@ -61,7 +61,7 @@ _DAY = {  # a cast rounds on PostgreSQL and cuts off on SQLite, which need not k
 class UsageReader:
     """Safe to share between threads and to use beside the writer, in its process or another.
 
-    Every method raises `sqlalchemy.exc.DBAPIError` when the database fails.
+    Every method raises one of `DATABASE_FAILURES` when the database fails.
     """
 
     def __init__(self, engine: Engine) -> None:

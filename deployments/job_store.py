@@ -108,7 +108,7 @@ _LIVE = rollout_job.c.finished_at.is_(None)
 
 
 class JobStore:
-    """Safe to share between threads. Every method raises `sqlalchemy.exc.DBAPIError` when the database fails."""
+    """Safe to share between threads. Every method raises one of `DATABASE_FAILURES` when the database fails."""
 
     def __init__(self, engine: Engine, clock: Callable[[], float] = time.time) -> None:
         self._engine = engine

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import structlog
 
 from billing.commands import Command, Outcome
+from deployments.background import keep_running
 from deployments.channel import Address, Channel
 from deployments.errors import LedgerUnavailable
 from deployments.ledger_wire import pack, unpack_outcomes
@@ -45,7 +46,7 @@ class LedgerClient:
 
     def start(self) -> None:
         """Begin sending. Called outside any request: Ray would cancel calls made in a cancelled request's context."""
-        self._sender = asyncio.get_running_loop().create_task(self._send_forever())
+        self._sender = keep_running(self._send_forever)
 
     async def flush(self) -> None:
         """Return once everything submitted so far has been answered."""
@@ -96,6 +97,8 @@ class LedgerClient:
                 try:
                     async with asyncio.timeout(RETRY_FOR_S):
                         outcomes = await self._call([waiting.command for waiting in batch])
+                    if len(outcomes) != len(batch):
+                        raise ValueError(f"{len(outcomes)} outcomes of {len(batch)} commands")
                 except Exception as error:
                     log.warning("ledger_call_failed", error=type(error).__name__, commands=len(batch))
                     batch = self._give_up_on_the_late(batch, error)

@@ -7,9 +7,9 @@ from datetime import UTC, datetime
 from typing import ParamSpec, TypeVar
 
 import structlog
-from sqlalchemy.exc import DBAPIError
 
 from billing.commands import CustomerId
+from billing.database import DATABASE_FAILURES
 from billing.keys import mint_quote_id
 from billing.prices import NANO_PER_MIL, PriceBook, Priced, PriceVersion, Rate, Work, price
 from deployments.errors import LedgerUnavailable, QuoteNotAccepted
@@ -106,7 +106,7 @@ def check_quoted_class(quote_id: str, service_class: ServiceClass) -> None:
 async def _ask(question: Callable[Arguments, Answer], *args: Arguments.args, **kwargs: Arguments.kwargs) -> Answer:
     try:
         return await asyncio.to_thread(question, *args, **kwargs)
-    except DBAPIError as error:
+    except DATABASE_FAILURES as error:
         raise LedgerUnavailable() from error
 
 

@@ -163,6 +163,8 @@ class Replica:
     def check_health(self) -> None:
         if not self._engine.healthy():
             raise RuntimeError("the engine has stopped, hangs, or fails every call")
+        if self._announcing.done():
+            raise RuntimeError("the scheduler is not told any more that this replica is there")
 
     async def __del__(self) -> None:
         self._announcing.cancel()

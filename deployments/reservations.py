@@ -7,7 +7,6 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 import structlog
-from sqlalchemy.exc import DBAPIError
 
 from billing.commands import (
     BudgetExceeded,
@@ -26,7 +25,9 @@ from billing.commands import (
     Settled,
     UnknownReservation,
 )
+from billing.database import DATABASE_FAILURES
 from billing.reader import LedgerReader, ReservationRecord
+from deployments.background import keep_running
 from deployments.errors import (
     BudgetUsedUp,
     CreditsInsufficient,
@@ -65,7 +66,7 @@ class Reservations:
 
     def start(self) -> None:
         self._ledger.start()
-        self._heartbeat = asyncio.get_running_loop().create_task(self._renew_leases())
+        self._heartbeat = keep_running(self._renew_leases)
 
     async def stop(self) -> None:
         """Settle what is left; Serve waits for this when it removes the replica."""
@@ -144,7 +145,7 @@ class Reservations:
     async def record(self, request_id: RequestId) -> ReservationRecord | None:
         try:
             return await asyncio.to_thread(self._reader.reservation, request_id)
-        except DBAPIError as error:
+        except DATABASE_FAILURES as error:
             raise LedgerUnavailable() from error
 
     async def _settle(self, command: Settle, first: Callable[[], Awaitable[None]] | None) -> Settled | None:

@@ -18,11 +18,12 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import structlog
 from numpy.typing import NDArray
-from sqlalchemy.exc import DBAPIError
 
 from billing.commands import CustomerId, Heartbeat, Repeated, RequestId, Settle, Settled
+from billing.database import DATABASE_FAILURES
 from billing.money import Mils
 from billing.reader import ReservationRecord
+from deployments.background import keep_running
 from deployments.chunk_loop import FinishedChunk
 from deployments.errors import DeadlinePassed, EngineFailed, LedgerUnavailable, ModelOverloaded, TooManyJobs
 from deployments.file_groups import FileGroups
@@ -114,8 +115,7 @@ class RolloutJobs:
 
     def start(self) -> None:
         """Called outside any request, after the ledger's client has started."""
-        for loop in (self._run_forever, self._renew_forever, self._keep_forever):
-            self._loops.append(asyncio.get_running_loop().create_task(loop()))
+        self._loops = [keep_running(loop) for loop in (self._run_forever, self._renew_forever, self._keep_forever)]
 
     async def drain(self, timeout_s: float) -> None:
         """Begin no more jobs, let those that run end within `timeout_s`, and put the rest back into the queue."""
@@ -205,7 +205,7 @@ class RolloutJobs:
     async def _ask(self, question: Callable[[Argument], Answer], argument: Argument) -> Answer:
         try:
             return await asyncio.to_thread(question, argument)
-        except DBAPIError as error:
+        except DATABASE_FAILURES as error:
             raise LedgerUnavailable() from error
 
     async def _add(self, job: Job, request: RolloutRequest) -> Job:
@@ -215,7 +215,7 @@ class RolloutJobs:
             await asyncio.to_thread(self._inputs.put, _inputs_of(job.request_id), {ARRAYS: packed}, True)
             await asyncio.to_thread(self.store.add, job)
             stored = True
-        except DBAPIError as error:
+        except DATABASE_FAILURES as error:
             raise LedgerUnavailable() from error
         finally:
             if not stored:
@@ -247,7 +247,7 @@ class RolloutJobs:
                     if job is None:
                         break
                     self._begin(job)
-            except DBAPIError as error:
+            except DATABASE_FAILURES as error:
                 log.warning("jobs_delayed", error=type(error).__name__)
             with contextlib.suppress(TimeoutError):  # not `wait_for`, which may lose a cancellation on 3.11
                 async with asyncio.timeout(POLL_S):
@@ -286,7 +286,7 @@ class RolloutJobs:
         except asyncio.CancelledError:
             if self._orders.get(job.request_id) != "lost":
                 await self._release(job, 0.0)
-        except (DBAPIError, LedgerUnavailable) as error:  # its lease runs out, and it is begun again
+        except (*DATABASE_FAILURES, LedgerUnavailable) as error:  # its lease runs out, and it is begun again
             log.warning("job_delayed", request_id=job.request_id, error=type(error).__name__)
             await self._release(job, time.time() + ROOM_RETRY_S)
         except Exception as error:  # a defect of ours: the row is left, and begun again a bounded number of times
@@ -414,7 +414,7 @@ class RolloutJobs:
     async def _release(self, job: Job, not_before: float) -> None:
         try:
             await asyncio.to_thread(self.store.release, job.request_id, self._owner, not_before)
-        except DBAPIError as error:  # its lease runs out instead
+        except DATABASE_FAILURES as error:  # its lease runs out instead
             log.warning("job_not_released", request_id=job.request_id, error=type(error).__name__)
 
     async def _renew_forever(self) -> None:
@@ -426,7 +426,7 @@ class RolloutJobs:
             running = list(self._running)
             try:
                 held = await asyncio.to_thread(self.store.renew, self._owner, running, JOB_LEASE_S)
-            except DBAPIError as error:
+            except DATABASE_FAILURES as error:
                 log.warning("jobs_not_renewed", error=type(error).__name__, jobs=len(running))
                 continue
             canceled = {each.request_id: each.cancel_requested for each in held}
@@ -443,7 +443,7 @@ class RolloutJobs:
                 if time.monotonic() - swept_at > SWEEP_EVERY_S:
                     swept_at = time.monotonic()
                     await asyncio.to_thread(self._sweep)
-            except (DBAPIError, LedgerUnavailable, OSError) as error:
+            except (*DATABASE_FAILURES, LedgerUnavailable, OSError) as error:
                 log.warning("job_reservations_not_kept", error=type(error).__name__)
             await asyncio.sleep(KEEP_EVERY_S)
 

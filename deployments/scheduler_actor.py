@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import structlog
 from ray.util import get_node_ip_address
 
+from deployments.background import keep_running
 from deployments.batching import BatchProfile
 from deployments.channel import Address, Listener
 from deployments.logs import configure_logs
@@ -158,7 +159,7 @@ class SchedulerActor:
         self._meter.add({key: values for key, values in (measured or {}).items() if key not in gauges})
         self._replica_gauges[replica_id] = gauges
         if self._expiry is None:
-            self._expiry = asyncio.get_running_loop().create_task(self._expire_forever())
+            self._expiry = keep_running(self._expire_forever)
         self._scheduler.replica_alive(replica_id, capacity_rows, attention, profile)
         self._dispatch()
         return self._scheduler.orphans_on(replica_id)

@@ -6,6 +6,7 @@ from typing import Any
 
 import structlog
 
+from deployments.background import keep_running
 from deployments.meter import Meter, Series
 from deployments.status import ModelReport, Sample
 
@@ -28,7 +29,7 @@ class StatusClient:
         self._sender: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        self._sender = asyncio.get_running_loop().create_task(self._send_forever())
+        self._sender = keep_running(self._send_forever)
 
     async def stop(self) -> None:
         if self._sender is not None:

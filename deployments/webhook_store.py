@@ -62,7 +62,7 @@ _ATTEMPT = tuple(webhook_attempt.c[name] for name in Attempt.__dataclass_fields_
 
 
 class WebhookStore:
-    """Safe to share between threads. Every method raises `sqlalchemy.exc.DBAPIError` when the database fails."""
+    """Safe to share between threads. Every method raises one of `DATABASE_FAILURES` when the database fails."""
 
     def __init__(self, engine: Engine, clock: Callable[[], float] = time.time) -> None:
         self._engine = engine

@@ -21,11 +21,12 @@ from typing import Any
 import aiohttp
 import structlog
 from aiohttp.abc import AbstractResolver
-from sqlalchemy.exc import DBAPIError
 from standardwebhooks import Webhook
 from yarl import URL
 
 from billing.commands import CustomerId
+from billing.database import DATABASE_FAILURES
+from deployments.background import keep_running
 from deployments.job_store import Job, JobStore
 from deployments.webhook_store import Attempt, Delivery, DeliveryState, WebhookStore
 
@@ -205,7 +206,7 @@ class WebhookDeliverer:
 
     def start(self) -> None:
         self._sender.start()
-        self._loop = asyncio.get_running_loop().create_task(self._deliver_forever())
+        self._loop = keep_running(self._deliver_forever)
 
     async def stop(self) -> None:
         """What is being delivered is given up, and delivered by another process or the next start."""
@@ -231,7 +232,7 @@ class WebhookDeliverer:
                     if delivery is None:
                         break
                     self._begin(delivery)
-            except DBAPIError as error:
+            except DATABASE_FAILURES as error:
                 log.warning("webhooks_delayed", error=type(error).__name__)
             with contextlib.suppress(TimeoutError):  # not `wait_for`, which may lose a cancellation on 3.11
                 async with asyncio.timeout(POLL_S):
@@ -252,23 +253,28 @@ class WebhookDeliverer:
 
     async def _deliver(self, delivery: Delivery) -> None:
         try:
-            job = await asyncio.to_thread(self._jobs.get, delivery.request_id)
-            secrets = await asyncio.to_thread(self._outbox.secrets, delivery.customer_id)
-            assert job is not None, "a delivery belongs to a job"
-            body = self._render(job)
             started, at = time.perf_counter(), self._clock()
-            answer = await self._sender.post(delivery.url, body, _headers(delivery, body, secrets, at))
+            answer = await self._post(delivery, at)
             took_ms = (time.perf_counter() - started) * 1e3
             attempt = Attempt(delivery.delivery_id, delivery.attempts, at, took_ms, answer.status, answer.problem)
             state = _after(answer, delivery.attempts)
             next_attempt_at = self._clock() + retry_delay_s(delivery.attempts) if state == "pending" else 0.0
             await asyncio.to_thread(self._outbox.record, attempt, state, next_attempt_at)
-        except DBAPIError as error:  # it is held for a while, and then delivered again
+        except DATABASE_FAILURES as error:  # it is held for a while, and then delivered again
             log.warning("webhook_not_recorded", request_id=delivery.request_id, error=type(error).__name__)
-        except Exception as error:
-            log.error("webhook_failed", request_id=delivery.request_id, error=repr(error), exc_info=error)
         else:
             log.info("webhook", request_id=delivery.request_id, attempt=delivery.attempts, state=state)
+
+    async def _post(self, delivery: Delivery, at: float) -> Answer:
+        job = await asyncio.to_thread(self._jobs.get, delivery.request_id)
+        secrets = await asyncio.to_thread(self._outbox.secrets, delivery.customer_id)
+        try:
+            assert job is not None, "a delivery belongs to a job"
+            body = self._render(job)
+            return await self._sender.post(delivery.url, body, _headers(delivery, body, secrets, at))
+        except Exception as error:  # a defect of ours, which is tried no more often than a receiver that is not there
+            log.error("webhook_failed", request_id=delivery.request_id, error=repr(error), exc_info=error)
+            return Answer(None, "the server failed")
 
 
 def _after(answer: Answer, attempt: int) -> DeliveryState:

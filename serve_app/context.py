@@ -9,9 +9,9 @@ from typing import Annotated, ParamSpec, TypeVar
 
 import structlog
 from fastapi import Depends, Request
-from sqlalchemy.exc import DBAPIError
 from starlette.requests import HTTPConnection
 
+from billing.database import DATABASE_FAILURES
 from billing.keys import is_token_shaped, token_sha256
 from billing.reader import KeyRecord, LedgerReader
 from billing.request_log import RequestLog
@@ -93,7 +93,7 @@ class Services:
         """
         try:
             return await asyncio.to_thread(question, *args, **kwargs)
-        except DBAPIError as error:
+        except DATABASE_FAILURES as error:
             log.error("database_unavailable", error=type(error).__name__)
             raise LedgerUnavailable() from error
 

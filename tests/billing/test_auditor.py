@@ -147,3 +147,18 @@ def test_a_round_that_took_long_is_followed_by_a_longer_rest(busy: Desk, monkeyp
     monkeypatch.setattr(auditor._stopping, "wait", wait)
     auditor._run()
     assert rests == [billing.auditor.FIRST_AFTER_S, billing.auditor.EVERY_S, 250.0, billing.auditor.EVERY_S]
+
+
+def test_a_round_that_breaks_is_not_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    auditor = Auditor("sqlite:////no/such/directory/ledger.db", lambda _: None)
+    rests: list[float] = []
+
+    def broken() -> AuditReport:
+        raise RuntimeError("as nobody expected")
+
+    monkeypatch.setattr(auditor, "round", broken)
+    monkeypatch.setattr(auditor._stopping, "wait", lambda rest_s: rests.append(rest_s) or len(rests) == 3)
+    with capture_logs() as logs:
+        auditor._run()
+    assert rests == [billing.auditor.FIRST_AFTER_S, billing.auditor.EVERY_S, billing.auditor.EVERY_S]
+    assert [each["event"] for each in logs] == ["ledger_audits_broke"] * 2

@@ -17,6 +17,7 @@ class Ledger:
         self.go = asyncio.Event()
         self.go.set()
         self.failures = 0
+        self.too_many = 0
         self.answered = 0
 
     async def __call__(self, commands: list[Command]) -> list[Outcome]:
@@ -29,7 +30,8 @@ class Ledger:
         for _ in commands:
             outcomes.append(HeartbeatDone(self.answered))
             self.answered += 1
-        return outcomes
+        surplus, self.too_many = outcomes[:1] * self.too_many, 0
+        return outcomes + surplus
 
 
 @pytest.fixture
@@ -92,6 +94,15 @@ async def test_a_ledger_that_stays_away_is_reported_and_the_next_command_is_trie
         await client.apply(settle("a"))
     ledger.failures = 0
     assert await client.apply(settle("b")) == HeartbeatDone(0)
+
+
+async def test_an_answer_that_does_not_fit_its_question_is_a_failed_call(
+    client: LedgerClient, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deployments.ledger_client, "RETRY_EVERY_S", 0.0)
+    ledger.too_many = 1
+    assert await client.apply(settle("a")) == HeartbeatDone(1)
+    assert ledger.calls == [["a"]] * 2
 
 
 async def test_waiting_commands_are_bounded(

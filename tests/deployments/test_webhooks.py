@@ -223,6 +223,18 @@ class TestDelivering:
         assert "next_attempt_at" not in delivery
         assert (await ended(app, headers, rollout_id))["status"] == "succeeded"
 
+    async def test_what_cannot_be_told_because_of_a_defect_of_ours_is_given_up_as_well(
+        self, app: App, soon: None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def broken(_: object) -> bytes:
+            raise KeyError("no such model")
+
+        monkeypatch.setattr(app.services.jobs.deliverer, "_render", broken)
+        headers, _ = app.key()
+        rollout_id = (await queue(app, headers, webhook_url="http://127.0.0.1:1/")).json()["id"]
+        delivery = await log_of(app, headers, rollout_id, "failed")
+        assert [attempt["problem"] for attempt in delivery["attempts"]] == ["the server failed"] * MAX_ATTEMPTS
+
     async def test_a_receiver_that_is_gone_for_good_is_not_asked_again(self, app: App, receiver: Receiver) -> None:
         receiver.answers = [b"HTTP/1.1 410 Gone\r\nContent-Length: 0\r\n\r\n"]
         headers, _ = app.key()
