@@ -12,6 +12,7 @@ from billing.commands import (
     BudgetExceeded,
     ExpireLeases,
     Heartbeat,
+    HeartbeatDone,
     IdempotencyConflict,
     InsufficientCredits,
     KeyRefused,
@@ -116,9 +117,18 @@ class Reservations:
                 raise BudgetUsedUp(limit_mils, spent_mils, requested_mils, period, resets_at, source)
         raise AssertionError(f"the ledger answered a reservation with {outcome}")
 
-    def take_over(self, request_id: RequestId) -> None:
-        """Renew a lease that another ingress replica began."""
-        self._open.add(request_id)
+    async def take_over(self, request_id: RequestId) -> bool:
+        """Renew a lease that another ingress replica began, or this one, from now on; False if it is over, and what was
+        held has been given back.
+
+        Raises:
+            LedgerUnavailable: it is not renewed.
+        """
+        done = await self._ledger.apply(Heartbeat((request_id,), LEASE_S))
+        is_open = isinstance(done, HeartbeatDone) and done.renewed == 1
+        if is_open:
+            self._open.add(request_id)
+        return is_open
 
     def hand_over(self, request_id: RequestId) -> None:
         """Renew that reservation's lease no more: from here on somebody else does, or nobody."""

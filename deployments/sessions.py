@@ -16,7 +16,7 @@ from typing import Any, Literal
 from uuid import uuid4
 
 import structlog
-from ray.exceptions import RayActorError
+from ray.exceptions import RayError
 
 from billing.commands import CustomerId, KeyId, RequestId, Reserve, Reserved
 from billing.money import Mils
@@ -24,7 +24,6 @@ from billing.prices import Priced
 from deployments.chunk_loop import ChunkPlan, streamed_chunks
 from deployments.errors import (
     EngineFailed,
-    LedgerUnavailable,
     ModelOverloaded,
     RolloutError,
     SessionBudgetSpent,
@@ -55,7 +54,7 @@ RESTART_S = 15
 
 log = structlog.get_logger(__name__)
 
-EndReason = Literal["closed", "idle", "restart", "slow reader", "disconnected", "budget used up"]
+EndReason = Literal["closed", "idle", "restart", "slow reader", "disconnected"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -339,21 +338,36 @@ class Sessions:
         reserved = await self._reservations.record(request_id)
         if reserved is None or self._draining:
             raise SessionUnknown()
-        claimed = await self._directory.claim.remote(request_id, customer_id, self._owner)
+        try:
+            claimed = await self._directory.claim.remote(request_id, customer_id, self._owner)
+        except RayError:  # it may be claimed for this replica, or be another's: whoever does not carry it lets go of it
+            self._hand_over(request_id)
+            raise
         if claimed == "unknown":
             raise SessionUnknown()
         if claimed == "connected":
             raise SessionBusy()
-        # The rate that was reserved is a quote's, if there was one.
-        record: SessionRecord = replace(
-            claimed,
-            mils_per_frame=reserved.mils_per_frame,
-            per_frames=reserved.per_frames,
-            frames_covered=reserved.frames_covered,
-        )
-        self._reservations.take_over(request_id)
-        session = Session(self._models[record.model], record, self._status, self.limits.idle_s)
-        self._connected[request_id] = session
+        try:
+            # The rate that was reserved is a quote's, if there was one.
+            return await self._carry(
+                replace(
+                    claimed,
+                    mils_per_frame=reserved.mils_per_frame,
+                    per_frames=reserved.per_frames,
+                    frames_covered=reserved.frames_covered,
+                )
+            )
+        except BaseException:  # nobody else can connect to it any more
+            self._spawn(self._give_back(request_id, "session not connected"))
+            raise
+
+    async def _carry(self, record: SessionRecord) -> Session:
+        """Raises SessionUnknown if it was refunded meanwhile, as when its ingress died, or needs another deployment."""
+        model = self._models.get(record.model)
+        if model is None or not await self._reservations.take_over(record.request_id):
+            raise SessionUnknown()
+        session = Session(model, record, self._status, self.limits.idle_s)
+        self._connected[record.request_id] = session
         self._spawn(self._end_when_told(session))
         if self._draining:
             session.end("restart")
@@ -361,8 +375,12 @@ class Sessions:
 
     async def _finish_unread(self, connecting: "asyncio.Task[Session]") -> None:
         """Of a client that left while it was being connected."""
-        with contextlib.suppress(SessionUnknown, SessionBusy, RayActorError, LedgerUnavailable):
-            await self.finish(await connecting, "disconnected")
+        try:
+            session = await connecting
+        except Exception as error:
+            log.info("session_not_connected", error=repr(error))
+        else:
+            await self.finish(session, "disconnected")
 
     async def finish(self, session: Session, reason: EndReason) -> Mils:
         """Settle what was streamed; the mils that it cost. Safe to be cancelled: the settlement goes on."""
@@ -419,14 +437,23 @@ class Sessions:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _wait_for_its_client(self, record: SessionRecord) -> None:
+        """Whatever comes of it, this replica renews the lease of nothing that it does not carry."""
+        request_id = record.request_id
         try:
-            owner = await self._directory.wait_claimed.remote(record.request_id, CONNECT_WITHIN_S)
-        except RayActorError:  # the directory has forgotten it, so nobody can connect
-            owner = ""
+            owner = await self._directory.wait_claimed.remote(request_id, CONNECT_WITHIN_S)
+        except Exception as error:  # it has most likely forgotten the session, to which nobody can connect then
+            log.warning("session_directory_lost", request_id=request_id, error=type(error).__name__)
+            self._hand_over(request_id)
+            return
         if not owner:
-            await self._give_back(record.request_id, "session never connected to")
+            await self._give_back(request_id, "session never connected to")
         elif owner != self._owner:
-            self._reservations.hand_over(record.request_id)
+            self._hand_over(request_id)
+
+    def _hand_over(self, request_id: RequestId) -> None:
+        """Whoever carries the session renews its lease, or it is refunded when that ends."""
+        if request_id not in self._connected:
+            self._reservations.hand_over(request_id)
 
     async def _give_back(self, request_id: RequestId, reason: str) -> None:
         settling = self._reservations.settle_later(request_id, 0, reason)
@@ -435,7 +462,7 @@ class Sessions:
     async def _leave(self, request_id: RequestId, settling: "asyncio.Task[Any]") -> None:
         """Only once it is settled is it gone: who asked for its end is answered with what was refunded."""
         await asyncio.wait([settling])
-        with contextlib.suppress(RayActorError):  # then the directory knows nothing of it anyway
+        with contextlib.suppress(RayError):  # then the directory knows nothing of it anyway
             await self._directory.ended.remote(request_id)
 
     async def _end_when_told(self, session: Session) -> None:
@@ -448,12 +475,13 @@ class Sessions:
                     return
                 if word == "unknown" and request_id in self._connected:
                     await self._directory.register.remote(session.record, self._owner)
-            except RayActorError:
+            except Exception as error:
+                log.warning("session_directory_lost", request_id=request_id, error=type(error).__name__)
                 await asyncio.sleep(RETRY_S)
 
     def _forget_later(self, request_id: RequestId) -> None:
         async def forget() -> None:
-            with contextlib.suppress(RayActorError):
+            with contextlib.suppress(RayError):
                 await self._directory.ended.remote(request_id)
 
         self._spawn(forget())

@@ -23,7 +23,7 @@ from billing.commands import RequestId
 from billing.money import usd
 from billing.prices import Priced
 from billing.reader import KeyRecord
-from deployments.errors import KeyNotAllowed, ModelOverloaded, RolloutError, SessionUnknown
+from deployments.errors import KeyNotAllowed, LedgerUnavailable, ModelOverloaded, RolloutError, SessionUnknown
 from deployments.messages import Frame, ModelSpec, RolloutRequest, ServiceClass
 from deployments.session_directory import SessionRecord
 from deployments.sessions import (
@@ -222,6 +222,10 @@ async def stream(socket: WebSocket, session_id: str) -> None:
     except (ApiError, RolloutError) as error:
         await _refuse(socket, error)
         return
+    except Exception as error:
+        log.error("session_not_connected", session_id=session_id, error=repr(error), exc_info=error)
+        await _refuse(socket, ApiError("the server failed; what was not delivered is not charged"))
+        return
     reason: EndReason = "disconnected"
     try:
         reason = await Conversation(socket, parts, caller, session).run()
@@ -233,7 +237,8 @@ async def stream(socket: WebSocket, session_id: str) -> None:
     if reason != "disconnected":
         with contextlib.suppress(WebSocketDisconnect, RuntimeError):
             if reason == "closed":
-                await _send(socket, await _billing(parts, session, cost, settled=True))
+                with contextlib.suppress(LedgerUnavailable):  # only the balance is not known
+                    await _send(socket, await _billing(parts, session, cost, settled=True))
             await socket.close(CLOSE_CODES[reason], reason)
 
 
@@ -297,7 +302,8 @@ class Conversation:
                         await self._send(type="frame", index=index, encoding=encoded, data=data)
                         self._session.sent()
                     case ChunkStreamed():
-                        await self._send(**await self._billing())
+                        with contextlib.suppress(LedgerUnavailable):  # its frames go on, and it is told next time
+                            await self._send(**await self._billing())
                     case SubmissionDone(num_frames):
                         total = self._session.frames_streamed
                         await self._send(

@@ -13,10 +13,13 @@ import numpy as np
 import pytest
 import pytest_asyncio
 from PIL import Image
+from ray.exceptions import WorkerCrashedError
+from sqlalchemy.exc import OperationalError
 
-from billing.commands import CustomerId, KeyTerms, SetCreditLine, SetKeyTerms
+from billing.commands import CustomerId, KeyTerms, RequestId, SetCreditLine, SetKeyTerms, Settle
 from billing.keys import token_sha256
 from billing.money import Mils
+from billing.reader import LedgerReader
 from deployments import sessions
 from deployments.messages import Frame
 from serve_app.routes import sessions as routes
@@ -425,3 +428,140 @@ async def test_a_large_message_is_refused(app: App, monkeypatch: pytest.MonkeyPa
         await socket.receive()
         await socket.send_text(json.dumps({"type": "submit_actions", "actions": steer(0)}))
         assert (await socket.receive())["error"]["message"].startswith("message: has")
+
+
+class Away:
+    """A session directory that cannot be asked: in vain, or so that only its answer is lost."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, app: App, method: str, after: bool, times: int = 1_000) -> None:
+        directory = app.services.sessions._directory._target
+        self._real = getattr(directory, method)
+        self._after = after
+        self._times = times
+        monkeypatch.setattr(directory, method, self)
+
+    async def __call__(self, *arguments: Any) -> Any:
+        if not self._times:
+            return await self._real(*arguments)
+        self._times -= 1
+        if self._after:
+            await self._real(*arguments)
+        raise WorkerCrashedError
+
+
+async def nobody_renews(app: App) -> None:
+    """What is open still is given back when its lease ends; nobody holds it any longer than that."""
+    async with asyncio.timeout(10):
+        while app.services.ingress._reservations._open:  # noqa: ASYNC110 - of tasks that nobody waits for
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("at", ["before it is connected to", "while it is"])
+async def test_a_session_whose_lease_has_ended_streams_nothing(
+    fresh: App, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    """Its ingress died, say: the money is given back, and the directory still knows the session."""
+    headers, customer = fresh.key(10_000)
+    envelope = await create(fresh, headers)
+    expired = Settle(RequestId(envelope["id"].replace("session_", "req_")), 0, "lease expired")
+    if at == "before it is connected to":
+        fresh.ledger.apply(expired)
+    else:
+        directory = fresh.services.sessions._directory._target
+        claim = directory.claim
+
+        async def claimed_too_late(*arguments: Any) -> Any:
+            await asyncio.to_thread(fresh.ledger.apply, expired)
+            return await claim(*arguments)
+
+        monkeypatch.setattr(directory, "claim", claimed_too_late)
+    async with socket_of(fresh, envelope, headers) as socket:
+        assert (await socket.receive())["type"] == "error"
+        assert await socket.close_code() == 4004
+    await nobody_renews(fresh)
+    assert fresh.ledger.rows(customer)[1:] == [("debit", -1_000), ("refund", 1_000)]
+    assert fresh.model.model.chunks_started == []
+
+
+async def test_a_session_of_a_model_that_is_not_served_here_any_more_is_given_back(
+    fresh: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    headers, customer = fresh.key(10_000)
+    envelope = await create(fresh, headers)
+    monkeypatch.setattr(fresh.services.sessions, "_models", {})
+    async with socket_of(fresh, envelope, headers) as socket:
+        assert await socket.close_code() == 4004
+    await nobody_renews(fresh)
+    assert await settled(fresh, customer) == [("debit", -1_000), ("refund", 1_000)]
+
+
+@pytest.mark.parametrize("after", [False, True])
+async def test_no_lease_is_renewed_of_a_session_that_could_not_be_claimed(
+    fresh: App, monkeypatch: pytest.MonkeyPatch, after: bool
+) -> None:
+    headers, _ = fresh.key(10_000)
+    envelope = await create(fresh, headers)
+    Away(monkeypatch, fresh, "claim", after)
+    async with socket_of(fresh, envelope, headers) as socket:
+        assert (await socket.receive())["error"]["code"] == "ENGINE_FAILED"
+        assert await socket.close_code() == 1011
+    await nobody_renews(fresh)
+
+
+async def test_a_second_socket_that_fails_takes_nothing_from_the_first(
+    fresh: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    headers, customer = fresh.key(10_000)
+    envelope = await create(fresh, headers)
+    async with socket_of(fresh, envelope, headers) as first:
+        await first.receive()
+        Away(monkeypatch, fresh, "claim", after=True)
+        async with socket_of(fresh, envelope, headers) as second:
+            assert await second.close_code() == 1011
+        assert len(fresh.services.ingress._reservations._open) == 1
+        await first.send(type="submit_actions", actions=steer(0))
+        await first.until("rollout_complete")
+    assert await settled(fresh, customer) == [("debit", -1_000), ("refund", 1_000 - 13 * RATE)]
+
+
+async def test_no_lease_is_renewed_of_a_session_whose_claim_is_not_heard_of(
+    fresh: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Away(monkeypatch, fresh, "wait_claimed", after=False)
+    headers, _ = fresh.key(10_000)
+    await create(fresh, headers)
+    await nobody_renews(fresh)
+
+
+async def test_a_session_hears_of_its_end_though_the_directory_was_away(
+    fresh: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sessions, "RETRY_S", 0.01)
+    Away(monkeypatch, fresh, "wait_closing", after=False, times=3)
+    headers, _ = fresh.key(10_000)
+    envelope = await create(fresh, headers)
+    async with socket_of(fresh, envelope, headers) as socket:
+        await socket.receive()
+        deleting = asyncio.create_task(fresh.http.delete(f"/v1/sessions/{envelope['id']}", headers=headers))
+        assert await socket.close_code() == 1000
+        assert (await deleting).json()["state"] == "closed"
+
+
+async def test_a_session_streams_on_while_the_balance_cannot_be_asked_for(
+    fresh: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    headers, customer = fresh.key(10_000)
+    async with socket_of(fresh, await create(fresh, headers), headers) as socket:
+        await socket.receive()
+
+        def away(*_: Any) -> Any:
+            raise OperationalError("", {}, Exception("away"))
+
+        monkeypatch.setattr(LedgerReader, "balance", away)
+        await socket.send(type="submit_actions", actions=steer(0, 24))
+        messages = await socket.until("rollout_complete")
+        assert [message["type"] for message in messages].count("frame") == 25
+        assert "billing" not in [message["type"] for message in messages]
+        await socket.send(type="control", command="stop")
+        assert await socket.close_code() == 1000
+    assert await settled(fresh, customer) == [("debit", -1_000), ("refund", 1_000 - 25 * RATE)]
