@@ -149,7 +149,7 @@ class BudgetState(NamedTuple):
 def budgets_of(book: Book, key: Key) -> list[BudgetState]:
     """Those that the key has, the day's first."""
     today = day_of(book.ts)
-    date = datetime.fromtimestamp(book.ts, UTC)
+    date = datetime.fromtimestamp(today * DAY_S, UTC)  # of `ts` it would round up in a day's last microsecond
     month = today - date.day + 1
     next_month = month + calendar.monthrange(date.year, date.month)[1]
     days = book.spent.get(key.budget_id, {})

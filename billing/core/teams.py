@@ -118,6 +118,6 @@ def days_of_period(ts: float, period: str | None) -> tuple[int, int]:
     today = int(ts // DAY_S)
     if period == "day":
         return today, today + 1
-    date = datetime.fromtimestamp(ts, UTC)
+    date = datetime.fromtimestamp(today * DAY_S, UTC)  # of `ts` it would round up in a day's last microsecond
     first = today - date.day + 1
     return first, first + calendar.monthrange(date.year, date.month)[1]

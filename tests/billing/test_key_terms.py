@@ -1,5 +1,6 @@
 """What a key may do: label, scope, models, expiry, budgets, and a new secret in its place."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -149,6 +150,13 @@ class TestBudgets:
         assert desk.do(desk.reserve(account)) == BudgetExceeded(Mils(490), Mils(490), "month", february, Mils(245))
         desk.clock.advance(DAY_S / 2)
         assert isinstance(desk.do(desk.reserve(account)), Reserved)
+
+    def test_a_months_last_instant_is_in_it(self, desk: Desk):
+        account = with_terms(desk, monthly_budget_mils=Mils(245))
+        february = NOON + 16.5 * DAY_S
+        desk.clock.now = math.nextafter(february, 0.0)
+        desk.reserved(account)
+        assert desk.do(desk.reserve(account)) == BudgetExceeded(Mils(245), Mils(245), "month", february, Mils(245))
 
     def test_what_was_refunded_can_be_spent_again(self, desk: Desk):
         account = with_terms(desk, daily_budget_mils=Mils(245))

@@ -1,5 +1,6 @@
 """Teams: money given to members, or a parent's money up to a cap, both sides in one commit."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -148,6 +149,14 @@ class TestCaps:
         assert isinstance(desk.do(desk.reserve(kid, 1)), BudgetExceeded)
         desk.ledger = desk.new_ledger()
         assert isinstance(desk.do(desk.reserve(kid, 1)), BudgetExceeded)
+
+    def test_a_months_last_instant_is_in_it(self, desk: Desk):
+        kid = member_of(desk, desk.account(1000), 245)
+        february = desk.clock.now - desk.clock.now % DAY_S + 17 * DAY_S
+        desk.clock.now = math.nextafter(february, 0.0)
+        desk.reserved(kid)
+        refused = BudgetExceeded(Mils(245), Mils(245), "month", february, Mils(245), "team")
+        assert desk.do(desk.reserve(kid)) == refused
 
     def test_two_members_race_for_the_last_of_the_parents_money(self, desk: Desk):
         parent = desk.account(245)
