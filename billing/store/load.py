@@ -1,8 +1,8 @@
 """Loads what a batch of commands can see and the book does not know yet."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, assert_never
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from typing import Any, TypeVar, assert_never
 
 from sqlalchemy import and_, bindparam, case, exists, func, select, text
 
@@ -74,6 +74,8 @@ from billing.tables import (
     unit_use,
     wallet,
 )
+
+_T = TypeVar("_T")
 
 NEVER = "9999-12"
 """After every month that there is."""
@@ -417,11 +419,11 @@ def load(connection: WriterConnection, commands: Sequence[Command], book: Book) 
         book.payments[row.source] = Payment(*row)
         customer_ids.add(row.customer_id)
 
-    among(_KEYS_BY_ID, key_ids - book.keys.keys(), add_key)
-    among(_KEYS_BY_SHA256, sha256s - book.key_by_sha256.keys(), add_key)
+    among(_KEYS_BY_ID, _unknown(key_ids, book.keys), add_key)
+    among(_KEYS_BY_SHA256, _unknown(sha256s, book.key_by_sha256), add_key)
 
     keys = [book.keys[KeyId(key_id)] for key_id in key_ids & book.keys.keys()]
-    budget_ids = {key.budget_id for key in keys if key.has_budget or changes_budgets} - book.spent.keys()
+    budget_ids = _unknown((key.budget_id for key in keys if key.has_budget or changes_budgets), book.spent)
     if budget_ids:
         for budget_id in budget_ids:
             book.spent[budget_id] = {}
@@ -437,7 +439,7 @@ def load(connection: WriterConnection, commands: Sequence[Command], book: Book) 
         request_ids.add(row.request_id)
 
     if recognised:
-        among(_WALLETS_BY_NAME, names - book.customer_by_name.keys(), add_wallet)
+        among(_WALLETS_BY_NAME, _unknown(names, book.customer_by_name), add_wallet)
         owners = {key_id: book.keys[KeyId(key_id)].customer_id for key_id in key_ids & book.keys.keys()}
         for command in commands:  # a key may be made and used in one batch
             if isinstance(command, CreateKey) and command.customer_name in book.customer_by_name:
@@ -446,7 +448,7 @@ def load(connection: WriterConnection, commands: Sequence[Command], book: Book) 
     if expires:
         for row in _FORGETTABLE(connection, before=book.now - KEY_MEMORY_S):
             add_submission(row)
-    among(_RESERVATIONS_BY_ID, request_ids - book.reservations.keys(), add_reservation)
+    among(_RESERVATIONS_BY_ID, _unknown(request_ids, book.reservations), add_reservation)
     if expires:
         for row in _RUN_OUT(connection, now=book.now):
             add_reservation(row)
@@ -459,9 +461,9 @@ def load(connection: WriterConnection, commands: Sequence[Command], book: Book) 
     among(_PAYMENTS, sources, add_payment)
     among(_EVENTS, event_ids, lambda row: book.events.add(row.event_id))
     among(_CREDITS, credit_ids, lambda row: book.credits.update({row.public_id: Entry(*row)}))
-    among(_WALLETS_BY_ID, customer_ids - book.wallets.keys(), add_wallet)
-    among(_WALLETS_BY_NAME, names - book.customer_by_name.keys(), add_wallet)
-    among(_WALLETS_BY_ID, parent_ids - book.wallets.keys(), add_wallet)
+    among(_WALLETS_BY_ID, _unknown(customer_ids, book.wallets), add_wallet)
+    among(_WALLETS_BY_NAME, _unknown(names, book.customer_by_name), add_wallet)
+    among(_WALLETS_BY_ID, _unknown(parent_ids, book.wallets), add_wallet)
 
     owners_of_keys = {key.customer_id for key in keys}
     owners_of_keys.update(book.customer_by_name[name] for name in names & book.customer_by_name.keys())
@@ -476,7 +478,7 @@ def load(connection: WriterConnection, commands: Sequence[Command], book: Book) 
         among(_ALLOTMENTS, unknown, add_allotment, since=earliest)
         book.allotments_since.update(dict.fromkeys(unknown, earliest))
     members = {each for each in owners_of_keys if made_members or book.wallets[each].cap is not None}
-    for member in members - book.drawn.keys():
+    for member in _unknown(members, book.drawn):
         book.drawn[member] = {}
         among(_DRAWN, [member], add_drawn, since=int(book.ts // DAY_S) - 31)
     among(_TRANSFERS, transfer_ids, lambda row: book.transfers.update({row.transfer_id: TransferRow(*row)}))
@@ -487,6 +489,11 @@ def load(connection: WriterConnection, commands: Sequence[Command], book: Book) 
             after = 0 if unbilled.last is None else unbilled.last.to_seq
             for row in _SUMS(connection, customer_id=customer_id, after=after):
                 unbilled.sums[row.kind] = int(row.total)
+
+
+def _unknown(wanted: Iterable[_T], known: Container[object]) -> set[_T]:
+    """A set less a dictionary's keys would walk through all of the dictionary, which is large where `wanted` is not."""
+    return {each for each in wanted if each not in known}
 
 
 def _load_submissions(
