@@ -179,10 +179,9 @@ def _said(error: Exception) -> str:
 
 
 def _commit_of(book: Book, num_commands: int, took_s: float) -> Commit:
-    closed = [*book.settled, *(each for each in book.new_reservations if each.state == "settled")]
     return Commit(
         num_commands,
         took_s,
         tuple(entry.kind for entry in book.entries),
-        tuple((each.model, each.frames_delivered or 0, each.captured, each.refunded) for each in closed),
+        tuple((each.model, each.frames_delivered or 0, each.captured, each.refunded) for each in book.settled),
     )

@@ -387,7 +387,7 @@ class Book:
     new_terms: dict[KeyId, Key] = field(default_factory=dict)
     new_reservations: list[Reservation] = field(default_factory=list)
     settled: list[Reservation] = field(default_factory=list)
-    """Those that this batch closed and did not make."""
+    """Those that this batch closed; it may have made them too."""
     passing: list[RequestId] = field(default_factory=list)
     """Settled reservations, which the next batch will hardly ask for."""
     renewed: dict[RequestId, Reservation] = field(default_factory=dict)

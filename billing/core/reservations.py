@@ -188,8 +188,7 @@ def _close(book: Book, reservation: Reservation, frames_delivered: int, reason: 
     reservation.settled_seq = wallet.seq
     reservation.balance_after_settlement = wallet.balance
     book.passing.append(reservation.request_id)
-    if not reservation.is_new:
-        book.settled.append(reservation)
+    book.settled.append(reservation)
     days = book.spent.get(reservation.budget_id or "")
     if days is not None and reservation.budget_day in days:
         days[reservation.budget_day] -= reservation.refunded

@@ -112,7 +112,20 @@ def terms_row(each: Key) -> tuple[Any, ...]:
     )
 
 
+OPEN = {
+    "captured": "0",
+    "refunded": "0",
+    "state": "'open'",
+    "reason": "''",
+    "settled_at": "NULL",
+    "settled_seq": "NULL",
+    "frames_delivered": "NULL",
+}
+"""What is the same in every reservation that is made: it is settled after it."""
+
+
 def reservation_row(each: Reservation) -> tuple[Any, ...]:
+    """Without the columns of `OPEN`."""
     return (
         each.request_id,
         each.customer_id,
@@ -120,18 +133,11 @@ def reservation_row(each: Reservation) -> tuple[Any, ...]:
         each.frames,
         each.mils_per_frame,
         each.amount,
-        each.captured,
-        each.refunded,
-        each.state,
         each.lease_until,
-        each.reason,
         each.created_at,
         each.debit_seq,
-        each.settled_at,
-        each.settled_seq,
         each.model,
         each.per_frames,
-        each.frames_delivered,
         each.covered,
     )
 

@@ -2,9 +2,10 @@
 
 import json
 from collections import namedtuple
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from types import MappingProxyType
 from typing import Any
 
 from sqlalchemy import ColumnElement, Select, Table, text
@@ -111,23 +112,25 @@ def _array(column: Sequence[Any]) -> str:
     return f"{{{json.dumps(column, ensure_ascii=False)[1:-1]}}}"
 
 
-def recordset(table: Table, columns: Sequence[str]) -> str:
-    """One array parameter for each column, as rows of the table's types."""
+def recordset(table: Table, columns: Sequence[str], same: Iterable[str] = ()) -> str:
+    """One array parameter for each column, as rows of the table's types; and after them what is the `same` in each."""
     arrays = ", ".join(f"%s::{_POSTGRESQL_TYPES.get(table.c[name].type, 'text')}[]" for name in columns)
-    return f"SELECT * FROM unnest({arrays}) AS r ({', '.join(columns)})"  # noqa: S608 - our own names
+    return f"SELECT {', '.join(['*', *same])} FROM unnest({arrays}) AS r ({', '.join(columns)})"  # noqa: S608 - our own
 
 
-def insert_all(table: Table, conflict: str = "") -> Write:
-    columns = _COLUMNS[table.name]
-    into = f"INSERT INTO {table.name} ({', '.join(columns)})"
+def insert_all(table: Table, conflict: str = "", same: Mapping[str, str] = MappingProxyType({})) -> Write:
+    """Rows have all columns but those that are the `same` in each, given as SQL: binding a value takes as long as
+    checking it."""
+    columns = [column for column in _COLUMNS[table.name] if column not in same]
+    into = f"INSERT INTO {table.name} ({', '.join([*columns, *same])})"
 
     def values(count: int) -> str:
-        return f"{into} VALUES {_values(columns, count)}{conflict}"
+        return f"{into} VALUES {_values(columns, count, same.values())}{conflict}"
 
     return Write(
         values(1),
         tuple((size, values(size)) for size in _BLOCKS),
-        f"{into} {recordset(table, columns)}{conflict}",
+        f"{into} {recordset(table, columns, same.values())}{conflict}",
     )
 
 
@@ -168,6 +171,6 @@ def delete_all(table: Table, key: str) -> Write:
     return Write(f"{delete} = ?", (), f"{delete} IN ({recordset(table, [key])})")
 
 
-def _values(columns: Sequence[str], count: int) -> str:
-    row = f"({', '.join('?' * len(columns))})"
+def _values(columns: Sequence[str], count: int, same: Iterable[str] = ()) -> str:
+    row = f"({', '.join([*('?' * len(columns)), *same])})"
     return ", ".join([row] * count)

@@ -3,6 +3,7 @@
 from billing.core.book import Book
 from billing.store.connection import WriterConnection
 from billing.store.rows import (
+    OPEN,
     key_row,
     payment_row,
     reservation_row,
@@ -39,7 +40,7 @@ from billing.tables import (
 
 _INSERT_WALLETS = insert_all(wallet)
 _INSERT_KEYS = insert_all(api_key)
-_INSERT_RESERVATIONS = insert_all(reservation)
+_INSERT_RESERVATIONS = insert_all(reservation, same=OPEN)
 _INSERT_SUBMISSIONS = insert_all(submission)
 _INSERT_ENTRIES = insert_all(entry)
 _INSERT_BUDGET_USES = insert_all(budget_use)
