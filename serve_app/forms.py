@@ -1,16 +1,16 @@
 """Multipart forms with exact rules: which parts there must be, how often, and which fields may stand beside them."""
 
 import asyncio
-import io
-from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import aclosing
+from functools import lru_cache
 from typing import Any, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
-from python_multipart.multipart import parse_options_header
-from starlette.datastructures import FormData, Headers, UploadFile
-from starlette.formparsers import MultiPartException, MultiPartParser
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect
 
 from serve_app.errors import BodyTooSlow, InvalidRequest, UnsupportedBody
@@ -19,6 +19,7 @@ Schema = TypeVar("Schema", bound=BaseModel)
 Part = TypeVar("Part", str, bytes)
 
 MAX_FIELDS = 32
+MAX_FIELD_BYTES = 2**20
 
 
 class Form:
@@ -84,21 +85,22 @@ async def read_form(request: Request, max_files: int, timeout_s: float) -> Form:
     # Any other charset would let the client choose among Python's codecs, of which some raise and some take minutes.
     if content_type != b"multipart/form-data" or options.get(b"charset", b"utf-8").lower() != b"utf-8":
         raise UnsupportedBody("Content-Type: multipart/form-data in UTF-8 is accepted")
+    if b"boundary" not in options:
+        raise _not_a_form("Its boundary is missing.")
+    parts = _Parts(max_files)
     try:
+        parser = parts.parser(options[b"boundary"])
         async with asyncio.timeout(timeout_s), aclosing(request.stream()) as body:
-            parser = _WholeForm(request.headers, body, max_files)
-            async with aclosing(parser.stream):
-                parts = await parser.parse()
-    except MultiPartException as error:
-        raise InvalidRequest("body", f"is not accepted as a multipart form: {error.message}") from error
+            async for chunk in body:
+                parser.write(chunk)
+        parser.finalize()
+    except FormParserError as error:
+        raise _not_a_form(f"Invalid multipart data: {error}.") from error
     except TimeoutError:
         raise BodyTooSlow(timeout_s) from None
     except ClientDisconnect as error:
         raise InvalidRequest("body", "was not sent to its end; the connection was closed") from error
-    try:
-        return await _form(parts)
-    finally:
-        await parts.close()
+    return parts.form()
 
 
 def validate(schema: type[Schema], values: Any, field: str = "") -> Schema:
@@ -113,56 +115,93 @@ def validate(schema: type[Schema], values: Any, field: str = "") -> Schema:
         raise InvalidRequest(path, problem["msg"]) from None
 
 
-class _Slices(io.IOBase):
-    """A file part as it arrives: its slices, joined when it is read, so that nothing grows by being copied."""
+class _Parts:
+    """A form's parts as they arrive. What comes in slices is joined at the end, as nothing may grow by being copied."""
 
-    _rolled = False  # in the words of `UploadFile`: it is in memory, and no thread is needed to write to it
-
-    def __init__(self) -> None:
+    def __init__(self, max_files: int) -> None:
+        self._max_files = max_files
+        self._files: list[tuple[str, list[bytes]]] = []
+        self._fields: list[tuple[str, list[bytes]]] = []
+        self._header = self._value = self._disposition = b""
         self._slices: list[bytes] = []
-
-    def write(self, data: bytes) -> int:
-        self._slices.append(data)
-        return len(data)
-
-    def seek(self, *_: int) -> int:
-        return 0
-
-    def read(self, _: int = -1) -> bytes:
-        whole = b"".join(self._slices)
-        self._slices.clear()
-        return whole
-
-
-class _WholeForm(MultiPartParser):
-    """Refuses a body without its closing boundary. Its last part would be dropped, which may be a seed."""
-
-    def __init__(self, headers: Headers, body: AsyncGenerator[bytes, None], max_files: int) -> None:
-        super().__init__(headers, self._whole(body), max_files=max_files, max_fields=MAX_FIELDS)
+        self._most_bytes: float = 0
         self._has_ended = False
 
-    def on_headers_finished(self) -> None:
-        super().on_headers_finished()
-        if self._current_part.file is not None:
-            self._current_part.file.file.close()
-            self._current_part.file.file = _Slices()  # type: ignore[assignment]
+    def parser(self, boundary: bytes) -> MultipartParser:
+        return MultipartParser(
+            boundary,
+            {
+                "on_part_begin": self._begin,
+                "on_header_field": self._add_to_header,
+                "on_header_value": self._add_to_value,
+                "on_header_end": self._end_header,
+                "on_headers_finished": self._begin_content,
+                "on_part_data": self._add_content,
+                "on_end": self._end,
+            },
+        )
 
-    def on_end(self) -> None:
+    def form(self) -> Form:
+        """Refuses a body without its closing boundary. Its last part would be dropped, which may be a seed."""
+        if not self._has_ended:
+            raise _not_a_form("It ends before its closing boundary.")
+        files: dict[str, list[bytes]] = {}
+        for name, slices in self._files:
+            files.setdefault(name, []).append(b"".join(slices))
+            slices.clear()
+        fields: dict[str, list[str]] = {}
+        for name, slices in self._fields:
+            fields.setdefault(name, []).append(_text(b"".join(slices)))
+        return Form(files, fields)
+
+    def _begin(self) -> None:
+        self._disposition = b""
+
+    def _add_to_header(self, data: bytes, start: int, end: int) -> None:
+        self._header += data[start:end]
+
+    def _add_to_value(self, data: bytes, start: int, end: int) -> None:
+        self._value += data[start:end]
+
+    def _end_header(self) -> None:
+        if self._header.lower() == b"content-disposition":
+            self._disposition = self._value
+        self._header = self._value = b""
+
+    def _begin_content(self) -> None:
+        name, is_file = _named(self._disposition)
+        if name is None:
+            raise _not_a_form('A part has no "name" in its Content-Disposition.')
+        parts, most, kind = (self._files, self._max_files, "files") if is_file else (self._fields, MAX_FIELDS, "fields")
+        if len(parts) == most:
+            raise _not_a_form(f"Too many {kind}; {most} are accepted.")
+        self._slices, self._most_bytes = [], math.inf if is_file else MAX_FIELD_BYTES
+        parts.append((name, self._slices))
+
+    def _add_content(self, data: bytes, start: int, end: int) -> None:
+        self._most_bytes -= end - start
+        if self._most_bytes < 0:
+            raise _not_a_form(f"A text field has more than the {MAX_FIELD_BYTES} bytes that are accepted.")
+        self._slices.append(data[start:end])
+
+    def _end(self) -> None:
         self._has_ended = True
 
-    async def _whole(self, body: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
-        async for chunk in body:
-            yield chunk
-        if not self._has_ended:
-            raise MultiPartException("It ends before its closing boundary.")
+
+@lru_cache(maxsize=256)
+def _named(disposition: bytes) -> tuple[str | None, bool]:
+    """The part's name, if it has one, and whether it is a file."""
+    _, options = parse_options_header(disposition)
+    name = options.get(b"name")
+    return None if name is None else _text(name), b"filename" in options
 
 
-async def _form(parts: FormData) -> Form:
-    files: dict[str, list[bytes]] = {}
-    fields: dict[str, list[str]] = {}
-    for name, value in parts.multi_items():
-        if isinstance(value, UploadFile):
-            files.setdefault(name, []).append(await value.read())
-        else:
-            fields.setdefault(name, []).append(value)
-    return Form(files, fields)
+def _text(encoded: bytes) -> str:
+    try:
+        return encoded.decode()
+    except UnicodeDecodeError:
+        return encoded.decode("latin-1")
+
+
+def _not_a_form(why: str) -> InvalidRequest:
+    return InvalidRequest("body", f"is not accepted as a multipart form: {why}")
