@@ -62,7 +62,9 @@ def create_api(parts: Services) -> FastAPI:
     api.state.services = parts
     for base, in_schema in (("", True), ("/models/{base_model}", False)):
         known = [Depends(check_base)] if base else []
-        for router, first in (
+        for router, first in (  # in this order a request's path is compared with them
+            (predict.paid, []),
+            (rollouts.paid, []),
             (catalog.router, known),
             (status.router, known),
             (billing.router, [Depends(authenticate), *known]),
@@ -70,8 +72,6 @@ def create_api(parts: Services) -> FastAPI:
             (requests.router, [Depends(authenticate), *known]),
             (payments.router, [Depends(authenticate), *known]),
             (payments.public, known),
-            (rollouts.paid, []),
-            (predict.paid, []),
             (frames.router, known),
             (sessions.router, []),
             (rollouts.router, known),
