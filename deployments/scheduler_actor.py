@@ -54,7 +54,8 @@ class SchedulerActor:
         self._meter = Meter()
         self._replica_gauges: dict[ReplicaId, Series] = {}
         self._scheduler = Scheduler(time.monotonic, limits)
-        self._waiting: dict[TicketId, asyncio.Future[Grant | Overloaded | TooLate]] = {}
+        self._waiting: dict[TicketId, list[asyncio.Future[Grant | Overloaded | TooLate]]] = {}
+        """More than one for a ticket that was asked for again over another connection: all get the one answer."""
         self._expiry: asyncio.Task[None] | None = None
         self._is_dispatching = False
         self._addresses: dict[ReplicaId, Address] = {}
@@ -88,21 +89,20 @@ class SchedulerActor:
         if refusal is not None:
             self._measure(ticket, refusal, started)
             return refusal
-        earlier = self._waiting.get(ticket.ticket_id)
-        if earlier is not None:  # asked again over a connection that broke: both get the one answer
-            return await asyncio.shield(earlier)
         granted: asyncio.Future[Grant | Overloaded | TooLate] = asyncio.get_running_loop().create_future()
-        self._waiting[ticket.ticket_id] = granted
+        askers = self._waiting.setdefault(ticket.ticket_id, [])
+        askers.append(granted)
         self._dispatch()
         try:
             answer = await granted
         except asyncio.CancelledError:
-            self._measure(ticket, None, started)
-            self._scheduler.withdraw(ticket.ticket_id)
-            self._dispatch()
+            askers.remove(granted)
+            if not askers and self._waiting.get(ticket.ticket_id, askers) is askers:
+                self._waiting.pop(ticket.ticket_id, None)
+                self._measure(ticket, None, started)
+                self._scheduler.withdraw(ticket.ticket_id)
+                self._dispatch()
             raise
-        finally:
-            self._waiting.pop(ticket.ticket_id, None)
         self._measure(ticket, answer, started)
         return answer
 
@@ -123,7 +123,8 @@ class SchedulerActor:
         queued = self._scheduler.caller_gone(caller)
         log.info("caller_gone", model=self._slug, queued=len(queued))
         for ticket_id in queued:
-            self._waiting[ticket_id].cancel()
+            for asker in self._waiting[ticket_id]:
+                asker.cancel()
 
     async def notice(self, notices: Sequence[Notice]) -> None:
         """What callers saw, in order."""
@@ -166,14 +167,14 @@ class SchedulerActor:
 
     async def replica_gone(self, replica_id: ReplicaId) -> None:
         self._scheduler.replica_gone(replica_id)
+        self._dispatch()
 
     async def status(self) -> SchedulerStatus:
         return self._scheduler.status()
 
     async def metrics(self) -> tuple[SchedulerStatus, Series]:
         """The state, and what was counted here and on the replicas; their gauges are summed."""
-        present = self._scheduler.replica_ids
-        self._replica_gauges = {name: each for name, each in self._replica_gauges.items() if name in present}
+        self._forget_absent()
         gauges: dict[tuple[str, tuple[str, ...]], tuple[float, ...]] = {}
         for each in self._replica_gauges.values():
             for key, (value,) in each.items():
@@ -212,17 +213,23 @@ class SchedulerActor:
             self._answer(answer)
 
     def _answer(self, answer: Grant | Refused) -> None:
-        waiting = self._waiting.get(answer.ticket_id)
-        if waiting is None or waiting.done():
-            self._scheduler.withdraw(answer.ticket_id)  # nobody is there to use it
-        else:
-            waiting.set_result(answer if isinstance(answer, Grant) else answer.why)
+        outcome, is_used = answer if isinstance(answer, Grant) else answer.why, False
+        for asker in self._waiting.pop(answer.ticket_id, ()):
+            if not asker.done():
+                asker.set_result(outcome)
+                is_used = True
+        if not is_used:
+            self._scheduler.withdraw(answer.ticket_id)
 
     async def _expire_forever(self) -> None:
         while True:
             await asyncio.sleep(EXPIRE_EVERY_S)
             for refused in self._scheduler.expire():
                 self._answer(refused)
-            present = self._scheduler.replica_ids
-            self._addresses = {name: each for name, each in self._addresses.items() if name in present}
+            self._forget_absent()
             self._dispatch()
+
+    def _forget_absent(self) -> None:
+        present = self._scheduler.replica_ids
+        self._addresses = {name: each for name, each in self._addresses.items() if name in present}
+        self._replica_gauges = {name: each for name, each in self._replica_gauges.items() if name in present}

@@ -171,6 +171,25 @@ async def test_a_grant_whose_answer_was_lost_is_answered_again(scheduler: Calls)
     assert await scheduler.target.acquire(ticket) == first
 
 
+@pytest.mark.parametrize("is_granted", [False, True])
+async def test_who_asked_again_keeps_its_place_and_its_grant_when_the_first_to_ask_leaves(
+    scheduler: Calls, is_granted: bool
+) -> None:
+    ticket = Ticket(TicketId("a/0/0"), 1)
+    if is_granted:
+        await announce(scheduler)
+    first, again = (asyncio.create_task(scheduler.target.acquire(ticket)) for _ in range(2))
+    for _ in range(2):  # the ticket is queued, then granted; who waits for it has not been told yet
+        await asyncio.sleep(0)
+    first.cancel()
+    await settled()
+    assert (await scheduler.target.status()).queued_rows == 1 - is_granted
+    await announce(scheduler)
+    assert (await again).ticket_id == ticket.ticket_id
+    assert first.cancelled()
+    assert (await scheduler.target.status()).running_rows == 1
+
+
 async def test_a_replica_that_goes_while_its_grant_is_being_answered_is_answered_with_another(scheduler: Calls) -> None:
     await announce(scheduler, "goes")
     placing = asyncio.create_task(scheduler.target.place(Ticket(TicketId("a/0/0"), 1)))
