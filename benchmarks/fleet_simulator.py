@@ -158,16 +158,17 @@ class _Replica:
         self.version += 1
 
     def _begin(self) -> None:
-        rows, most, joining = self.rows, self._service.max_rows, []
-        while self.waiting and (not rows or rows + self.waiting[0][1] <= most):
-            joining.append(self.waiting.popleft())
-            rows += joining[-1][1]
-        if joining:
-            end = math.ceil(self.steps - 1e-9) + self._service.num_steps
-            self._first_end = min(self._first_end, end) if self.ends else end
-            self.ends.setdefault(end, []).extend(joining)
-        self.rows = rows
-        self._step_s = self._service.step_s(rows)
+        rows, waiting, service = self.rows, self.waiting, self._service
+        if waiting and (not rows or rows + waiting[0][1] <= service.max_rows):
+            end = math.ceil(self.steps - 1e-9) + service.num_steps
+            if not self.ends or end < self._first_end:
+                self._first_end = end
+            joining = self.ends.setdefault(end, [])
+            while waiting and (not rows or rows + waiting[0][1] <= service.max_rows):
+                joining.append(waiting.popleft())
+                rows += joining[-1][1]
+            self.rows = rows
+        self._step_s = service.step_fixed_s + service.step_row_s * rows
 
     def pop_finished(self, now: float) -> list[TicketId]:
         """To be called at `next_end`."""

@@ -41,17 +41,21 @@ class DrainRate:
 
     def promise(self, now: float, cost_per_s: float) -> None:
         """What all present replicas do together, by their profiles; 0 if that is not known."""
-        self._advance(now)
+        if self._saturated:
+            self._advance(now)
         self._promised_per_s = cost_per_s
 
     def observe(self, now: float, saturated: bool) -> None:
         """Whether every replica has a full batch, from now on."""
-        self._advance(now)
+        if self._saturated:
+            self._advance(now)
+        elif saturated:
+            self._at = now
         self._saturated = saturated
 
     def completed(self, now: float, cost: int) -> None:
-        self._advance(now)
         if self._saturated:
+            self._advance(now)
             self._done += cost
 
     @property
@@ -66,9 +70,9 @@ class DrainRate:
         return (self._done + prior) / (self._promised + prior) if prior else 1.0
 
     def _advance(self, now: float) -> None:
-        if self._saturated and now > self._at:
-            elapsed_s = now - self._at
+        elapsed_s = now - self._at
+        if elapsed_s > 0:
             kept = math.exp(-elapsed_s / MEMORY_S)
             self._promised = (self._promised + self._promised_per_s * elapsed_s) * kept
             self._done *= kept
-        self._at = now
+            self._at = now

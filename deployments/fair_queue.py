@@ -69,6 +69,8 @@ class FairQueue:
     def __init__(self, weights: Mapping[CustomerId, float]) -> None:
         self._weights = weights
         self._classes = {name: _Class(weight) for name, weight in CLASS_WEIGHTS.items()}
+        self._waiting: list[_Class] = []
+        """Those that have tickets."""
         self._now = 0.0
         self._entries: dict[TicketId, Waiting] = {}
         self._turns = 0
@@ -103,8 +105,10 @@ class FairQueue:
         ticket = waiting.ticket
         customer_id = ticket.terms.customer_id
         group = self._classes[ticket.terms.service_class]
-        if not group.num_tickets and group.virtual < self._now:
-            group.virtual = self._now
+        if not group.num_tickets:
+            self._waiting.append(group)
+            if group.virtual < self._now:
+                group.virtual = self._now
         flow = group.flows.get(customer_id)
         if flow is None:
             flow = group.flows[customer_id] = _Flow(customer_id, self._weight(customer_id), group.now)
@@ -143,12 +147,9 @@ class FairQueue:
 
     def head(self) -> Waiting | None:
         """The next in fair order, of those whose customers are not held back."""
-        if not self._entries:
-            return None
-        waiting = [group for group in self._classes.values() if group.num_tickets]
-        if len(waiting) > 1:
-            waiting.sort(key=_virtual)
-        for group in waiting:
+        if len(self._waiting) > 1:
+            self._waiting.sort(key=_turn)
+        for group in self._waiting:
             flow = self._first(group)
             if flow is not None:
                 return self._first_ticket(flow)
@@ -177,7 +178,7 @@ class FairQueue:
         in_class = min(group.cost + cost, own * active_weight / weight)
         if self.cost == group.cost:  # no other class waits
             return in_class
-        other_classes = sum(each.weight for each in self._classes.values() if each.num_tickets and each is not group)
+        other_classes = sum(each.weight for each in self._waiting if each is not group)
         return min(self.cost + cost, in_class * (group.weight + other_classes) / group.weight)
 
     def has_place(self, service_class: ServiceClass, customer_id: CustomerId, cost: int, bound: int) -> bool:
@@ -238,6 +239,7 @@ class FairQueue:
             flow.turn = -1
             flow.tickets.clear()
             if not group.num_tickets:
+                self._waiting.remove(group)
                 self._forget_all_but(group, flow)
                 return
             group.active_weight -= flow.weight
@@ -282,5 +284,6 @@ class FairQueue:
         self.num_rows += rows
 
 
-def _virtual(group: _Class) -> float:
-    return group.virtual
+def _turn(group: _Class) -> tuple[float, float]:
+    """Of equals, the heaviest first."""
+    return group.virtual, -group.weight

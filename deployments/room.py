@@ -78,9 +78,10 @@ class ByRoom:
         return (replica for level in self._order for replica in self._levels[level].values())
 
     def first(self) -> RunningReplica | None:
-        if not self._order:
-            return None
-        return next(iter(self._levels[self._order[0]].values()))
+        for level in self._order:
+            for replica in self._levels[level].values():
+                return replica
+        return None
 
     def add(self, replica: RunningReplica) -> None:
         """As the last of those that have as much room; to be repeated, after `remove`, when that changes."""
@@ -92,8 +93,9 @@ class ByRoom:
         equals[replica.replica_id] = replica
 
     def remove(self, replica: RunningReplica) -> None:
-        equals = self._levels[replica.level]
+        level = replica.level
+        equals = self._levels[level]
         del equals[replica.replica_id]
         if not equals:
-            del self._levels[replica.level]
-            del self._order[bisect.bisect_left(self._order, replica.level)]
+            del self._levels[level]
+            del self._order[bisect.bisect_left(self._order, level)]

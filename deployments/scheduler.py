@@ -435,15 +435,16 @@ class Scheduler:
             self._present.forget(replica.replica_id)
 
     def _add(self, replica: RunningReplica, rows: int, cost: int) -> None:
+        was_full, was_open, was_ahead = replica.is_full, replica.is_open, replica.cost_ahead
         self._by_room.remove(replica)
-        self._num_full -= replica.is_full
-        self._num_open -= replica.is_open
-        self._cost_ahead -= replica.cost_ahead
         replica.take(rows, cost)
-        self._num_full += replica.is_full
-        self._num_open += replica.is_open
-        self._cost_ahead += replica.cost_ahead
         self._by_room.add(replica)
+        if replica.is_full != was_full:
+            self._num_full += 1 if replica.is_full else -1
+        if replica.is_open != was_open:
+            self._num_open += 1 if replica.is_open else -1
+        if replica.cost_ahead != was_ahead:
+            self._cost_ahead += replica.cost_ahead - was_ahead
         self._unexpected[replica.replica_id] = replica
 
     def _present_left_s(self) -> float:
