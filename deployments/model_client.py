@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import structlog
 
+from deployments.background import keep_running
 from deployments.channel import Address, CallFailed, Channel, ChannelError, ChannelLost
 from deployments.errors import DeadlinePassed, EngineFailed, ModelOverloaded
 from deployments.messages import (
@@ -44,6 +45,8 @@ from deployments.tracing import span
 MAX_ATTEMPTS = 3
 """A chunk is tried on another replica at most twice."""
 SCHEDULER_RETRY_S = 0.1
+TELL_FOR_S = 60.0
+"""A scheduler that could not be reached for so long has died, or has missed us and taken back whatever we had."""
 STATUS_TIMEOUT_S = 2.0
 RETRY_AFTER_TIMEOUT_S = 5
 """What a client is told after it waited in vain: the queue drains slower than anybody should wait."""
@@ -78,15 +81,15 @@ class ModelClient:
         self._chunk_timeout_s = chunk_timeout_s
         self._begun_timeout_s = queue_timeout_s + 2 * chunk_timeout_s
         """What has begun waits for whatever runs now, and for what had begun before it."""
-        self._notices: asyncio.Queue[Notice] = asyncio.Queue()
+        self._notices: asyncio.Queue[tuple[Notice, asyncio.Future[None]]] = asyncio.Queue()
+        """With what is set once the scheduler was told."""
         self._caller = CallerId(uuid.uuid4().hex)
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
         """Begin telling the scheduler what became of its grants, and that there is somebody who has them. From tasks of
         its own, outside any request: what a request that is cancelled has to tell must arrive."""
-        loop = asyncio.get_running_loop()
-        self._tasks = [loop.create_task(self._notify_forever()), loop.create_task(self._attend_forever())]
+        self._tasks = [keep_running(self._notify_forever), keep_running(self._attend_forever)]
 
     async def stop(self) -> None:
         if self._tasks:
@@ -140,9 +143,8 @@ class ModelClient:
         if on_piece is not None:
             on_piece = _each_once(on_piece)
         deadline = None if terms.deadline_s is None else time.monotonic() + terms.deadline_s
+        told: asyncio.Future[None] | None = None
         for attempt in range(MAX_ATTEMPTS):
-            if attempt:
-                await self._notices.join()  # or the scheduler would grant the replica that was just lost
             begun = begun or attempt > 0
             patience_s = self._begun_timeout_s if begun else self._queue_timeout_s
             ticket = Ticket(
@@ -160,7 +162,7 @@ class ModelClient:
             try:
                 started = time.perf_counter()
                 with span("queue", {"dream.rows": len(rows), "dream.attempt": attempt}):
-                    placed = await self._acquire(ticket)
+                    placed = await self._acquire(ticket, told)
                 granted = time.perf_counter()
                 if permit is not None:
                     await permit.wait()
@@ -178,11 +180,11 @@ class ModelClient:
                 return report, ChunkTiming((granted - started) * 1e3, report.infer_ms)
             except ChannelLost as error:
                 log.warning("replica_lost", model=self.spec.slug, replica=replica_id, attempt=attempt)
-                self._notices.put_nowait(("replica_gone", replica_id))
+                told = self._notify(("replica_gone", replica_id))
                 if attempt + 1 == MAX_ATTEMPTS:
                     raise EngineFailed(self.spec.slug, "its replica died") from error
             finally:
-                self._notices.put_nowait(("complete" if finished else "withdraw", ticket.ticket_id))
+                self._notify(("complete" if finished else "withdraw", ticket.ticket_id))
         raise AssertionError("unreachable: the last attempt returns or raises")
 
     async def finish_s(self, num_rows: int, num_steps: int, guidance: float, terms: TicketTerms) -> float | None:
@@ -204,10 +206,12 @@ class ModelClient:
             answer: tuple[SchedulerStatus, Series] = await self._scheduler.call("metrics")
         return answer
 
-    async def _acquire(self, ticket: Ticket) -> Placed:
+    async def _acquire(self, ticket: Ticket, told: "asyncio.Future[None] | None") -> Placed:
         """Wait for room. A scheduler that restarts has lost its queue, so the ticket is sent again until time is up."""
         try:
             async with asyncio.timeout(ticket.patience_s):
+                if told is not None:  # or the scheduler would grant the replica that was just lost
+                    await told
                 while True:
                     try:
                         answer = await self._scheduler.call("place", ticket)
@@ -259,17 +263,40 @@ class ModelClient:
 
     async def _notify_forever(self) -> None:
         while True:
-            notices = [await self._notices.get()]
+            noted = [await self._notices.get()]
             while not self._notices.empty():
-                notices.append(self._notices.get_nowait())
-            while True:
-                try:
-                    await self._scheduler.call("notice", notices)
-                    break
-                except ChannelError:  # one that restarts has forgotten these tickets, another connection has not
-                    await asyncio.sleep(SCHEDULER_RETRY_S)
-            for _ in notices:
-                self._notices.task_done()
+                noted.append(self._notices.get_nowait())
+            try:
+                await self._tell([notice for notice, _ in noted])
+            finally:
+                for _, told in noted:
+                    if not told.done():  # nobody may wait for it any more
+                        told.set_result(None)
+                    self._notices.task_done()
+
+    async def _tell(self, notices: Sequence[Notice]) -> None:
+        """For `TELL_FOR_S` at most. What it cannot take it is not told again: the others would wait for that."""
+        gives_up_at = time.monotonic() + TELL_FOR_S
+        while time.monotonic() < gives_up_at:
+            try:
+                await self._scheduler.call("notice", notices)
+                return
+            except CallFailed as error:
+                if len(notices) > 1:
+                    for notice in notices:
+                        await self._tell([notice])
+                    return
+                log.error("notice_not_taken", model=self.spec.slug, notice=notices[0], error=str(error))
+                return
+            except ChannelLost:
+                await asyncio.sleep(SCHEDULER_RETRY_S)
+        log.warning("notices_given_up", model=self.spec.slug, notices=len(notices))
+
+    def _notify(self, notice: Notice) -> "asyncio.Future[None]":
+        """Tell the scheduler, some time soon."""
+        told: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._notices.put_nowait((notice, told))
+        return told
 
 
 async def _last_of(answers: AsyncGenerator[ChunkPiece | ChunkReport, None], on_piece: OnPiece) -> ChunkReport:

@@ -1,7 +1,7 @@
 """The client of one model, between a real scheduler and replicas that a test plays; replies may be on their way."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -29,7 +29,7 @@ from deployments.messages import (
 )
 from deployments.model_client import ModelClient
 from deployments.room import BATCHES_AHEAD
-from deployments.scheduler import SchedulerLimits
+from deployments.scheduler import Notice, SchedulerLimits
 from deployments.scheduler_actor import SchedulerActor
 
 SPEC = ModelSpec("m", (64, 64), 8, 12, 10, 4, 0.0, Mils(5))
@@ -330,6 +330,83 @@ async def test_a_scheduler_that_restarts_is_asked_again(
     await announce(scheduler)
     replicas.script = [REPORT]
     assert (await client.run_chunk("a/0", [ROW], begun=False))[0] is REPORT
+
+
+class Notices:
+    """Stands before a scheduler's `notice`, and may fail."""
+
+    def __init__(self, scheduler: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._notice = scheduler.target.notice
+        self.failure: Callable[[Sequence[Notice]], Exception | None] = lambda _: None
+        self.on_notice: Callable[[], object] = lambda: None
+        monkeypatch.setattr(scheduler.target, "notice", self)
+
+    async def __call__(self, notices: Sequence[Notice]) -> None:
+        self.on_notice()
+        await asyncio.sleep(0)
+        if (failure := self.failure(notices)) is not None:
+            raise failure
+        await self._notice(notices)
+
+
+@pytest.fixture
+def notices(scheduler: Calls, monkeypatch: pytest.MonkeyPatch) -> Notices:
+    return Notices(scheduler, monkeypatch)
+
+
+async def test_a_notice_that_the_scheduler_cannot_take_holds_back_no_other(
+    client: ModelClient, scheduler: Calls, replicas: Replicas, notices: Notices
+) -> None:
+    await announce(scheduler, rows=4)
+    replicas.script = [REPORT] * 3
+    poison = ("complete", "poison/0/0")
+    notices.failure = lambda told: CallFailed("notice", "KeyError") if poison in told else None
+    await asyncio.gather(*(client.run_chunk(f"{name}/0", [ROW], begun=False) for name in ("a", "poison", "b")))
+    assert await held_rows(scheduler) == 1, "of that one alone"
+
+
+async def test_the_next_attempt_does_not_wait_for_what_others_have_to_tell(
+    client: ModelClient, scheduler: Calls, replicas: Replicas, notices: Notices
+) -> None:
+    """Under load there is always something more to tell."""
+    await announce(scheduler, "dies")
+    notices.on_notice = lambda: client._notify(("complete", "another"))
+    replicas.script = [ChannelLost("it died"), REPORT]
+    running = asyncio.create_task(client.run_chunk("a/0", [ROW], begun=False))
+    await settled()
+    await announce(scheduler, "lives")
+    async with asyncio.timeout(5):
+        assert (await running)[0] is REPORT
+    notices.on_notice = lambda: None
+
+
+async def test_the_next_attempt_waits_no_longer_for_the_scheduler_than_for_room(
+    client: ModelClient, scheduler: Calls, replicas: Replicas, notices: Notices, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deployments.model_client, "SCHEDULER_RETRY_S", 0.0)
+    monkeypatch.setattr(client, "_begun_timeout_s", 0.05)
+    notices.failure = lambda _: ChannelLost("it is away")
+    await announce(scheduler)
+    replicas.script = [ChannelLost("it died")]
+    async with asyncio.timeout(5):
+        with pytest.raises(ModelOverloaded):
+            await client.run_chunk("a/0", [ROW], begun=False)
+
+
+async def test_a_scheduler_that_stays_away_is_told_only_what_is_new(
+    client: ModelClient, scheduler: Calls, replicas: Replicas, notices: Notices, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has taken back what it granted to whom it could not hear; and what waits to be told has a bound."""
+    monkeypatch.setattr(deployments.model_client, "SCHEDULER_RETRY_S", 0.0)
+    monkeypatch.setattr(deployments.model_client, "TELL_FOR_S", 0.0)
+    await announce(scheduler, rows=4)
+    replicas.script = [REPORT] * 2
+    await client.run_chunk("a/0", [ROW], begun=False)
+    assert await held_rows(scheduler) == 1
+    assert client._notices.empty()
+    monkeypatch.setattr(deployments.model_client, "TELL_FOR_S", 60.0)
+    await client.run_chunk("b/0", [ROW], begun=False)
+    assert await held_rows(scheduler) == 1, "of the first one alone"
 
 
 async def test_room_is_taken_at_once_and_used_only_with_the_permit(
