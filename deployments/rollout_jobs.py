@@ -178,6 +178,9 @@ class RolloutJobs:
         Raises:
             LedgerUnavailable: the database does not answer.
         """
+        return await asyncio.shield(self._cancel(job))  # its client may leave: what it held is given back all the same
+
+    async def _cancel(self, job: Job) -> Job:
         canceled: Job | None = await self._ask(self.store.cancel, job.request_id)
         self._order(job.request_id, "cancel")
         gives_up_at = time.monotonic() + CANCEL_WAIT_S
