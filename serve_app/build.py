@@ -1,6 +1,7 @@
 """The only place that turns plain classes into Serve deployments and binds them."""
 
 import asyncio
+import gc
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -153,6 +154,8 @@ class Gateway:
                 decoders=ThreadPoolExecutor(limits.image_decoders, thread_name_prefix="decode"),
             )
         )
+        gc.collect()
+        gc.freeze()  # what is there before the first request: else a collection in a burst stops all for 0.3 s
         return self._api
 
 
