@@ -8,7 +8,7 @@ from fastapi import APIRouter, Depends, Query, Request, Response
 from billing.reader import KeyRecord
 from deployments.messages import Frame, ModelSpec, RolloutRequest
 from deployments.streaming import StreamForm
-from serve_app.context import ActiveModel, Parts, PayingCaller, Services, authenticate_for_work
+from serve_app.context import PayingCaller, Services, active_model, authenticate_for_work, services
 from serve_app.errors import InvalidRequest
 from serve_app.forms import Form, read_form
 from serve_app.routes.answers import BATCH, MP4, batch_answer, result_headers
@@ -34,13 +34,12 @@ def knobs(schema: type[PredictParams]) -> dict[str, Any]:
 )
 async def predict(
     request: Request,
-    parts: Parts,
     caller: PayingCaller,
-    model: ActiveModel,
     dry_run: DryRun = False,
     stream: Annotated[StreamForm | None, Query(description="Send frames as they are made")] = None,
 ) -> Response:
     """One rollout on the active model; the answer is its mp4."""
+    parts, model = services(request), await active_model(request)
     form = await read_form(request, 8, parts.args.limits.body_timeout_s)
     form.only(files=("frame", "actions", "ground_truth"), fields=_names(PredictParams))
     params = form.fields(PredictParams)
@@ -67,10 +66,9 @@ async def predict(
         **knobs(BatchParams),
     ),
 )
-async def predict_batch(
-    request: Request, parts: Parts, caller: PayingCaller, model: ActiveModel, dry_run: DryRun = False
-) -> Response:
+async def predict_batch(request: Request, caller: PayingCaller, dry_run: DryRun = False) -> Response:
     """K rollouts from one start frame or from one each, reserved and charged as one; a tar of K mp4s in order."""
+    parts, model = services(request), await active_model(request)
     if asked_form(request, "mp4" if "stream" in request.query_params else None) is not None:
         raise InvalidRequest("stream", "is of one rollout; /v1/predict streams")
     most = parts.args.limits.max_candidates
