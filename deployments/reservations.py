@@ -158,7 +158,18 @@ class Reservations:
         except DATABASE_FAILURES as error:
             raise LedgerUnavailable() from error
 
+    async def is_settled(self, request_id: RequestId) -> bool:
+        """Raises LedgerUnavailable."""
+        record = await self.record(request_id)
+        return record is not None and record.state == "settled"
+
     async def _settle(self, command: Settle, first: Callable[[], Awaitable[None]] | None) -> Settled | None:
+        try:
+            return await self._settled(command, first)
+        finally:  # whatever else: a lease that nobody renews ends
+            self._open.discard(command.request_id)
+
+    async def _settled(self, command: Settle, first: Callable[[], Awaitable[None]] | None) -> Settled | None:
         within_s = 0.0
         if first is not None:
             await first()
@@ -177,7 +188,6 @@ class Reservations:
             break
         else:
             log.error("settlement_left_to_lease", request_id=command.request_id)
-        self._open.discard(command.request_id)
         return outcome if isinstance(outcome, Settled) else None
 
     async def _renew_leases(self) -> None:

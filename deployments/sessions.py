@@ -466,6 +466,7 @@ class Sessions:
             await self._directory.ended.remote(request_id)
 
     async def _end_when_told(self, session: Session) -> None:
+        """By its customer, or by the ledger: this process was frozen, say, while the lease ended."""
         request_id = session.record.request_id
         while request_id in self._connected:
             try:
@@ -475,8 +476,12 @@ class Sessions:
                     return
                 if word == "unknown" and request_id in self._connected:
                     await self._directory.register.remote(session.record, self._owner)
+                if await self._reservations.is_settled(request_id) and request_id in self._connected:
+                    log.error("session_lease_lost", request_id=request_id)
+                    session.end("restart")
+                    return
             except Exception as error:
-                log.warning("session_directory_lost", request_id=request_id, error=type(error).__name__)
+                log.warning("session_not_watched", request_id=request_id, error=type(error).__name__)
                 await asyncio.sleep(RETRY_S)
 
     def _forget_later(self, request_id: RequestId) -> None:

@@ -111,6 +111,18 @@ async def test_the_loops_of_an_ingress_go_on(tmp_path: Path, monkeypatch: pytest
         model.allow()
 
 
+async def test_a_settlement_that_breaks_leaves_no_lease_that_is_renewed(tmp_path: Path) -> None:
+    async def broken() -> None:
+        raise RuntimeError("as nobody expected")
+
+    async with running_app(tmp_path) as app:
+        reservations = app.services.ingress._reservations
+        reservations._open.add(RequestId("req_1"))
+        with pytest.raises(RuntimeError):
+            await reservations.settle_later(RequestId("req_1"), 0, "", first=broken)
+        assert reservations._open == set()
+
+
 async def test_a_schedulers_expiry_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     expired = asyncio.Event()
 

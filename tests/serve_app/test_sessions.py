@@ -483,6 +483,22 @@ async def test_a_session_whose_lease_has_ended_streams_nothing(
     assert fresh.model.model.chunks_started == []
 
 
+async def test_a_session_whose_lease_ends_while_it_streams_is_ended(
+    fresh: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its process was frozen, say, for longer than that."""
+    monkeypatch.setattr(sessions, "POLL_S", 0.01)
+    headers, customer = fresh.key(10_000)
+    envelope = await create(fresh, headers)
+    async with socket_of(fresh, envelope, headers) as socket:
+        await socket.send(type="submit_actions", actions=steer(0))
+        await socket.until("rollout_complete")
+        request_id = RequestId(envelope["id"].replace("session_", "req_"))
+        await asyncio.to_thread(fresh.ledger.apply, Settle(request_id, 0, "lease expired"))
+        assert await socket.close_code() == 1012
+    assert await settled(fresh, customer) == [("debit", -1_000), ("refund", 1_000)]
+
+
 async def test_a_session_of_a_model_that_is_not_served_here_any_more_is_given_back(
     fresh: App, monkeypatch: pytest.MonkeyPatch
 ) -> None:
