@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import hmac
+import itertools
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -29,6 +30,7 @@ from deployments.payments.config import PaymentsConfig
 from deployments.payments.errors import CardDeclined, StripeRefused, StripeUnavailable
 from deployments.payments.service import mint_topup_id
 from tests.fakestripe.state import DECLINED_LATER, GOOD, SUSPICIOUS
+from tests.support.cuts import Moment, left_at
 from tests.support.payments import BASE_URL, START, Till, open_till
 
 DAY_S = 86_400
@@ -455,3 +457,36 @@ async def test_the_database_keeps_one_charge_in_flight_and_each_payment_to_one_t
 def test_secrets_are_in_no_repr() -> None:
     shown = repr(PaymentsConfig("sk_live_hidden", ("whsec_hidden",)))
     assert "hidden" not in shown
+
+
+LOST: Moment = "when what it waits for is there"
+"""An answer that is lost. Each HTTP request waits several times, so every second wait is enough."""
+
+
+async def test_leaving_at_any_wait_opens_one_page_and_credits_it_once(till: Till) -> None:
+    for at_wait in itertools.count(1, 2):
+        customer, pages = till.customer(), len(list(till.fake.state.all("checkout.session")))
+        went_on = await left_at(till.payments.topup(customer, 2_500, BASE_URL, "key"), at_wait, LOST)
+        topup = await till.payments.topup(customer, 2_500, BASE_URL, "key")
+        assert len(list(till.fake.state.all("checkout.session"))) == pages + 1
+        till.fake.state.pay_session(topup.session_id, GOOD)
+        went_on |= await left_at(till.payments.look(topup.topup_id), at_wait, LOST)
+        assert (await till.payments.look(topup.topup_id)).state == "paid"
+        assert till.balance(customer) == 250_000
+        if not went_on:
+            break
+    assert at_wait > 5
+
+
+async def test_a_charge_that_is_left_at_any_wait_is_made_once(till: Till) -> None:
+    for at_wait in itertools.count(1, 2):
+        customer, before = await ready_to_charge(till), len(charges(till))
+        went_on = await left_at(till.payments.shortage(customer, Mils(60_000)), at_wait, LOST)
+        await till.payments.shortage(customer, Mils(60_000))
+        till.clock.advance(601)
+        await sweeps.sweep_objects(till.payments)
+        assert len(charges(till)) == before + 1
+        assert till.balance(customer) == 150_000
+        if not went_on:
+            break
+    assert at_wait > 5
