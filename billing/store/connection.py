@@ -64,7 +64,9 @@ class WriterConnection:
 
     def execute(self, statement: str, parameters: Any = ()) -> Any:
         """A cursor of the driver's. What it returns has to be read before the transaction ends."""
-        return self._driver.execute(statement, parameters)
+        if self.is_sqlite:  # it prepares everything
+            return self._driver.execute(statement, parameters)
+        return self._driver.execute(statement, parameters, prepare=True)  # psycopg would wait for the sixth time
 
     def executemany(self, statement: str, rows: Sequence[Any]) -> None:
         self._driver.executemany(statement, rows)

@@ -11,10 +11,12 @@ from billing.tables import entry, reservation, wallet, writer_fence
 _FENCE = "SELECT epoch FROM writer_fence WHERE fence_id = 1"
 # The lock makes a successor wait for this transaction, and this one for a successor's. Every row is reached by its key:
 # on young tables PostgreSQL would plan scans and joins of whole tables, and keep those plans for the whole connection
-# (a hash over the open reservations reads each that was ever open, until vacuum has been there).
+# (a hash over the open reservations reads each that was ever open, until vacuum has been there). So no plan depends on
+# parameters, and each is made once: PostgreSQL would plan for the first five, which doubles a young writer's commits.
 _FENCE_POSTGRESQL = (
     "SELECT epoch, set_config('enable_seqscan', 'off', true), set_config('enable_hashjoin', 'off', true),"
-    " set_config('enable_mergejoin', 'off', true), set_config('enable_bitmapscan', 'off', true)"
+    " set_config('enable_mergejoin', 'off', true), set_config('enable_bitmapscan', 'off', true),"
+    " set_config('plan_cache_mode', 'force_generic_plan', true)"
     " FROM writer_fence WHERE fence_id = 1 FOR UPDATE"
 )
 _TAKE = Query(

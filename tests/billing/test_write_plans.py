@@ -63,6 +63,21 @@ def test_a_batch_finds_its_requests_by_their_ids(desk: Desk) -> None:
             assert "ix_reservation" not in plan, f"{statement}\n{plan}"
 
 
+def test_a_statement_is_planned_once_and_not_for_its_parameters(desk: Desk) -> None:
+    if desk.engine.dialect.name == "sqlite":  # it knows no other plans
+        return
+    command = desk.reserve(desk.account(credits_mils=1_000_000))
+    successor = desk.new_ledger()
+    successor.apply([command])
+    with successor._connection.transaction(runs_ahead=False):
+        prepared = successor._connection.execute(
+            "SELECT statement, custom_plans FROM pg_prepared_statements"
+        ).fetchall()
+    plans = {statement: custom for statement, custom in prepared if statement.startswith("INSERT")}
+    assert {statement.split()[2] for statement in plans} >= {"reservation", "entry"}
+    assert set(plans.values()) == {0}
+
+
 def test_a_foreign_key_finds_its_request_by_the_id(desk: Desk) -> None:
     """SQLite uses the key's own index and no other; PostgreSQL plans the query that is put here."""
     if desk.engine.dialect.name == "sqlite":
