@@ -4,9 +4,10 @@ Every way out after the reservation ends in a settlement: all frames delivered, 
 """
 
 import asyncio
+import contextlib
 import time
-from collections import OrderedDict
-from collections.abc import Awaitable, Mapping
+from collections import Counter, OrderedDict
+from collections.abc import Awaitable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -56,8 +57,11 @@ DEDUPE_WINDOW_S = 60.0
 MAX_PAYING = 10_000
 HOLD_S = 0.5
 """How long room is held for a price that the ledger has not answered for; it is asked for again afterwards."""
-JOIN_POLL_S = 0.05
-"""Between looks at a first request that still runs, perhaps on another ingress replica."""
+JOIN_POLL_S, MAX_JOIN_POLL_S, JOIN_POLL_SHARE = 0.05, 1.0, 0.1
+"""Between looks at a first request that still runs, perhaps on another ingress replica: a tenth of the time so far."""
+MAX_JOINING = 64
+"""Of one key's requests may wait for another's result at a time: that costs it nothing, and others a place each."""
+JOIN_RETRY_S = 2
 
 log = structlog.get_logger(__name__)
 
@@ -80,6 +84,7 @@ class Ingress:
         self._status = status
         self._paying: OrderedDict[KeyId, CustomerId] = OrderedDict()
         """Keys whose last price could be reserved."""
+        self._joining: Counter[KeyId] = Counter()
         self._running: set[asyncio.Task[object]] = set()
         self._stopped: set[asyncio.Task[object]] = set()
         self._draining = False
@@ -138,7 +143,8 @@ class Ingress:
                 if isinstance(reserved, Reserved):
                     return await self._run(request, reserved, lasting or bool(request.idempotency_key), started, early)
                 early.withdraw()
-                first = await self.first_result(reserved)
+                with self.joining(request):
+                    first = await self.first_result(reserved)
                 if first is not None:
                     if first.num_frames != request.num_frames and request.extras.keep == 1:
                         raise RolloutCanceled()
@@ -283,20 +289,36 @@ class Ingress:
         assert record is not None
         return record.cost(num_frames)
 
+    @contextlib.contextmanager
+    def joining(self, request: RolloutRequest) -> Iterator[None]:
+        """While `request` waits for another's result.
+
+        Raises:
+            ModelOverloaded: its key has too many that do.
+        """
+        if self._joining[request.key_id] >= MAX_JOINING:
+            raise ModelOverloaded(request.model, JOIN_RETRY_S)
+        self._joining[request.key_id] += 1
+        try:
+            yield
+        finally:
+            self._joining[request.key_id] -= 1
+            self._joining += Counter()  # drops those at zero
+
     async def first_result(self, repeated: Repeated) -> RolloutResult | None:
         """What the request that this one repeats was answered with; None if it was refunded after all.
 
         Raises:
             ResultExpired: it was delivered, and its result is no longer kept.
         """
-        state = repeated.state
+        state, began = repeated.state, time.monotonic()
         while state == "open":
             first = await self._reservations.record(repeated.request_id)
             if first is None or (first.state == "settled" and not first.frames_delivered):
                 return None
             state = first.state
             if state == "open":
-                await asyncio.sleep(JOIN_POLL_S)
+                await asyncio.sleep(join_poll_s(began))
         result = await asyncio.to_thread(self._results.get, repeated.request_id)
         if result is None:
             raise ResultExpired()
@@ -390,6 +412,11 @@ class _Early:
     def _end_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
+
+
+def join_poll_s(began: float) -> float:
+    """Until the next look at what has been waited for since `began`, on the monotonic clock."""
+    return min(MAX_JOIN_POLL_S, max(JOIN_POLL_S, JOIN_POLL_SHARE * (time.monotonic() - began)))
 
 
 def _terms(request: RolloutRequest, customer_id: CustomerId, started: float) -> TicketTerms:

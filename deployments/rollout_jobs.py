@@ -28,7 +28,7 @@ from deployments.chunk_loop import FinishedChunk
 from deployments.errors import DeadlinePassed, EngineFailed, LedgerUnavailable, ModelOverloaded, TooManyJobs
 from deployments.file_groups import FileGroups
 from deployments.gather import gather, run_chunks
-from deployments.ingress import REFUND_WAIT_S, RESTART_S, Ingress
+from deployments.ingress import REFUND_WAIT_S, RESTART_S, Ingress, join_poll_s
 from deployments.job_store import Ending, Job, JobStore
 from deployments.ledger_client import LedgerClient
 from deployments.messages import Extras, RolloutRequest, RolloutResult, TicketTerms
@@ -168,7 +168,8 @@ class RolloutJobs:
                 )
                 # The client may leave: what is paid for is queued all the same, and found when it is sent again.
                 return await asyncio.shield(self._add(job, request))
-            first = await self._first(reserved)
+            with self._ingress.joining(request):
+                first = await self._first(reserved)
             if first is not None:
                 return first
 
@@ -230,6 +231,7 @@ class RolloutJobs:
 
     async def _first(self, repeated: Repeated) -> Job | RolloutResult | None:
         """What the request that this one repeats has become; None if it was refunded, so that this one may run."""
+        began = time.monotonic()
         while True:
             job = await self._ask(self.store.get, repeated.request_id)
             if job is not None:
@@ -239,7 +241,7 @@ class RolloutJobs:
                 return None
             if reservation.state == "settled":  # it was sent without mode=async
                 return await self._ingress.first_result(repeated)
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(join_poll_s(began))
 
     async def _run_forever(self) -> None:
         while not self._stopping:

@@ -366,6 +366,28 @@ async def test_a_repetition_waits_until_the_first_result_can_be_read(app: App, m
     assert balance(app, key.customer_id) == 755
 
 
+async def test_of_one_key_so_many_may_wait_for_the_same_result_and_no_more(
+    held: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are free, and each holds a place that somebody else cannot have."""
+    monkeypatch.setattr(deployments.ingress, "MAX_JOINING", 2)
+    key, other = customer(held, 1_000), customer(held, 1_000)
+    first = asyncio.create_task(ingress(held).run(request_of(key, payload="same")))
+    await asyncio.to_thread(held.model.model.entered.acquire)
+    again = [asyncio.create_task(ingress(held).run(request_of(key, payload="same"))) for _ in range(2)]
+    async with asyncio.timeout(10):
+        while ingress(held)._joining[key.key_id] < 2:  # noqa: ASYNC110 - of tasks in this process
+            await asyncio.sleep(0.001)
+    with pytest.raises(ModelOverloaded):
+        await ingress(held).run(request_of(key, payload="same"))
+    others = asyncio.create_task(ingress(held).run(request_of(other, payload="same")))
+    held.model.model.gate.set()
+    results = await asyncio.gather(first, *again, others)
+    assert len({result.request_id for result in results}) == 2
+    assert (balance(held, key.customer_id), balance(held, other.customer_id)) == (755, 755)
+    assert not ingress(held)._joining
+
+
 async def test_stopping_waits_for_the_settlements_that_are_left(app: App) -> None:
     key = customer(app, 1_000)
     result = await ingress(app).run(request_of(key))
