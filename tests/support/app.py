@@ -5,6 +5,8 @@ Only the hops are replaced: where the cluster calls an actor or a replica, these
 
 import asyncio
 import contextlib
+import functools
+import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +17,7 @@ from typing import Any
 import httpx
 from fastapi import FastAPI
 from sqlalchemy import Engine as Database
+from sqlalchemy import make_url
 
 from billing import invariants
 from billing.auditor import AuditReport
@@ -178,8 +181,21 @@ class Ledgered:
         return [(row.kind, row.amount_mils) for row in reversed(self.reader.transactions(customer_id, 200))]
 
 
+@functools.cache
+def _migrated() -> bytes:
+    """A new ledger's file: migrating takes longer than most tests."""
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory) / "ledger.db"
+        database = open_database(f"sqlite:///{file}")
+        migrate(database)
+        database.dispose()
+        return file.read_bytes()
+
+
 @contextlib.contextmanager
 def ledgered(url: str, clock: Callable[[], float] = time.time) -> Iterator[Ledgered]:
+    if url.startswith("sqlite") and not (file := Path(str(make_url(url).database))).exists():
+        file.write_bytes(_migrated())
     database = open_database(url)
     migrate(database)
     meter = Meter()

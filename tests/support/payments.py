@@ -2,9 +2,7 @@
 
 import asyncio
 import contextlib
-import functools
 import json
-import tempfile
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +12,6 @@ import httpx
 
 from billing import invariants
 from billing.commands import CustomerId
-from billing.database import migrate, open_database
 from billing.money import Mils
 from billing.payments.commands import AutoTopup, EventHint, EventsReceived, ReceiveEvents, Topup
 from billing.payments.reader import PaymentsReader
@@ -87,22 +84,10 @@ class Till:
         return known.payment_intent
 
 
-@functools.cache
-def _migrated() -> bytes:
-    """A new ledger's file: migrating takes longer than most tests."""
-    with tempfile.TemporaryDirectory() as directory:
-        file = Path(directory) / "ledger.db"
-        engine = open_database(f"sqlite:///{file}")
-        migrate(engine)
-        engine.dispose()
-        return file.read_bytes()
-
-
 @contextlib.asynccontextmanager
 async def open_till(directory: Path, **changes: Any) -> AsyncIterator[Till]:
     """With clocks that stand still, and deliveries only when a test asks for them."""
     clock = TestClock(START)
-    (directory / "ledger.db").write_bytes(_migrated())
     async with running(clock, delivers=False) as fake:
         with ledgered(f"sqlite:///{directory / 'ledger.db'}", clock) as ledger:
 
@@ -171,7 +156,6 @@ class Shop:
 
 @contextlib.asynccontextmanager
 async def open_shop(directory: Path, **changes: Any) -> AsyncIterator[Shop]:
-    (directory / "ledger.db").write_bytes(_migrated())
     async with running(delivers=False) as fake:
         made: list[Payments] = []
         set_up = config(fake, **changes)
