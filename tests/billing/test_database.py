@@ -15,7 +15,8 @@ from billing.job_tables import billing_metadata
 from billing.migrations import versions
 from billing.payments.tables import payments_metadata
 from billing.triggers import POSTGRESQL, SQLITE
-from tests.billing.conftest import Clock, Databases, Desk
+from tests.billing.conftest import Clock, Desk
+from tests.support.databases import Databases
 
 
 def schema(engine: Engine) -> dict[str, str]:

@@ -28,7 +28,8 @@ from billing.money import Mils
 from billing.price_terms import terms_of
 from billing.prices import PriceVersion, Rate
 from billing.tables import billing_metadata
-from tests.billing.conftest import Clock, Databases, Desk
+from tests.billing.conftest import Clock, Desk
+from tests.support.databases import Databases
 
 
 @pytest.fixture(scope="module")

@@ -45,7 +45,8 @@ from billing.core.reservations import KEY_MEMORY_S
 from billing.invariants import audit
 from billing.keys import initial_grant_id
 from billing.money import Mils
-from tests.billing.conftest import GRACE_S, Clock, Databases, Desk
+from tests.billing.conftest import GRACE_S, Clock, Desk
+from tests.support.databases import Databases
 
 
 class Oracle:

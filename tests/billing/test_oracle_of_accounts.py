@@ -31,7 +31,8 @@ from billing.invariants import audit
 from billing.money import Mils
 from billing.price_terms import terms_of
 from billing.prices import PriceVersion, Rate
-from tests.billing.conftest import Clock, Databases, Desk
+from tests.billing.conftest import Clock, Desk
+from tests.support.databases import Databases
 
 NUM_CUSTOMERS = 4
 MODEL = "m"

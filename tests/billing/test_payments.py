@@ -21,7 +21,8 @@ from billing.commands import (
 )
 from billing.invariants import audit
 from billing.money import Mils
-from tests.billing.conftest import Account, Clock, Databases, Desk
+from tests.billing.conftest import Account, Clock, Desk
+from tests.support.databases import Databases
 
 
 def paid(account: Account, amount: int = 1000, source: str = "stripe:cs_1", public_id: str = "evt_1") -> Credit:

@@ -14,7 +14,7 @@ from billing.store import WriterConnection
 from billing.store.sql import insert_all
 from billing.tables import api_key, entry, reservation, wallet
 from billing.usage import UsageReader
-from tests.billing.conftest import Databases
+from tests.support.databases import Databases
 
 CUSTOMERS, REQUESTS = 50, 200
 CUSTOMER, REQUEST = CustomerId("cus_7"), "req_357"
@@ -43,7 +43,7 @@ def busy(databases: Databases) -> Iterator[Engine]:
     for each in range(CUSTOMERS * REQUESTS):
         work = (f"req_{each}", f"cus_{each % CUSTOMERS}", f"key_{each % CUSTOMERS}", 1, 5, 5, 5, 0, "settled", 0.0, "")
         requests.append((*work, float(each), each // CUSTOMERS, float(each), 0, "m", 1, 1, None))
-    with databases.migrated() as engine:
+    with databases.migrated(unused=True) as engine:
         connection = WriterConnection(writer(engine))
         with connection.transaction(runs_ahead=False):
             connection.sqlalchemy.execute(wallet.insert(), wallets)

@@ -44,7 +44,8 @@ from tests.billing.attacks_on_accounts import ACCOUNT_ATTACKS
 from tests.billing.attacks_on_jobs import JOB_ATTACKS
 from tests.billing.attacks_on_payments import PAYMENT_ATTACKS
 from tests.billing.attacks_on_units import UNIT_ATTACKS
-from tests.billing.conftest import Clock, Databases, Desk
+from tests.billing.conftest import Clock, Desk
+from tests.support.databases import Databases
 
 TERMS = (
     "INSERT INTO key_terms (key_id, budget_id, label, models, scope, daily_budget_mils, monthly_budget_mils)"

@@ -9,7 +9,8 @@ from benchmarks.ledger_simulation import Database, Writer, simulate
 from billing.commands import Command, Outcome
 from billing.core import Book
 from billing.invariants import audit
-from tests.billing.conftest import Clock, Databases, Desk
+from tests.billing.conftest import Clock, Desk
+from tests.support.databases import Databases
 
 OPERATIONS = 15_000
 FAULTS = {"before commit", "after commit", "Fenced"}

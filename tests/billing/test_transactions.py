@@ -29,7 +29,8 @@ from billing.invariants import audit
 from billing.ledger import Ledger
 from billing.money import Mils
 from billing.store import connection
-from tests.billing.conftest import Clock, Databases, Desk, told_of_statements
+from tests.billing.conftest import Clock, Desk, told_of_statements
+from tests.support.databases import Databases
 
 
 class TestBatches:

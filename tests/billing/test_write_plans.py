@@ -1,13 +1,15 @@
 """The writer finds a request by its id: a batch costs the same however many requests its customer has or had."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import Engine, text
 
 from billing.commands import Heartbeat, Settle
 from billing.store import WriterConnection, ask_fence
 from tests.billing.conftest import Desk, told_of_statements
+from tests.support.databases import Databases
 
 FOREIGN_KEYS = """
     SELECT conname,
@@ -17,6 +19,12 @@ FOREIGN_KEYS = """
         JOIN pg_attribute ON attrelid = confrelid AND attnum = number ORDER BY place)
     FROM pg_constraint WHERE contype = 'f' AND confrelid = 'reservation'::regclass
     """
+
+
+@pytest.fixture
+def engine(databases: Databases) -> Iterator[Engine]:
+    with databases.migrated(unused=True) as engine:
+        yield engine
 
 
 @pytest.fixture(params=["young", "settled", "analysed"])

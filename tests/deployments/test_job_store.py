@@ -17,12 +17,8 @@ from tests.billing.conftest import (  # noqa: F401 - fixtures
     Clock,
     Desk,
     clock,
-    databases,
     desk,
     engine,
-    postgresql_databases,
-    postgresql_url,
-    sqlite_databases,
 )
 
 HOOK = "https://example.com/hook"
