@@ -1,6 +1,6 @@
 """A small random model for what holds of any weights, and the shipped one for what must hold of it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,6 @@ from deployments.world_model.dit import DiT
 from deployments.world_model.tokenizer import build_tokenizer
 
 SHIPPED = Path(world_model.__file__).parent / "checkpoints" / "tiny-pusher"
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors this small gain little from a second thread, and lose much to waiting for it on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
