@@ -1,65 +1,17 @@
 """`make serve` as its user sees it: what it prints, keeps and refuses, and that it leaves nothing behind."""
 
-import socket
 import stat
-import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import psutil
-import pytest
 
 from billing.database import open_database
 from billing.reader import LedgerReader
-from tests.support.cluster import SERVE, SERVE_STAND_IN, Cluster, environment, eventually, free_port, running_cluster
+from tests.support.cluster import SERVE_STAND_IN, Cluster, eventually, refused, running_cluster
 from tests.support.models import SLEEP_S
 from tests.support.payloads import actions, npy, png
-
-
-def refused(data_dir: Path, port: int | None = None, **more: str) -> str:
-    """The one line that `dream-admin serve` refuses with."""
-    done = subprocess.run(
-        SERVE,
-        env=environment(data_dir, port or free_port()) | more,
-        capture_output=True,
-        text=True,
-        timeout=150,
-        check=False,
-    )
-    assert done.returncode == 2, done.stderr
-    assert done.stdout == ""
-    lines = done.stderr.strip().splitlines()
-    assert len(lines) == 1, done.stderr
-    return lines[0]
-
-
-def test_a_port_in_use_is_one_clear_line_and_exit_code_2(tmp_path: Path) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        assert f"cannot listen on 127.0.0.1:{port}" in refused(tmp_path / "data", port)
-
-
-def test_a_data_directory_that_cannot_be_written_is_one_clear_line(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("not a directory")
-    assert "cannot be written" in refused(tmp_path / "file" / "data")
-
-
-def test_a_broken_database_is_one_clear_line(tmp_path: Path) -> None:
-    (tmp_path / "ledger.db").write_text("this is not a database, however long it is" * 100)
-    assert "ledger.db" in refused(tmp_path)
-    assert "postgresql" in refused(tmp_path, DATABASE_URL="postgresql+psycopg://u:secret@127.0.0.1:1/x").lower()
-
-
-def test_a_refusal_never_shows_the_databases_password(tmp_path: Path) -> None:
-    assert "secret" not in refused(tmp_path, DATABASE_URL="postgresql+psycopg://u:secret@127.0.0.1:1/x")
-
-
-@pytest.mark.parametrize(("name", "value"), [("PORT", "eighty"), ("PORT", "0"), ("DEFAULT_MODEL", "unknown")])
-def test_a_setting_that_cannot_be_is_one_clear_line(tmp_path: Path, name: str, value: str) -> None:
-    assert name.replace("_", " ").lower() in refused(tmp_path, **{name: value}).replace("_", " ").lower()
 
 
 def test_a_second_cluster_on_the_same_data_is_refused(cluster: Cluster) -> None:

@@ -157,3 +157,20 @@ def running_cluster(data_dir: Path, command: Sequence[str] = SERVE) -> Iterator[
                 process.kill()
                 process.wait()
         process.stdout.close()
+
+
+def refused(data_dir: Path, port: int | None = None, **more: str) -> str:
+    """The one line that `dream-admin serve` refuses with."""
+    done = subprocess.run(
+        SERVE,
+        env=environment(data_dir, port or free_port()) | more,
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    return lines[0]
