@@ -29,6 +29,8 @@ LOCK_TIMEOUT_S = 10
 """How long a PostgreSQL statement waits for a lock, such as a predecessor's fence."""
 IDLE_IN_TRANSACTION_TIMEOUT_S = 5
 """PostgreSQL ends a writer that froze inside its transaction, or its successor could never take over."""
+MIGRATION_IDLE_TIMEOUT_S = 60
+"""A migration computes between its statements: seconds, where others keep all processors busy."""
 MIGRATION_LOCK = 0x0D2EA3
 """PostgreSQL advisory lock: two processes that start together migrate one after the other."""
 
@@ -88,6 +90,9 @@ def migrate(engine: Engine) -> None:
 
         with writer(engine).begin() as connection:
             if connection.dialect.name == "postgresql":
+                connection.execute(
+                    text(f"SET LOCAL idle_in_transaction_session_timeout = {MIGRATION_IDLE_TIMEOUT_S * 1000}")
+                )
                 connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": MIGRATION_LOCK})
             _refuse_newer_schema(connection)
             config = _alembic_config()

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import psycopg
 import pytest
+from alembic import command as alembic
+from alembic.config import Config
 from sqlalchemy import Engine, text
 
 from billing import database
@@ -185,6 +187,18 @@ class TestPostgresql:
             "lock_timeout": "10s",
             "idle_in_transaction_session_timeout": "5s",
         }
+
+    def test_a_migration_may_compute_for_longer_than_a_writer(self, empty_url: str, monkeypatch: pytest.MonkeyPatch):
+        def show(config: Config, _: str) -> None:
+            connection = config.attributes["connection"]
+            shown.append(connection.exec_driver_sql("SHOW idle_in_transaction_session_timeout").scalar_one())
+
+        shown: list[str] = []
+        monkeypatch.setattr(alembic, "upgrade", show)
+        engine = open_database(empty_url)
+        migrate(engine)
+        engine.dispose()
+        assert shown == ["1min"]
 
     def test_the_plain_scheme_works_too(self, engine: Engine):
         plain = engine.url.set(drivername="postgresql").render_as_string(hide_password=False)

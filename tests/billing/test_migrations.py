@@ -10,7 +10,7 @@ from sqlalchemy import Engine, text
 
 from billing import database
 from billing.commands import CustomerId, KeyId, RequestId, Settled
-from billing.database import migrate, open_database, writer
+from billing.database import MIGRATION_IDLE_TIMEOUT_S, migrate, open_database, writer
 from billing.invariants import audit
 from billing.migrations import versions
 from billing.money import Mils
@@ -54,6 +54,9 @@ def old(request: pytest.FixtureRequest, empty_url: str) -> Iterator[Engine]:
     """A database of each revision that was ever released, with the first one's history in it."""
     engine = open_database(empty_url)
     with writer(engine).begin() as connection:
+        if engine.dialect.name == "postgresql":
+            timeout_ms = 1_000 * MIGRATION_IDLE_TIMEOUT_S
+            connection.execute(text(f"SET LOCAL idle_in_transaction_session_timeout = {timeout_ms}"))
         config = database._alembic_config()
         config.attributes["connection"] = connection
         alembic.upgrade(config, "0001")
