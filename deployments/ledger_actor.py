@@ -7,6 +7,7 @@ which takes the fence over.
 import asyncio
 import os
 import time
+from collections import Counter, defaultdict
 from threading import Lock
 from typing import NoReturn
 
@@ -104,14 +105,22 @@ class LedgerActor:
 
 
 def measure_commit(meter: Meter, commit: Commit) -> None:
+    """Once for each kind and model, not for each request: the writer's thread does it between commits."""
     meter.observe(LEDGER_COMMIT_SECONDS, value=commit.took_s)
     meter.observe(LEDGER_COMMIT_COMMANDS, value=commit.num_commands)
-    for kind in commit.entries:
-        meter.count(LEDGER_ENTRIES, kind)
+    for kind, count in Counter(commit.entries).items():
+        meter.count(LEDGER_ENTRIES, kind, by=count)
+    sums: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
     for model, frames, captured, refunded in commit.settled:
-        meter.count(LEDGER_FRAMES_BILLED, model, by=frames)
-        meter.count(LEDGER_CAPTURED_MILS, model, by=captured)
-        meter.count(LEDGER_REFUNDED_MILS, model, by=refunded)
+        of_model = sums[model]
+        of_model[0] += frames
+        of_model[1] += captured
+        of_model[2] += refunded
+    for model, of_model in sums.items():
+        for metric, total in zip(
+            (LEDGER_FRAMES_BILLED, LEDGER_CAPTURED_MILS, LEDGER_REFUNDED_MILS), of_model, strict=True
+        ):
+            meter.count(metric, model, by=total)
 
 
 def _end_process(error: BaseException) -> NoReturn:
