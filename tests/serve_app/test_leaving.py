@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import itertools
+import os
 from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any, get_args
@@ -114,13 +115,15 @@ def left_behind(app: App) -> dict[str, Any]:
         "known sessions": parts.sessions._directory._target._live,
         "bytes of bodies": app.api.state.held_bodies.num_bytes,
         "rows of the engine": app.model.engine.num_rows,
-        "files": [*(parts.args.data_dir / "results").glob("**/*.partial"), *inputs_of_jobs(app)],
+        "files": files_of_requests(parts.args.data_dir / "results"),
     }
     return {where: what for where, what in held.items() if what}
 
 
-def inputs_of_jobs(app: App) -> list[Path]:
-    return [*(app.services.args.data_dir / "results" / "inputs").glob("*")]
+def files_of_requests(results: Path) -> list[str]:
+    """Half-made ones, and inputs of jobs. Others may be moved while this looks."""
+    found = [os.path.join(place, name) for place, *names in os.walk(results) for name in itertools.chain(*names)]
+    return [each for each in found if ".partial" in each or "inputs/" in each]
 
 
 async def quiet(app: App, num_tasks: int) -> None:
