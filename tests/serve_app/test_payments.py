@@ -2,17 +2,22 @@
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from billing.commands import AddPrice, PriceAdded
+from billing.price_terms import terms_of
+from billing.prices import NANO_PER_USD, PriceVersion, Rate
 from serve_app.routes import payments as payment_routes
 from tests.fakestripe.server import WEBHOOK_SECRET
 from tests.fakestripe.state import BANK, DECLINED
 from tests.fakestripe.webhooks import sign
 from tests.support.app import App
+from tests.support.payloads import actions, npy, png
 from tests.support.payments import Shop, open_shop
 
 
@@ -247,16 +252,17 @@ async def test_automatic_top_ups_need_consent_and_show_their_terms(shop: Shop) -
 
 
 async def test_two_hundred_refusals_at_once_are_one_charge(shop: Shop) -> None:
-    from tests.support.payloads import actions, npy, png
-
+    dear = PriceVersion("tiny-pusher", 1, time.time(), (Rate("frame", NANO_PER_USD // 10),), "")
+    added = shop.app.ledger.apply(AddPrice(dear.model, "", dear.version, dear.effective_from, terms_of(dear)))
+    assert isinstance(added, PriceAdded)
     headers, customer = shop.app.key(credits_mils=0)
     agree = {"enabled": True, "consent": True, "threshold_cents": 0, "amount_cents": 500}
     await shop.app.http.put("/v1/billing/auto-topup", json=agree, headers=headers)
     await shop.pay((await topup(shop, headers, 500))["url"])
     await shop.settled()
-    candidates = [("frame", png()), *[("actions", npy(actions(480)))] * 25]  # 60,125 mils, and there are 50,000
+    files = {"frame": png(), "actions": npy(actions(60))}  # 61,000 mils, and there are 50,000
     answers = await asyncio.gather(
-        *(shop.app.http.post("/v1/predict/batch", files=candidates, headers=headers) for _ in range(200))
+        *(shop.app.http.post("/v1/predict/batch", files=files, headers=headers) for _ in range(200))
     )
     statuses = {answer.status_code for answer in answers}
     assert {402} <= statuses <= {402, 200}  # the charge may be there before the last of them is decided
