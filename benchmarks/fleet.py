@@ -15,6 +15,7 @@ Prints one JSON line; `--plots` writes a picture per trace.
 """
 
 import argparse
+import gc
 import json
 import math
 import random
@@ -236,6 +237,7 @@ def main() -> None:
         ),
     }
     outcomes, report = {}, {}
+    gc.freeze()  # Ray's modules are not looked through again and again
     for name in args.policies.split(","):
         policy, limits = policies[name]
         started = time.process_time()

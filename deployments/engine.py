@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 import structlog
@@ -412,11 +412,11 @@ class Engine:
             job.num_unsettled -= 1
             if job.num_unsettled:
                 return
-            outcomes = tuple(outcome for outcome in job.outcomes if outcome is not None)
-            if all(isinstance(outcome, ChunkFailed) for outcome in outcomes):
-                self._failed_jobs += 1
-            elif any(isinstance(outcome, ChunkDone) for outcome in outcomes):
+            outcomes = cast(tuple[ChunkOutcome, ...], tuple(job.outcomes))
+            if isinstance(outcome, ChunkDone) or any(isinstance(each, ChunkDone) for each in outcomes):
                 self._failed_jobs = 0
+            elif all(isinstance(each, ChunkFailed) for each in outcomes):
+                self._failed_jobs += 1
         if job.report.set_running_or_notify_cancel():
             job.report.set_result(ChunkReport(outcomes, (time.perf_counter() - job.started_at) * 1e3))
 

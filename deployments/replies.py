@@ -5,8 +5,9 @@
 
 import asyncio
 from collections import deque
-from concurrent.futures import Future
-from typing import TypeVar
+from concurrent.futures import CancelledError, Future
+from functools import partial
+from typing import Any, TypeVar
 
 Result = TypeVar("Result")
 
@@ -22,17 +23,18 @@ class Replies:
     async def of(self, future: Future[Result]) -> Result:
         """Its result or exception. Whoever is cancelled while it waits cancels the `future` too, and the reverse."""
         waiter: asyncio.Future[None] = self._loop.create_future()
-        future.add_done_callback(lambda _: self._arrived(waiter))
+        future.add_done_callback(partial(self._arrived, waiter))
         try:
             await waiter
         except asyncio.CancelledError:
             future.cancel()
             raise
-        if future.cancelled():
-            raise asyncio.CancelledError
-        return future.result()
+        try:
+            return future.result()
+        except CancelledError:
+            raise asyncio.CancelledError from None
 
-    def _arrived(self, waiter: asyncio.Future[None]) -> None:
+    def _arrived(self, waiter: asyncio.Future[None], _: Future[Any]) -> None:
         """On the thread that completed it. What is added before the flag is seen set is found by who clears it."""
         self._ready.append(waiter)
         if not self._is_woken and not self._loop.is_closed():

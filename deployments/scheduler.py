@@ -235,9 +235,9 @@ class Scheduler:
 
     def complete(self, ticket_id: TicketId) -> None:
         """The granted work is done. A ticket that is not running is ignored, so a repeated report does no harm."""
-        running = self._release(ticket_id)
+        now = self._clock()
+        running = self._release(ticket_id, now)
         if running is not None:
-            now = self._clock()
             self._drain.completed(now, running.cost)
             self._recent.completed(now, running.cost)
 
@@ -247,7 +247,7 @@ class Scheduler:
         if waiting is not None:
             self._leave_queue(waiting)
         else:
-            self._release(ticket_id)
+            self._release(ticket_id, self._clock())
 
     def caller_gone(self, caller: CallerId) -> list[TicketId]:
         """It has died. What it had queued leaves, and is named. What runs for it keeps its room until it is withdrawn
@@ -289,8 +289,9 @@ class Scheduler:
         """A caller saw it die, or it said that it leaves. What ran there is forgotten; its callers submit it again."""
         replica = self._replicas.get(replica_id)
         if replica is not None:
+            now = self._clock()
             for ticket_id in list(replica.running):
-                self._release(ticket_id)
+                self._release(ticket_id, now)
             self._count(replica, -1)
             del self._replicas[replica_id]
             self._promise()
@@ -316,7 +317,7 @@ class Scheduler:
             oldest = next(iter(self._running.values()))
             if now - oldest.granted_at <= self._limits.grant_timeout_s:
                 break
-            self._release(oldest.ticket.ticket_id)
+            self._release(oldest.ticket.ticket_id, now)
         return refused
 
     def finish_s(self, ticket: Ticket) -> float | None:
@@ -397,7 +398,7 @@ class Scheduler:
             if len(self._ready_on) > REMEMBERED_AFFINITIES:
                 self._ready_on.popitem(last=False)
 
-    def _release(self, ticket_id: TicketId) -> _Running | None:
+    def _release(self, ticket_id: TicketId, now: float) -> _Running | None:
         running = self._running.pop(ticket_id, None)
         if running is None:
             return None
@@ -405,7 +406,7 @@ class Scheduler:
         ticket, replica = running.ticket, running.replica
         self._backlog_cost -= running.cost * ticket.terms.chunks_left
         replica.running.remove(ticket_id)
-        replica.progress_at = self._clock()
+        replica.progress_at = now
         if not replica.running:
             self._num_busy -= 1
         self._add(replica, -ticket.num_rows, -running.cost)
