@@ -77,6 +77,8 @@ async def assemble(
     if inputs.ground_truth is not None and not params.score:
         raise InvalidRequest("ground_truth", f"is what a score compares with; send {path}score=true beside it")
     num_steps = model.default_num_steps if params.num_steps is None else params.num_steps
+    guidance = model.default_guidance if params.guidance is None else params.guidance
+    check_denoising(model, num_steps, guidance, path)
     steps = num_steps
     if params.score:
         if inputs.ground_truth is None:
@@ -93,8 +95,6 @@ async def assemble(
     decoded = await asyncio.get_running_loop().run_in_executor(
         parts.decoders, _decode, parts, model, inputs, batch.horizon
     )
-    guidance = model.default_guidance if params.guidance is None else params.guidance
-    check_denoising(model, num_steps, guidance, path)
     rollout = RolloutRequest(
         request_id=request.state.request_id,
         key_id=caller.key_id,
