@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 
 BUSY_TIMEOUT_S = 10
 """How long a SQLite connection waits for another process's write before it fails."""
-CACHE_KIB = 64 * 1024
-"""Of a SQLite file's pages that a connection keeps at most; the indexes that every rollout touches fit."""
+WRITER_CACHE_KIB = 64 * 1024
+"""Of a SQLite file's pages that the ledger's writer keeps at most: the indexes that every rollout touches fit."""
+READER_CACHE_KIB = 8 * 1024
+"""That any other connection keeps, of which a process may have fifteen."""
 CHECKPOINT_PAGES = 4_096
 """SQLite's log is copied into its file by the commit that makes it this long, 16 MiB: rarer is faster, and each stalls
 for longer."""
@@ -123,7 +125,7 @@ def _sqlite_engine(url: URL) -> Engine:
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")  # NORMAL may lose acknowledged commits when the power fails
         connection.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
-        connection.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
+        connection.execute(f"PRAGMA cache_size = -{READER_CACHE_KIB}")
         connection.execute("PRAGMA temp_store = MEMORY")
         connection.execute("PRAGMA foreign_keys = ON")
         connection.execute("PRAGMA recursive_triggers = ON")  # or REPLACE would delete rows behind the triggers' back

@@ -11,6 +11,8 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine
 
+from billing.database import WRITER_CACHE_KIB
+
 RUNS_AHEAD_SINCE = 17_00_00
 """PostgreSQL's version."""
 TRANSACTION_TIMEOUT_S = 8
@@ -85,6 +87,8 @@ class WriterConnection:
             if not self.is_sqlite:  # psycopg would send a BEGIN of its own, and wait for it
                 self._held = self._held.execution_options(isolation_level="AUTOCOMMIT")
             self._driver = self._held.connection.driver_connection
+            if self.is_sqlite:
+                self._driver.execute(f"PRAGMA cache_size = -{WRITER_CACHE_KIB}")
             self._may_run_ahead = not self.is_sqlite and self._driver.info.server_version >= RUNS_AHEAD_SINCE
         return self._held
 
