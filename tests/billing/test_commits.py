@@ -2,8 +2,10 @@
 
 import pytest
 
-from billing.commands import ExpireLeases, Settle
+from billing.commands import CustomerId, ExpireLeases, KeyId, Settle
+from billing.core.book import Key, Wallet
 from billing.ledger import Commit
+from billing.money import Mils
 from tests.billing.conftest import Clock, Desk
 
 
@@ -39,3 +41,27 @@ def test_an_expired_lease_is_told_as_a_refund(desk: Desk, clock: Clock, commits:
     commits.clear()
     desk.do(ExpireLeases())
     assert [each.settled for each in commits] == [(("", 0, 0, 245),)]
+
+
+class Counted(str):
+    """An id that tells how often one of its kind was looked at."""
+
+    looked_at = 0
+
+    def __hash__(self) -> int:
+        Counted.looked_at += 1
+        return super().__hash__()
+
+
+def test_a_batch_looks_at_no_customer_but_its_own_however_many_the_writer_remembers(desk: Desk):
+    account = desk.account(1000)
+    desk.reserved(account)
+    book = desk.ledger._book
+    for number in range(10):
+        customer_id, key_id = CustomerId(Counted(f"cus_{number}")), KeyId(Counted(f"key_{number}"))
+        book.add_wallet(Wallet(customer_id, Counted(f"name_{number}"), 0, Mils(0), 0.0))
+        book.add_key(Key(key_id, Counted(f"{number:064x}"), "0000", customer_id, 1.0, 1, 0.0, 0, Mils(0)))
+    assert Counted.looked_at > 0
+    Counted.looked_at = 0
+    desk.settle(desk.reserved(account), 40)
+    assert Counted.looked_at == 0
