@@ -7,7 +7,10 @@ from tests.support.cluster import SERVE_STAND_IN, WITH_FAKE_STRIPE, Cluster, run
 
 @pytest.fixture(scope="package")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """What `make serve` runs: the packaged model on a real Ray Serve cluster."""
+    """What `make serve` runs: the packaged model on a real Ray Serve cluster.
+
+    The last of its tests, by name, stops it for good.
+    """
     with running_cluster(tmp_path_factory.mktemp("cluster") / "data") as running:
         yield running
 

@@ -30,33 +30,43 @@ def test_the_development_key_is_kept_for_its_owner_only(cluster: Cluster) -> Non
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
-def test_a_cluster_stops_whole_keeps_key_and_balance_and_starts_again(tmp_path: Path) -> None:
-    """One Ctrl-C finishes what runs; a second one refunds it instead, and answers its client."""
-    data_dir = tmp_path / "data"
-    with running_cluster(data_dir, SERVE_STAND_IN) as first:
-        with first.http() as http:
-            assert http.post("/v1/predict", files={"frame": png(), "actions": npy(actions())}).status_code == 200
-        started = psutil.Process(first.process.pid).children(recursive=True)
-        assert first.stop() == 0
-        _, alive = psutil.wait_procs(started, timeout=10)
-        assert alive == []
-        assert first.process.stdout is not None
-        assert first.process.stdout.read() == "", "only the ready line goes to standard output"
-    assert not (data_dir / "ray-address").exists()
-    assert list((data_dir / "logs").iterdir())
-    with running_cluster(data_dir, SERVE_STAND_IN) as second:
+def development_mils(data_dir: Path) -> int:
+    """What is in the balance of the development key's customer, by the database."""
+    database = open_database(f"sqlite:///{data_dir / 'ledger.db'}")
+    development = LedgerReader(database).customer("development")
+    database.dispose()
+    assert development is not None
+    return development.balance_mils
+
+
+def test_a_cluster_stops_whole_keeps_key_and_balance_and_starts_again(cluster: Cluster) -> None:
+    """One Ctrl-C finishes what runs; a second one refunds it instead, and answers its client.
+
+    The last test of all that use this cluster.
+    """
+    first = cluster
+    with first.http() as http:
+        assert http.post("/v1/predict", files={"frame": png(), "actions": npy(actions())}).status_code == 200
+        mils = http.get("/v1/billing/balance").json()["balance_mils"]
+    started = psutil.Process(first.process.pid).children(recursive=True)
+    assert first.stop() == 0
+    _, alive = psutil.wait_procs(started, timeout=60)
+    assert alive == []
+    assert first.process.stdout is not None
+    assert first.process.stdout.read() == "", "only the ready line goes to standard output"
+    assert not (first.data_dir / "ray-address").exists()
+    assert list((first.data_dir / "logs").iterdir())
+    assert development_mils(first.data_dir) == mils
+    with running_cluster(first.data_dir, SERVE_STAND_IN) as second:
         assert second.key == first.key
         with second.http() as http, ThreadPoolExecutor(1) as pool:
-            assert http.get("/v1/billing/balance").json()["balance_mils"] == 250_000 - 245
+            assert http.get("/v1/billing/balance").json()["balance_mils"] == mils
             slow = actions(seed=1)
             slow[:, SLEEP_S] = 2.0
             running = pool.submit(http.post, "/v1/predict", files={"frame": png(), "actions": npy(slow)})
-            eventually(lambda: http.get("/v1/billing/balance").json()["balance_mils"] == 250_000 - 2 * 245)
+            eventually(lambda: http.get("/v1/billing/balance").json()["balance_mils"] == mils - 245)
             second.interrupt()
             second.interrupt()
             assert running.result(60).status_code == 503
             assert second.process.wait(timeout=150) == 0
-    refunded = LedgerReader(open_database(f"sqlite:///{data_dir / 'ledger.db'}"))
-    development = refunded.customer("development")
-    assert development is not None
-    assert development.balance_mils == 250_000 - 245
+    assert development_mils(first.data_dir) == mils
