@@ -156,7 +156,7 @@ async def efficiency_scenario(duration_s: float) -> dict[str, Any]:
 
 
 async def goodput_scenario(duration_s: float) -> dict[str, Any]:
-    """All at once: the models sleep, so three dozen of them hardly disturb each other. `clairvoyant`: see
+    """Of one seed all at once: the models sleep, so twelve of them hardly disturb each other. `clairvoyant`: see
     `goodput_bound`; of decisions, which count whole, nobody could finish that many."""
     profile = affine(0.44)
     deadline_s = SLO * profile.step_s(CAP)
@@ -175,21 +175,19 @@ async def goodput_scenario(duration_s: float) -> dict[str, Any]:
             **{f"{system.name}_batch": statistics.mean(system.model.batches) for system in systems},
         }
 
-    async def all_seeds(schedules: list[tuple[Sequence[Arrival], int]]) -> dict[str, Any]:
-        runs = await asyncio.gather(*(one(*schedule) for schedule in schedules))
-        return {name: round(statistics.mean(run[name] for run in runs), 3) for name in runs[0]} | {
-            "served_by_seed": [round(run["served"], 3) for run in runs],
-            "clairvoyant_by_seed": [round(run["clairvoyant"], 3) for run in runs],
-        }
-
     def schedule(load: float, together: bool, seed: int) -> tuple[Sequence[Arrival], int]:
         arrivals = half_in_groups(load * profile.rows_per_s(CAP), duration_s, random.Random(seed), together)
         at_s = [arrival.at_s for arrival in arrivals for _ in range(arrival.rows)]
         return arrivals, most_in_time(at_s, profile, CAP, deadline_s)
 
     cases = [(load, together) for together in (False, True) for load in (0.8, 1.2)]
-    drawn = [[schedule(*case, seed) for seed in GOODPUT_SEEDS] for case in cases]  # before any clock runs
-    results = await asyncio.gather(*map(all_seeds, drawn))
+    drawn = [[schedule(*case, seed) for case in cases] for seed in GOODPUT_SEEDS]  # before any clock runs
+    by_seed = [await asyncio.gather(*(one(*each) for each in schedules)) for schedules in drawn]
+    results = [
+        {name: round(statistics.mean(run[name] for run in runs), 3) for name in runs[0]}
+        | {f"{name}_by_seed": [round(run[name], 3) for run in runs] for name in ("served", "clairvoyant")}
+        for runs in zip(*by_seed, strict=True)
+    ]
     names = [f"{'decisions' if together else 'requests'}_{load}" for load, together in cases]
     return {"slo_s": deadline_s, **dict(zip(names, results, strict=True))}
 
@@ -331,7 +329,7 @@ async def overhead_scenario(items: int) -> dict[str, Any]:
 SCENARIOS: dict[str, Callable[[argparse.Namespace], Any]] = {
     "arrivals": lambda _: arrivals_scenario(),
     "efficiency": lambda args: efficiency_scenario(args.seconds),
-    "goodput": lambda args: goodput_scenario(4 * args.seconds),
+    "goodput": lambda args: goodput_scenario(2 * args.seconds),
     "fairness": lambda args: fairness_scenario(args.seconds),
     "burst": lambda args: burst_scenario(args.repeats),
     "overhead": lambda args: overhead_scenario(args.items),
