@@ -17,7 +17,7 @@ serve: $(VENV)/.installed
 	@exec $(if $(FAKE_STRIPE),$(BIN)/python -m tests.fakestripe.beside) $(BIN)/dream-admin serve
 
 test: $(VENV)/.installed-dev lint
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --no-loadscope-reorder
 
 # The property tests with new examples, many more of them: tens of minutes.
 fuzz: $(VENV)/.installed-dev
