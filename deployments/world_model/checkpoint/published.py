@@ -11,6 +11,7 @@ import pickle
 import warnings
 import zipfile
 from collections.abc import Mapping
+from enum import Enum, EnumType
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -124,9 +125,17 @@ class _Reader(FileSystemReader):
 
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):  # early Pythons 3.11 write a member of an enum so
+            return _enum_member
         if name not in METADATA_GLOBALS.get(module, ()):
             raise pickle.UnpicklingError(f"it calls {module}.{name}")
         return super().find_class(module, name)
+
+
+def _enum_member(enum: Any, name: Any) -> Enum:
+    if not isinstance(enum, EnumType):
+        raise pickle.UnpicklingError(f"it takes an attribute of {enum!r}")
+    return enum[name]
 
 
 def read_tensor(path: Path) -> Tensor:

@@ -4,11 +4,13 @@ import io
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from deployments.world_model.checkpoint import convert as converting
 from deployments.world_model.checkpoint import manifest, read_checkpoint, write_checkpoint
 from deployments.world_model.checkpoint.__main__ import main
 from deployments.world_model.checkpoint.convert import convert
+from deployments.world_model.checkpoint.published import open_published
 from deployments.world_model.dit import DiT
 from deployments.world_model.vae import WanTokenizer
 from tests.support.weights import randomise
@@ -182,6 +185,24 @@ def test_a_tensor_that_ranks_wrote_in_shards_is_put_together(
     path.write_bytes(pickle.dumps(metadata))
     convert(config, tmp_path / "model", tmp_path / "out", tokenizer=tokenizer_file, progress=False)
     assert_served(tmp_path / "out", denoiser)
+
+
+class ByName(pickle.Pickler):
+    """Writes members of enums as Python 3.11.2 does: `getattr(the enum, a name)`."""
+
+    def reducer_override(self, value: Any) -> Any:
+        return (getattr, (type(value), value.name)) if isinstance(value, Enum) else NotImplemented
+
+
+def test_metadata_that_an_early_python_3_11_wrote_is_read(distributed: Path, tmp_path: Path) -> None:
+    shutil.copytree(distributed, tmp_path / "model")
+    path = tmp_path / "model" / ".metadata"
+    with path.open("rb") as file:
+        metadata = pickle.load(file)
+    with path.open("wb") as file:
+        ByName(file).dump(metadata)
+    assert b"getattr" in path.read_bytes()
+    assert open_published(tmp_path / "model").shapes == open_published(distributed).shapes
 
 
 @pytest.mark.parametrize("layout", ["iteration", "run"])
@@ -378,6 +399,13 @@ class Hostile:
         return os.mkdir, (str(self.trace),)
 
 
+class Attribute:
+    """Asks for what no enum has."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (Path, "write_text")
+
+
 def test_a_hostile_pickle_is_refused_and_not_run(
     refusal: Callable[..., CheckpointError], to_file: Callable[[Any], Path], tmp_path: Path
 ) -> None:
@@ -386,6 +414,8 @@ def test_a_hostile_pickle_is_refused_and_not_run(
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / ".metadata").write_bytes(pickle.dumps(hostile))
     assert "mkdir" in refusal(tmp_path / "model").reason
+    (tmp_path / "model" / ".metadata").write_bytes(pickle.dumps(Attribute()))
+    assert "takes an attribute of" in refusal(tmp_path / "model").reason
     assert not hostile.trace.exists()
 
 
