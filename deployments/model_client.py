@@ -175,6 +175,10 @@ class ModelClient:
                     job = replace(job, rows=tuple(rows), deadline_s=_left_s(deadline))
                     report = await self._run(replica, job, on_piece)
                 finished = True
+                if not report.outcomes and deadline is None:
+                    raise EngineFailed(
+                        self.spec.slug, "it was stopped, as this process had not been heard of for a while"
+                    )
                 if not report.outcomes:
                     raise DeadlinePassed(self.spec.slug)
                 return report, ChunkTiming((granted - started) * 1e3, report.infer_ms)

@@ -5,6 +5,7 @@ clock is put forward, to find out silent replicas.
 """
 
 import asyncio
+import secrets
 import threading
 import time
 from collections.abc import Iterable, Sequence
@@ -22,7 +23,7 @@ import deployments.model_client
 import deployments.scheduler_actor
 from billing.money import Mils
 from deployments.batching import BatchProfile
-from deployments.channel import Channel, Listener, connect
+from deployments.channel import SECRET_BYTES, Channel, Listener, connect
 from deployments.engine import Engine
 from deployments.errors import DeadlinePassed, EngineFailed, ModelOverloaded
 from deployments.messages import ChunkPiece, ChunkRow, ModelSpec, ReplicaId, TicketId, TicketTerms
@@ -93,8 +94,10 @@ class Host:
             self._loop.call_soon_threadsafe(lambda: asyncio.ensure_future(notice))
 
     def die(self) -> None:
+        """As a process does: a server of asyncio that closes would forget, and leave open, what it was accepting."""
         self.is_alive = False
-        hang_up(self.listener)
+        self.listener.secret = secrets.token_bytes(SECRET_BYTES)  # whoever connects now is hung up on as well
+        hang_up(self.listener, for_good=False)
 
     def held(self) -> dict[str, Any]:
         return {
@@ -216,9 +219,11 @@ class World:
         """Everybody may finish, and silent replicas are found out; no grant is old enough to be taken back."""
         for host in self.all_hosts:
             host.model.permits.release(ENOUGH)
-        if self.asked:
-            _, late = await asyncio.wait([asked for _, asked in self.asked], timeout=PATIENCE_S)
-            assert not late
+        began = time.monotonic()
+        while late := [asked for _, asked in self.asked if not asked.done()]:
+            assert time.monotonic() < began + PATIENCE_S, (late, self.held())
+            await self.beat()
+            await asyncio.sleep(0.001)
         self.ahead_s = REPLICA_TIMEOUT_S
         began = time.monotonic()
         while held := {name: each for name, each in self.held().items() if each}:

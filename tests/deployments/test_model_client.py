@@ -294,6 +294,17 @@ async def test_a_deadline_ends_the_work_wherever_it_is_and_frees_its_room(
     assert replicas.cancelled == (1 if stage == "running" else 0)
 
 
+@pytest.mark.parametrize(("deadline_s", "expected"), [(None, EngineFailed), (60.0, DeadlinePassed)])
+async def test_only_who_has_a_deadline_is_told_that_it_passed(
+    client: ModelClient, scheduler: Calls, replicas: Replicas, deadline_s: float | None, expected: type[Exception]
+) -> None:
+    await announce(scheduler)
+    replicas.script = [ChunkReport((), 0.0)]  # of a replica that had dropped it, or was told to stop it
+    with pytest.raises(expected):
+        await client.run_chunk("a/0", [ROW], begun=False, terms=TicketTerms(deadline_s=deadline_s))
+    assert await held_rows(scheduler) == 0
+
+
 async def test_waiting_in_vain_is_overload_and_leaves_the_queue(
     client: ModelClient, scheduler: Calls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
