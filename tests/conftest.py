@@ -76,7 +76,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if E2E in item.path.parents:
             item.add_marker("e2e")
-    items.sort(key=lambda item: E2E not in item.path.parents)
+    # What needs the cluster of `make serve` comes first: its last test stops it, so that only then two run at once.
+    items.sort(key=lambda item: (E2E not in item.path.parents, "cluster" not in getattr(item, "fixturenames", ())))
 
 
 class OneClusterAtATime(LoadScopeScheduling):
