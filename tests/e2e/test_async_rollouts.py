@@ -6,7 +6,7 @@ from typing import Any
 import httpx
 import numpy as np
 
-from tests.support.cluster import Cluster, eventually
+from tests.support.cluster import PATIENCE_S, Cluster, eventually
 from tests.support.models import SLEEP_S
 from tests.support.payloads import actions, npy, png
 from tests.support.video import decode
@@ -19,7 +19,7 @@ def slow(seconds_per_step: float) -> np.ndarray:
 
 
 def http_of(cluster: Cluster, key: str) -> httpx.Client:
-    return httpx.Client(base_url=cluster.base_url, headers={"Authorization": f"Bearer {key}"}, timeout=60)
+    return httpx.Client(base_url=cluster.base_url, headers={"Authorization": f"Bearer {key}"}, timeout=PATIENCE_S)
 
 
 def queue(http: httpx.Client, values: np.ndarray, seed: int) -> str:
@@ -49,6 +49,6 @@ def test_a_job_outlives_the_ingress_that_accepted_and_ran_it(stand_in_cluster: C
         eventually(lambda: get(http, rollout_id)["status"] == "running")
         for ingress in stand_in_cluster.processes("ServeReplica:dream-engine:ingress"):
             ingress.kill()
-        eventually(lambda: get(http, rollout_id)["status"] == "succeeded", timeout_s=60)
+        eventually(lambda: get(http, rollout_id)["status"] == "succeeded", timeout_s=PATIENCE_S)
         assert len(decode(httpx.get(get(http, rollout_id)["video_url"]).content)) == 49
         assert amounts(http) == [10_000, -245]

@@ -8,7 +8,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.support.cluster import Cluster, eventually
+from tests.support.cluster import PATIENCE_S, Cluster, eventually
 
 
 def pay(url: str) -> httpx.Response:
@@ -39,7 +39,7 @@ def test_the_public_client_tops_up_and_the_balance_rises_once(stand_in_cluster: 
 def test_payments_go_on_after_their_actor_is_killed(stand_in_cluster: Cluster) -> None:
     key = stand_in_cluster.new_customer()
     headers = {"Authorization": f"Bearer {key}"}
-    with httpx.Client(base_url=stand_in_cluster.base_url, headers=headers, timeout=60.0) as http:
+    with httpx.Client(base_url=stand_in_cluster.base_url, headers=headers, timeout=PATIENCE_S) as http:
 
         def page() -> httpx.Response:
             return http.post("/v1/billing/topup", json={"amount_cents": 700})

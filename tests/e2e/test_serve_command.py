@@ -9,7 +9,7 @@ import psutil
 
 from billing.database import open_database
 from billing.reader import LedgerReader
-from tests.support.cluster import SERVE_STAND_IN, Cluster, eventually, refused, running_cluster
+from tests.support.cluster import PATIENCE_S, SERVE_STAND_IN, Cluster, eventually, refused, running_cluster
 from tests.support.models import SLEEP_S
 from tests.support.payloads import actions, npy, png
 
@@ -50,7 +50,7 @@ def test_a_cluster_stops_whole_keeps_key_and_balance_and_starts_again(cluster: C
         mils = http.get("/v1/billing/balance").json()["balance_mils"]
     started = psutil.Process(first.process.pid).children(recursive=True)
     assert first.stop() == 0
-    _, alive = psutil.wait_procs(started, timeout=60)
+    _, alive = psutil.wait_procs(started, timeout=PATIENCE_S)
     assert alive == []
     assert first.process.stdout is not None
     assert first.process.stdout.read() == "", "only the ready line goes to standard output"
@@ -67,6 +67,6 @@ def test_a_cluster_stops_whole_keeps_key_and_balance_and_starts_again(cluster: C
             eventually(lambda: http.get("/v1/billing/balance").json()["balance_mils"] == mils - 245)
             second.interrupt()
             second.interrupt()
-            assert running.result(60).status_code == 503
-            assert second.process.wait(timeout=150) == 0
+            assert running.result(PATIENCE_S).status_code == 503
+            assert second.process.wait(timeout=PATIENCE_S) == 0
     assert development_mils(first.data_dir) == mils

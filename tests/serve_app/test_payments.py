@@ -265,7 +265,8 @@ async def test_two_hundred_refusals_at_once_are_one_charge(shop: Shop) -> None:
         *(shop.app.http.post("/v1/predict/batch", files=files, headers=headers) for _ in range(200))
     )
     statuses = {answer.status_code for answer in answers}
-    assert {402} <= statuses <= {402, 200}  # the charge may be there before the last of them is decided
+    # The charge may be there before the last of them is decided; then some run as one, and so many may wait for that.
+    assert {402} <= statuses <= {402, 200, 503}
     while shop.app.services.payments._background:
         await asyncio.gather(*shop.app.services.payments._background)
     added = [row for row in shop.app.ledger.rows(customer) if row[0] == "credit"]
