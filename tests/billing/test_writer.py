@@ -32,7 +32,7 @@ class FakeLedger:
 
     def apply(self, commands: Sequence[Command]) -> list[Outcome]:
         self.entered.release()
-        assert self.permits.acquire(timeout=60)
+        assert self.permits.acquire(timeout=10)
         if self.failure is not None:
             raise self.failure
         self.batches.append(list(commands))
@@ -66,7 +66,7 @@ def settle(name: str) -> Settle:
 
 def test_what_arrives_during_a_commit_shares_the_next_one(writer: LedgerWriter, ledger: FakeLedger) -> None:
     first = writer.submit([settle("a")])
-    ledger.entered.acquire(timeout=60)
+    ledger.entered.acquire(timeout=10)
     rest = [writer.submit([settle("b"), settle("c")]), writer.submit([settle("d")])]
     ledger.permits.release(10)
     assert first.result(10) == [HeartbeatDone(0)]
@@ -77,7 +77,7 @@ def test_what_arrives_during_a_commit_shares_the_next_one(writer: LedgerWriter, 
 def test_a_batch_is_bounded(writer: LedgerWriter, ledger: FakeLedger, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(billing.writer, "MAX_BATCH", 2)
     writer.submit([settle("a")])
-    ledger.entered.acquire(timeout=60)
+    ledger.entered.acquire(timeout=10)
     rest = [writer.submit([settle(name)]) for name in "bcdef"]
     ledger.permits.release(10)
     for answer in rest:
@@ -90,7 +90,7 @@ def test_expired_leases_are_swept_without_any_traffic(
 ) -> None:
     monkeypatch.setattr(billing.writer, "SWEEP_EVERY_S", 0.01)
     writer = LedgerWriter(ledger, deaths.append)  # type: ignore[arg-type]
-    assert ledger.entered.acquire(timeout=60)
+    assert ledger.entered.acquire(timeout=10)
     ledger.permits.release(1_000_000)
     writer.stop()
     assert ledger.batches[0] == [ExpireLeases(), ChargeUnits()]

@@ -105,7 +105,7 @@ async def test_the_loops_of_an_ingress_go_on(tmp_path: Path, monkeypatch: pytest
     async with running_app(tmp_path, model) as app:
         headers, _ = app.key()
         assert (await queue(app, headers)).status_code == 202
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(10):
             while any(number < 2 for number in calls.values()):  # noqa: ASYNC110 - of loops in this process
                 await asyncio.sleep(0.01)
         model.allow()
@@ -133,7 +133,7 @@ async def test_a_schedulers_expiry_goes_on(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(Scheduler, "expire", broken)
     scheduler = SchedulerActor(SchedulerLimits(max_queued_rows=4))
     await scheduler.replica_alive(ReplicaId("r"), 1)
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(10):
         await expired.wait()
     assert scheduler._expiry is not None
     scheduler._expiry.cancel()

@@ -29,7 +29,7 @@ class SteppedModel(StandInModel):
 
     def step(self, rows: Sequence[StandInRow]) -> None:
         self.entered.release()
-        assert self.permits.acquire(timeout=60)
+        assert self.permits.acquire(timeout=10)
         self.batches.append(len(rows))
         super().step(rows)
 
@@ -123,7 +123,7 @@ def test_a_model_that_raises_outside_its_steps_fails_only_that_row(
 def test_a_row_that_arrives_during_a_step_joins_the_next_one(stepped: tuple[Engine, SteppedModel]) -> None:
     engine, model = stepped
     first = engine.submit([row(num_steps=3)])
-    model.entered.acquire(timeout=60)
+    model.entered.acquire(timeout=10)
     second = engine.submit([row(num_steps=1)])
     model.permits.release(10)
     first.result(10), second.result(10)
@@ -135,7 +135,7 @@ def test_a_job_that_does_not_fit_whole_fills_the_batch_and_goes_on_in_the_next(
 ) -> None:
     engine, model = stepped
     first = engine.submit([row(candidate, num_steps=2) for candidate in range(3)])
-    model.entered.acquire(timeout=60)
+    model.entered.acquire(timeout=10)
     second = engine.submit([row(candidate) for candidate in range(2)])
     model.permits.release(10)
     first.result(10), second.result(10)
@@ -221,11 +221,11 @@ class TestDeadlines:
     ) -> None:
         engine, model, now = timed
         first = engine.submit([row()])
-        model.entered.acquire(timeout=60)
+        model.entered.acquire(timeout=10)
         tight = engine.submit([row()], deadline_s=3.5)
         others = [engine.submit([row()], deadline_s=100.0) for _ in range(4)]
         model.permits.release()
-        model.entered.acquire(timeout=60)
+        model.entered.acquire(timeout=10)
         now[0] = 4.0
         model.permits.release(10)
         assert all(other.result(10).outcomes for other in (first, *others))
@@ -237,7 +237,7 @@ class TestDeadlines:
     ) -> None:
         engine, model, _ = timed
         running = engine.submit([row(candidate) for candidate in range(4)])
-        model.entered.acquire(timeout=60)
+        model.entered.acquire(timeout=10)
         standard = engine.submit([row(candidate) for candidate in range(4)])
         interactive = engine.submit([row()], "interactive")
         model.permits.release(2)
@@ -252,7 +252,7 @@ def test_a_job_beyond_the_worthwhile_batch_stays_whole_while_it_fits_into_memory
     engine = Engine(model, RESOLUTION, FPS, max_rows=8, profile=BatchProfile(0.01, 0.01))
     assert engine.cap == 5
     first = engine.submit([row(num_steps=2)])
-    model.entered.acquire(timeout=60)
+    model.entered.acquire(timeout=10)
     gang = engine.submit([row(candidate) for candidate in range(6)])
     model.permits.release(10)
     first.result(10), gang.result(10)
@@ -279,7 +279,7 @@ def test_finished_rows_are_decoded_beside_the_next_step(
     second = engine.submit([row(num_steps=2)])
     model.permits.release(2)
     for _ in range(3):
-        model.entered.acquire(timeout=60)
+        model.entered.acquire(timeout=10)
     assert not first.done()
     may_end.set()
     first.result(10), second.result(10)
@@ -288,9 +288,9 @@ def test_finished_rows_are_decoded_beside_the_next_step(
 def test_a_cancelled_job_leaves_the_batch_at_the_next_step(stepped: tuple[Engine, SteppedModel]) -> None:
     engine, model = stepped
     leaves, stays = engine.submit([row(num_steps=50)]), engine.submit([row(num_steps=4)])
-    model.entered.acquire(timeout=60)
+    model.entered.acquire(timeout=10)
     model.permits.release()
-    model.entered.acquire(timeout=60)
+    model.entered.acquire(timeout=10)
     assert leaves.cancel()
     model.permits.release(100)
     stays.result(10)
@@ -301,7 +301,7 @@ def test_a_cancelled_job_leaves_the_batch_at_the_next_step(stepped: tuple[Engine
 def test_a_job_cancelled_before_its_turn_never_runs(stepped: tuple[Engine, SteppedModel]) -> None:
     engine, model = stepped
     running = engine.submit([row(candidate) for candidate in range(4)])
-    model.entered.acquire(timeout=60)
+    model.entered.acquire(timeout=10)
     waiting = engine.submit([row()])
     assert waiting.cancel()
     model.permits.release(10)
@@ -322,7 +322,7 @@ def test_stopping_finishes_what_runs_and_takes_nothing_more(model: StandInModel)
 def test_a_cancelled_job_at_the_head_does_not_hold_up_the_next(stepped: tuple[Engine, SteppedModel]) -> None:
     engine, model = stepped
     running = engine.submit([row(num_steps=3)])
-    model.entered.acquire(timeout=60)
+    model.entered.acquire(timeout=10)
     wide, narrow = engine.submit([row(candidate) for candidate in range(4)]), engine.submit([row()])
     assert wide.cancel()
     model.permits.release(10)
@@ -334,7 +334,7 @@ def test_a_hung_model_is_not_healthy() -> None:
     model, now = SteppedModel(), [0.0]
     engine = Engine(model, RESOLUTION, FPS, max_rows=4, stall_s=60.0, clock=lambda: now[0])
     report = engine.submit([row()])
-    model.entered.acquire(timeout=60)
+    model.entered.acquire(timeout=10)
     now[0] = 60.0
     assert engine.healthy()
     now[0] = 60.1

@@ -61,7 +61,7 @@ class HeldModel(StandInModel):
 
     def step(self, rows: Sequence[StandInRow]) -> None:
         self.entered.release()
-        assert self.gate.wait(timeout=60)
+        assert self.gate.wait(timeout=10)
         super().step(rows)
 
 
@@ -352,7 +352,7 @@ async def test_a_repetition_waits_until_the_first_result_can_be_read(app: App, m
     may_store, put = threading.Event(), app.services.results.put
 
     def slow(*arguments: Any) -> None:
-        assert may_store.wait(timeout=60)
+        assert may_store.wait(timeout=30)
         put(*arguments)
 
     monkeypatch.setattr(app.services.results, "put", slow)
@@ -375,7 +375,7 @@ async def test_of_one_key_so_many_may_wait_for_the_same_result_and_no_more(
     first = asyncio.create_task(ingress(held).run(request_of(key, payload="same")))
     await asyncio.to_thread(held.model.model.entered.acquire)
     again = [asyncio.create_task(ingress(held).run(request_of(key, payload="same"))) for _ in range(2)]
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(10):
         while ingress(held)._joining[key.key_id] < 2:  # noqa: ASYNC110 - of tasks in this process
             await asyncio.sleep(0.001)
     with pytest.raises(ModelOverloaded):

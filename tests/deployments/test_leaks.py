@@ -42,7 +42,7 @@ CAPACITY = 1
 REPLICA_TIMEOUT_S = 5.0
 ENOUGH = 10_000
 """Steps, for all that a test asks for."""
-PATIENCE_S = 60.0
+PATIENCE_S = 10.0
 """Of the test with whatever should happen at once."""
 
 

@@ -50,7 +50,7 @@ class Cluster:
 
     async def quiet(self) -> None:
         """Fails if room stays taken, a row runs on, or something waits to be told."""
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(10):
             while True:
                 status = await self.scheduler.status()
                 held = status.queued_rows, status.running_rows, self.engine.num_rows, len(self.jobs._running)

@@ -386,7 +386,7 @@ async def test_the_next_attempt_does_not_wait_for_what_others_have_to_tell(
     running = asyncio.create_task(client.run_chunk("a/0", [ROW], begun=False))
     await settled()
     await announce(scheduler, "lives")
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(5):
         assert (await running)[0] is REPORT
     notices.on_notice = lambda: None
 
@@ -399,7 +399,7 @@ async def test_the_next_attempt_waits_no_longer_for_the_scheduler_than_for_room(
     notices.failure = lambda _: ChannelLost("it is away")
     await announce(scheduler)
     replicas.script = [ChannelLost("it died")]
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(5):
         with pytest.raises(ModelOverloaded):
             await client.run_chunk("a/0", [ROW], begun=False)
 

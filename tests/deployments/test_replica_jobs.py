@@ -34,7 +34,7 @@ def test_a_stopped_job_leaves_the_batch_at_the_next_step_and_the_others_stay(
 ) -> None:
     jobs, model = stepped
     orphan, other = jobs.start(job("orphan", 50)), jobs.start(job("other", 4))
-    model.entered.acquire(timeout=60)
+    model.entered.acquire(timeout=10)
     jobs.stop([TicketId("orphan")])
     model.permits.release(100)
     assert len(other.result(10).outcomes) == 1

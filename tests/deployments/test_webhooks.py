@@ -179,7 +179,7 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def log_of(app: App, headers: dict[str, str], rollout_id: str, state: str) -> dict[str, Any]:
     """The rollout's one delivery, once it is in that state."""
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(20):
         while True:
             log = (await app.http.get(f"/v1/rollouts/{rollout_id}/deliveries", headers=headers)).json()
             (delivery,) = log["data"] or [{"state": "none"}]

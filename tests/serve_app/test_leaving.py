@@ -131,7 +131,7 @@ def files_of_requests(results: Path) -> list[str]:
 async def quiet(app: App, num_tasks: int) -> None:
     """Fails if something of a client's is still there after a while, or one more task than there were."""
     with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(10):
             while left_behind(app) or len(asyncio.all_tasks()) > num_tasks:  # noqa: ASYNC110 - what others do
                 await asyncio.sleep(0.01)
     assert left_behind(app) == {}

@@ -12,6 +12,7 @@ import pytest
 from billing.commands import AddPrice, PriceAdded
 from billing.price_terms import terms_of
 from billing.prices import NANO_PER_USD, PriceVersion, Rate
+from deployments.ingress import JOIN_RETRY_S
 from serve_app.routes import payments as payment_routes
 from tests.fakestripe.server import WEBHOOK_SECRET
 from tests.fakestripe.state import BANK, DECLINED
@@ -267,6 +268,9 @@ async def test_two_hundred_refusals_at_once_are_one_charge(shop: Shop) -> None:
     statuses = {answer.status_code for answer in answers}
     # The charge may be there before the last of them is decided; then some run as one, and so many may wait for that.
     assert {402} <= statuses <= {402, 200, 503}
+    busy = [answer for answer in answers if answer.status_code == 503]
+    assert {answer.json()["error"]["code"] for answer in busy} <= {"OVERLOADED"}
+    assert {answer.headers["Retry-After"] for answer in busy} <= {str(JOIN_RETRY_S)}
     while shop.app.services.payments._background:
         await asyncio.gather(*shop.app.services.payments._background)
     added = [row for row in shop.app.ledger.rows(customer) if row[0] == "credit"]

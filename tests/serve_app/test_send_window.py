@@ -42,7 +42,7 @@ class Client:
         self.serving = asyncio.ensure_future(app({"type": kind}, self.says.get, self.hears.put))
 
     async def take(self) -> Message:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(10):
             return await self.hears.get()
 
 
@@ -115,7 +115,7 @@ async def test_what_the_client_says_arrives_in_order_beside_the_reports() -> Non
         await client.says.put({"type": "websocket.receive", "text": str(index)})
         await client.take()
     await client.says.put({"type": "websocket.disconnect", "code": 1000})
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(10):
         await client.serving
     assert [message.get("text") for message in heard] == [*(str(index) for index in range(30)), None]
 
@@ -144,6 +144,6 @@ async def test_a_client_that_leaves_does_not_hold_its_sender() -> None:
     await rest()
     assert not sent.is_set()
     await client.says.put({"type": "http.disconnect"})
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(10):
         await sent.wait()
     await stop(client)

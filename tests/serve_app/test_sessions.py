@@ -451,7 +451,7 @@ class Away:
 
 async def nobody_renews(app: App) -> None:
     """What is open still is given back when its lease ends; nobody holds it any longer than that."""
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(10):
         while app.services.ingress._reservations._open:  # noqa: ASYNC110 - of tasks that nobody waits for
             await asyncio.sleep(0.01)
 

@@ -118,7 +118,7 @@ class Held:
 
     async def take(self, count: int) -> None:
         for _ in range(count):
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(10):
                 await self.taken.get()
 
 

@@ -46,7 +46,7 @@ class GatedStudent(StreamingWorldModel):
 
     def step(self, rows: Sequence[StreamRow]) -> None:
         if self.held:
-            assert self.permits.acquire(timeout=60)
+            assert self.permits.acquire(timeout=20)
         self.steps += 1
         if self.steps == self.fails_at:
             raise ValueError("the input is poisoned")

@@ -156,7 +156,7 @@ class Ledgered:
         return LedgerReader(self.database)
 
     def apply(self, command: Command) -> Outcome:
-        return self.writer.submit([command]).result(timeout=60)[0]
+        return self.writer.submit([command]).result(timeout=30)[0]
 
     def create_key(self, credits_mils: int, refill_per_s: float = 1000.0, burst: int = 1000) -> tuple[str, CustomerId]:
         """A new customer's token and id."""

@@ -28,7 +28,7 @@ class PacedModel(StandInModel):
 
     def step(self, rows: Sequence[StandInRow]) -> None:
         self.entered.release()
-        assert self._allowed.acquire(timeout=60)
+        assert self._allowed.acquire(timeout=10)
         self.steps += 1
         super().step(rows)
 
@@ -53,7 +53,7 @@ async def get(app: App, headers: dict[str, str], rollout_id: str) -> dict[str, A
 
 async def reaches(app: App, headers: dict[str, str], rollout_id: str, *states: str) -> dict[str, Any]:
     """The rollout's envelope once it is in one of these states; fails if that does not happen in time."""
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(20):
         while True:
             envelope = await get(app, headers, rollout_id)
             if envelope["status"] in states:

@@ -37,7 +37,7 @@ class Socket:
         await self.to_server.put({"type": "websocket.disconnect", "code": 1006})
 
     async def receive(self) -> Message:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(20):
             message = await self.to_client.get()
         if message["type"] == "websocket.close":
             raise Closed(message.get("code", 1000))

@@ -265,7 +265,7 @@ async def test_a_shortage_in_the_commit_that_credits_a_charge_begins_no_other(ti
     credit = Credit(customer, Mils(topup.amount_cents * 100), "stripe:pi_charged", "evt_charged", "Automatic top-up")
     paid = ApplyPayment(topup.topup_id, topup.revision, "paid", "", payment_intent="pi_charged", effects=(credit,))
     again = StartAutoTopup(mint_topup_id(), customer, Mils(60_000))
-    applied, held = till.ledger.writer.submit((paid, again)).result(timeout=60)
+    applied, held = till.ledger.writer.submit((paid, again)).result(timeout=30)
     assert isinstance(applied, PaymentApplied)
     assert held == AutoTopupHeld("the balance is enough")
 
